@@ -1,0 +1,221 @@
+"""Exact training state on disk, without pickle: tensors in safetensors, everything else in JSON.
+
+A checkpoint is a folder `checkpoint-<step>`:
+
+    adapters.safetensors   the adapters, with the frozen twin of offset initialisations
+    optimizer.safetensors  the optimiser's tensors, keyed `<parameter index>.<name>`
+    state.json             step, optimiser groups and scalars, learning-rate scheduler, the caller's own values
+
+Floats survive JSON exactly (Python writes the shortest text that reads back as the same double), so a restored run
+continues bit for bit. The folder is written under a temporary name and then renamed: an interrupted save leaves no
+half checkpoint behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+ADAPTERS_NAME = "adapters.safetensors"
+OPTIMIZER_NAME = "optimizer.safetensors"
+STATE_NAME = "state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What `load_training_state` read.
+
+    Attributes:
+        step: optimiser steps that were done.
+        tensors: the adapters, for `adapters.load_adapter_state_dict`.
+        extra: the caller's own JSON values.
+        optimizer_state: as `Optimizer.state_dict` has it.
+        scheduler_state: as `LRScheduler.state_dict` has it.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    extra: dict[str, Any]
+    optimizer_state: dict[str, Any]
+    scheduler_state: dict[str, Any]
+
+    def restore(self, optimizer: Optimizer, lr_scheduler: LRScheduler | None = None) -> None:
+        """Put the state into an optimiser over the same parameters, and into its scheduler.
+
+        Raises:
+            ValueError: when the optimiser has other parameter groups than the one that was saved.
+        """
+        saved = [len(group["params"]) for group in self.optimizer_state["param_groups"]]
+        given = [len(group["params"]) for group in optimizer.param_groups]
+        if saved != given:
+            raise ValueError(
+                f"the checkpoint's optimiser has parameter groups of {saved} tensors, this run's has {given}; "
+                "resume with the options of the run that wrote it"
+            )
+        optimizer.load_state_dict(self.optimizer_state)
+        if lr_scheduler is not None:
+            lr_scheduler.load_state_dict(self.scheduler_state)
+
+
+def save_training_state(
+    directory: str | os.PathLike[str],
+    *,
+    tensors: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler | None,
+    step: int,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one checkpoint folder; an existing one of that name is replaced.
+
+    Args:
+        directory: the checkpoint folder, for example `output/checkpoint-100`.
+        tensors: adapter tensors by name.
+        optimizer: its state dictionary is saved.
+        lr_scheduler: likewise, when there is one.
+        step: optimiser steps that were done.
+        extra: JSON values of the caller.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: when a value is neither a tensor nor JSON.
+    """
+    directory = Path(directory)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+    optimizer_state = optimizer.state_dict()
+    optimizer_tensors: dict[str, Tensor] = {}
+    optimizer_scalars: dict[str, dict[str, Any]] = {}
+    for index, values in optimizer_state["state"].items():
+        scalars: dict[str, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                optimizer_tensors[f"{index}.{name}"] = value
+            else:
+                scalars[name] = value
+        optimizer_scalars[str(index)] = scalars
+    document = {
+        "step": step,
+        "optimizer": {"param_groups": optimizer_state["param_groups"], "scalars": optimizer_scalars},
+        "lr_scheduler": lr_scheduler.state_dict() if lr_scheduler is not None else {},
+        "extra": dict(extra or {}),
+    }
+    try:
+        text = json.dumps(document, indent=1)
+    except TypeError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ValueError(f"training state of step {step} holds a value that JSON cannot: {error}") from error
+    save_file(_plain(tensors), temporary / ADAPTERS_NAME)
+    save_file(_plain(optimizer_tensors), temporary / OPTIMIZER_NAME)
+    (temporary / STATE_NAME).write_text(text, encoding="utf-8")
+    if directory.exists():
+        shutil.rmtree(directory)
+    temporary.rename(directory)
+    return directory
+
+
+def load_training_state(directory: str | os.PathLike[str]) -> TrainingState:
+    """Read a checkpoint folder; tensors come on the CPU.
+
+    Raises:
+        FileNotFoundError: when the folder or one of its files is missing.
+    """
+    directory = Path(directory)
+    for name in (ADAPTERS_NAME, OPTIMIZER_NAME, STATE_NAME):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{str(directory)!r} is not a training checkpoint: it has no {name}")
+    document = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
+    state: dict[int, dict[str, Any]] = {
+        int(index): dict(scalars) for index, scalars in document["optimizer"]["scalars"].items()
+    }
+    for key, tensor in load_file(directory / OPTIMIZER_NAME).items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    groups: list[dict[str, Any]] = [_betas_as_tuple(group) for group in document["optimizer"]["param_groups"]]
+    return TrainingState(
+        step=int(document["step"]),
+        tensors=load_file(directory / ADAPTERS_NAME),
+        extra=document["extra"],
+        optimizer_state={"state": state, "param_groups": groups},
+        scheduler_state=document["lr_scheduler"],
+    )
+
+
+def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoint folders in `output_dir`, oldest step first."""
+    found: list[tuple[int, Path]] = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match.group(1)), path))
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(output_dir: str | os.PathLike[str], name: str) -> Path:
+    """The checkpoint that `--resume_from_checkpoint` means.
+
+    Args:
+        output_dir: where the run writes.
+        name: `latest`, the name of a checkpoint in `output_dir`, or a path.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    known = list_checkpoints(output_dir)
+    if name == "latest":
+        if not known:
+            raise FileNotFoundError(
+                f"--resume_from_checkpoint latest: there is no checkpoint in {os.fspath(output_dir)!r}; "
+                "leave the flag out to start anew"
+            )
+        return known[-1]
+    for path in (Path(output_dir) / name, Path(name)):
+        if (path / STATE_NAME).is_file():
+            return path
+    has = ", ".join(path.name for path in known) or "none"
+    raise FileNotFoundError(
+        f"--resume_from_checkpoint {name}: no such checkpoint; checkpoints in {os.fspath(output_dir)!r}: {has}"
+    )
+
+
+def prune_checkpoints(output_dir: str | os.PathLike[str], keep: int) -> list[Path]:
+    """Delete the oldest checkpoints until at most `keep` are left, and return the deleted ones.
+
+    Call it with one less than the limit *before* saving, so that the disk never holds more than the limit.
+
+    Raises:
+        ValueError: when `keep` is negative.
+    """
+    if keep < 0:
+        raise ValueError(f"cannot keep {keep} checkpoints; the limit must be at least 1")
+    known = list_checkpoints(output_dir)
+    surplus = known[: max(0, len(known) - keep)]
+    for path in surplus:
+        shutil.rmtree(path)
+    return surplus
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses views that share storage; a clone is one tensor of an adapter, never a base weight
+    return {name: torch.clone(tensor.detach().cpu()).contiguous() for name, tensor in tensors.items()}
+
+
+def _betas_as_tuple(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if name == "betas" else value for name, value in group.items()}

@@ -1,0 +1,103 @@
+"""What a model family is, and how its timesteps are drawn.
+
+A family owns everything about one training step in `loss(batch, generator)`. The collection pass of an initialisation,
+the gradient pass of LoRA-GA and the training loop all call that one function, so they see the same distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class StepRecord:
+    """What the latest call of `loss` drew and masked.
+
+    Attributes:
+        timesteps: (batch,) timesteps of the step, or None for a family without them.
+        token_masks: for each component that has padded token inputs, a boolean (batch, tokens); True is a real token.
+    """
+
+    timesteps: Tensor | None = None
+    token_masks: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+@runtime_checkable
+class ModelFamily(Protocol):
+    """One kind of model: which of its modules get adapters, and what one training step is."""
+
+    step: StepRecord
+
+    @property
+    def adapted(self) -> Mapping[str, nn.Module]:
+        """The modules that get LoRA, by component name (`unet`, `text_encoder`, ...)."""
+        ...
+
+    def default_targets(self, component: str) -> list[str]:
+        """Suffixes of the layer names that get an adapter when the user names none."""
+        ...
+
+    def loss(self, batch: Any, generator: torch.Generator) -> Tensor:
+        """The loss of one training step, a scalar; every random number comes from `generator`, on the CPU."""
+        ...
+
+    def stratified_timesteps(self, num_samples: int, generator: torch.Generator) -> AbstractContextManager[None]:
+        """Inside it, the timesteps that `loss` draws cover the training distribution evenly over `num_samples`."""
+        ...
+
+
+class UniformDraws:
+    """Uniform numbers for timesteps: independent by default, stratified inside a `with` block.
+
+    A family maps u in [0, 1) through the inverse distribution function of its timesteps. Stratifying u therefore
+    stratifies any such distribution: of n samples, exactly one falls into each of its n quantile bins (Latin hypercube
+    sampling in one dimension, McKay et al. 1979).
+    """
+
+    def __init__(self) -> None:
+        self._pool: Tensor | None = None
+        self._num_samples = 0
+        self._generator: torch.Generator | None = None
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return (count,) float64 in [0, 1) on the CPU.
+
+        Outside a stratified block they come from `generator`; inside it from the stratified set, which starts anew when
+        it is used up.
+        """
+        if self._pool is None or self._generator is None:
+            return torch.rand(count, generator=generator, dtype=torch.float64)
+        while self._pool.numel() < count:
+            self._pool = torch.cat([self._pool, stratified_uniform(self._num_samples, self._generator)])
+        drawn, self._pool = self._pool[:count], self._pool[count:]
+        return drawn
+
+    @contextmanager
+    def stratified(self, num_samples: int, generator: torch.Generator) -> Generator[None, None, None]:
+        """Draw from a stratified, shuffled set of `num_samples` inside the block; restores what was before.
+
+        Raises:
+            ValueError: when `num_samples` is not positive.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1 to stratify timesteps, got {num_samples}")
+        before = self._pool, self._num_samples, self._generator
+        self._pool, self._num_samples, self._generator = torch.empty(0, dtype=torch.float64), num_samples, generator
+        try:
+            yield
+        finally:
+            self._pool, self._num_samples, self._generator = before
+
+
+def stratified_uniform(num_samples: int, generator: torch.Generator) -> Tensor:
+    """One uniform number from each of `num_samples` equal bins of [0, 1), in random order: (num_samples,) float64."""
+    jitter = torch.rand(num_samples, generator=generator, dtype=torch.float64)
+    order = torch.randperm(num_samples, generator=generator)
+    # The largest double below 1 keeps floor(u * T) below T when the jitter of the last bin rounds up.
+    return ((order + jitter) / num_samples).clamp(max=1.0 - 2.0**-53)
