@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lorainit_diffusers.checkpoints import (
+    find_checkpoint,
+    list_checkpoints,
+    load_training_state,
+    prune_checkpoints,
+    save_training_state,
+)
+
+
+def make_run(lr: float = 1e-2) -> tuple[nn.Linear, torch.optim.Optimizer, LambdaLR]:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    groups = [{"params": [model.weight], "lr": lr}, {"params": [model.bias], "lr": lr / 3}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    return model, optimizer, LambdaLR(optimizer, lambda step: 1.0 / (step + 1))
+
+
+def train(model: nn.Linear, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def save(directory: Path, step: int = 3) -> None:
+    model, optimizer, scheduler = make_run()
+    train(model, optimizer, scheduler, range(step))
+    save_training_state(
+        directory,
+        tensors=model.state_dict(),
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        step=step,
+        extra={"init": "cntlora", "loss": 0.1},
+    )
+
+
+def test_restored_run_continues_bit_for_bit(tmp_path: Path) -> None:
+    model, optimizer, scheduler = make_run()
+    train(model, optimizer, scheduler, range(7))
+
+    save(tmp_path / "checkpoint-3")
+    state = load_training_state(tmp_path / "checkpoint-3")
+    assert (state.step, state.extra) == (3, {"init": "cntlora", "loss": 0.1})
+    resumed, resumed_optimizer, resumed_scheduler = make_run(lr=123.0)
+    resumed.load_state_dict(state.tensors)
+    state.restore(resumed_optimizer, resumed_scheduler)
+    assert resumed_optimizer.param_groups[0]["betas"] == (0.9, 0.99)
+    train(resumed, resumed_optimizer, resumed_scheduler, range(3, 7))
+
+    assert torch.equal(model.weight, resumed.weight)
+    assert torch.equal(model.bias, resumed.bias)
+    assert scheduler.get_last_lr() == resumed_scheduler.get_last_lr()
+
+
+def test_files_are_safetensors_and_json_only(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint-3")
+    names = {path.name for path in (tmp_path / "checkpoint-3").iterdir()}
+    assert names == {"adapters.safetensors", "optimizer.safetensors", "state.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    save(tmp_path / "checkpoint-3", step=4)
+    assert load_training_state(tmp_path / "checkpoint-3").step == 4
+
+
+def test_before_the_first_step_there_is_no_optimizer_state(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint-0", step=0)
+    assert load_training_state(tmp_path / "checkpoint-0").optimizer_state["state"] == {}
+
+
+def test_prune_keeps_the_newest_by_number(tmp_path: Path) -> None:
+    for step in (900, 1000, 50):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-50", "checkpoint-900", "checkpoint-1000"]
+    assert [path.name for path in prune_checkpoints(tmp_path, 1)] == ["checkpoint-50", "checkpoint-900"]
+    assert prune_checkpoints(tmp_path, 1) == []
+    assert (tmp_path / "checkpoint-best").is_dir()
+    with pytest.raises(ValueError, match="at least 1"):
+        prune_checkpoints(tmp_path, -1)
+
+
+def test_find_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        find_checkpoint(tmp_path, "latest")
+    for step in (9, 10):
+        save(tmp_path / f"checkpoint-{step}", step=1)
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
+    assert find_checkpoint(tmp_path, "checkpoint-9").name == "checkpoint-9"
+    assert find_checkpoint(tmp_path / "elsewhere", str(tmp_path / "checkpoint-9")).name == "checkpoint-9"
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-7: no such checkpoint; .*checkpoint-9, checkpoint-10"):
+        find_checkpoint(tmp_path, "checkpoint-7")
+
+
+def test_damaged_checkpoint_names_the_missing_file(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint-1", step=1)
+    (tmp_path / "checkpoint-1" / "optimizer.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no optimizer\.safetensors"):
+        load_training_state(tmp_path / "checkpoint-1")
+
+
+def test_another_parameter_layout_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint-1", step=1)
+    other = torch.optim.AdamW(nn.Linear(2, 2).parameters())
+    with pytest.raises(ValueError, match=r"groups of \[1, 1\] tensors, this run's has \[2\]"):
+        load_training_state(tmp_path / "checkpoint-1").restore(other)
+
+
+def test_values_that_json_cannot_hold_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    model, optimizer, scheduler = make_run()
+    with pytest.raises(ValueError, match="JSON"):
+        save_training_state(
+            tmp_path / "checkpoint-0",
+            tensors=model.state_dict(),
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            step=0,
+            extra={"path": tmp_path},
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_floats_survive_exactly(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint-3")
+    document = json.loads((tmp_path / "checkpoint-3" / "state.json").read_text(encoding="utf-8"))
+    assert document["optimizer"]["param_groups"][1]["initial_lr"] == 1e-2 / 3
