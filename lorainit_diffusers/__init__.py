@@ -1,0 +1,33 @@
+"""Data-driven LoRA initialisation for diffusion models."""
+
+from __future__ import annotations
+
+from lorainit_diffusers.adapters import (
+    adapter_state_dict,
+    adapters_disabled,
+    load_adapter_state_dict,
+    save_diffusers_lora,
+    save_kohya_lora,
+    trainable_parameters,
+)
+from lorainit_diffusers.initialize import initialize, make_method
+from lorainit_diffusers.methods import METHODS, Initializer, LoraFactors
+from lorainit_diffusers.report import InitReport, LayerReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "InitReport",
+    "Initializer",
+    "LayerReport",
+    "LoraFactors",
+    "adapter_state_dict",
+    "adapters_disabled",
+    "initialize",
+    "load_adapter_state_dict",
+    "make_method",
+    "save_diffusers_lora",
+    "save_kohya_lora",
+    "trainable_parameters",
+]

@@ -1,0 +1,535 @@
+"""PEFT adapters: put factors into a model, keep them exact, read them out. The only file that imports peft.
+
+A module may come raw, after diffusers' or transformers' ``add_adapter``, or wrapped by ``get_peft_model``; the layers
+that PEFT injects are the same in all three, and everything here works on those.
+
+**Offset twin.** An initialisation with B A != 0 that must keep the base model's function gets a second, frozen adapter
+(``"<name>_offset"``) that adds ``-scaling * B0 A0``. Base weights are never written. The twin's factors are buffers, so
+no ``requires_grad_``, ``set_adapter`` or ``enable_adapters`` can make them trainable, and no optimiser can find them.
+
+**Export.** ``scaling * B A - scaling * B0 A0`` is one LoRA of rank 2r, with the scaling folded into B and alpha = rank in
+every layer: whatever a loader assumes about alpha, the strength is right, on the original base.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mode
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorainit_diffusers.methods.base import LoraFactors
+
+OFFSET_SUFFIX = "_offset"
+# Where diffusers looks for the LoraConfig of a file, and where we say how it was made.
+DIFFUSERS_METADATA_KEY = "lora_adapter_metadata"
+PROVENANCE_KEY = "lorainit_diffusers"
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """Everything that one adapted layer adds to its base layer.
+
+    Attributes:
+        factors: trainable A (rank, in_features) and B (out_features, rank).
+        scaling: the layer adds ``scaling * B A``.
+        offset: initial factors whose ``scaling * B0 A0`` the frozen twin subtracts; ``None`` without a twin.
+    """
+
+    factors: LoraFactors
+    scaling: float
+    offset: LoraFactors | None = None
+
+
+@dataclass(frozen=True)
+class ExistingAdapter:
+    """The configuration of an adapter that a module already carries.
+
+    Attributes:
+        rank: of its ``LoraConfig``.
+        scaling: alpha / rank, or alpha / sqrt(rank).
+        use_rslora: whether it is the latter.
+        use_dora: whether it decomposes the weight (DoRA).
+    """
+
+    rank: int
+    scaling: float
+    use_rslora: bool
+    use_dora: bool
+
+
+class _FrozenFactor(nn.Module):
+    """A linear map without bias whose weight is a buffer."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The model that a ``PeftModel`` wraps, or the module itself; layer names are relative to it."""
+    return module.base_model.model if isinstance(module, PeftModel) else module
+
+
+def lora_layers(module: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
+    """name -> PEFT layer that carries this adapter."""
+    return {
+        name: layer
+        for name, layer in unwrap(module).named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A
+    }
+
+
+def existing_adapter(module: nn.Module, adapter_name: str = "default") -> ExistingAdapter | None:
+    """How the module is already adapted under this name, or ``None``."""
+    layers = lora_layers(module, adapter_name)
+    if not layers:
+        return None
+    layer = next(iter(layers.values()))
+    return ExistingAdapter(
+        rank=int(layer.r[adapter_name]),
+        scaling=float(layer.scaling[adapter_name]),
+        use_rslora=bool(layer.use_rslora.get(adapter_name, False)),
+        use_dora=bool(layer.use_dora.get(adapter_name, False)),
+    )
+
+
+def target_layers(
+    module: nn.Module, target_modules: Sequence[str] | str | None, adapter_name: str = "default"
+) -> dict[str, nn.Linear]:
+    """name -> base linear layer of every target.
+
+    Args:
+        module: raw or adapted.
+        target_modules: names or name endings, or one regular expression for the full name, as in ``LoraConfig``. Left
+            out for an adapted module, whose targets are the layers it already adapts.
+        adapter_name: of the adapter that the module may carry.
+
+    Raises:
+        ValueError: nothing matches, or something matches that is no linear layer (names it).
+    """
+    adapted = lora_layers(module, adapter_name)
+    if adapted:
+        candidates = {name: layer.get_base_layer() for name, layer in adapted.items()}
+    else:
+        if target_modules is None:
+            raise ValueError(
+                f"{type(module).__name__} carries no adapter {adapter_name!r} and no target_modules were given; "
+                'pass target_modules, for example ["to_q", "to_k", "to_v", "to_out.0"]'
+            )
+        candidates = {
+            name: layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+            for name, layer in unwrap(module).named_modules()
+            if _matches(name, target_modules) and ".base_layer" not in name
+        }
+    for name, layer in candidates.items():
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"layer {name!r} is a {type(layer).__name__}; only linear layers are supported: "
+                "make the target module names more specific"
+            )
+    if not candidates:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in unwrap(module).named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(
+            f"target modules {target_modules!r} match no layer of {type(module).__name__}; "
+            f"its linear layers end in {', '.join(linear[:12])}"
+        )
+    return {name: layer for name, layer in candidates.items() if isinstance(layer, nn.Linear)}
+
+
+def _matches(name: str, target_modules: Sequence[str] | str) -> bool:
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
+
+@contextmanager
+def adapters_disabled(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Run the base models: every adapter is bypassed inside the block, and trainability is as before after it."""
+    layers = [m for module in modules.values() for m in module.modules() if isinstance(m, LoraLayer)]
+    trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    enabled = [layer for layer in layers if not layer.disable_adapters]
+    for layer in enabled:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in enabled:
+            layer.enable_adapters(True)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+def attach(
+    module: nn.Module,
+    weights: Mapping[str, AdapterWeights],
+    *,
+    adapter_name: str = "default",
+    use_rslora: bool = False,
+    lora_dropout: float = 0.0,
+) -> None:
+    """Give every named layer exactly these weights, under an active, trainable float32 adapter.
+
+    A module without this adapter gets one on these layers, and all its other parameters are frozen. In one that has
+    it, parameters keep their identity where the rank stays (an optimiser made before still holds them), and layers
+    that are not named lose it.
+
+    Args:
+        module: raw, ``add_adapter``-ed, or a ``PeftModel``.
+        weights: layer name (relative to :func:`unwrap`) -> weights.
+        adapter_name: PEFT's name of the adapter; the twin's is that plus ``"_offset"``.
+        use_rslora: recorded in the configuration of a new adapter; the weights' own scaling counts.
+        lora_dropout: of a new adapter.
+
+    Raises:
+        ValueError: no weights at all.
+    """
+    if not weights:
+        raise ValueError("no layer keeps an adapter: every rank is 0; raise the rank budget or min_rank")
+    inner = unwrap(module)
+    rank = mode(w.factors.lora_A.shape[0] for w in weights.values())
+    if not lora_layers(module, adapter_name):
+        alpha = next(iter(weights.values())).scaling * (rank**0.5 if use_rslora else rank)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            target_modules=_exactly(weights),
+            use_rslora=use_rslora,
+            lora_dropout=lora_dropout,
+        )
+        _inject(module, config, adapter_name)
+    for name, layer in lora_layers(module, adapter_name).items():
+        if name in weights:
+            _set_factors(layer, adapter_name, weights[name])
+        else:
+            _remove(inner, name, layer, adapter_name)
+    twin = adapter_name + OFFSET_SUFFIX
+    twins = [name for name, w in weights.items() if w.offset is not None]
+    if twins and not lora_layers(module, twin):
+        _inject(module, LoraConfig(r=rank, lora_alpha=rank, target_modules=_exactly(twins)), twin)
+    for name, layer in lora_layers(module, adapter_name).items():
+        _set_twin(layer, adapter_name, weights[name])
+    _record_patterns(module, adapter_name)
+
+
+def _exactly(names: Iterable[str]) -> str:
+    """A regular expression for these full names: PEFT would take plain names as endings, too."""
+    return f"^({'|'.join(re.escape(name) for name in names)})$"
+
+
+def _inject(module: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+    # PEFT draws random factors, which are replaced at once: the caller's random state must not move.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # PEFT warns that a second adapter exists; the twin is one on purpose.
+        warnings.filterwarnings("ignore", message=".*peft_config.*")
+        if isinstance(module, PeftModel):
+            module.add_adapter(adapter_name, config)
+        else:
+            inject_adapter_in_model(config, module, adapter_name)  # type: ignore[arg-type]
+            if hasattr(module, "_hf_peft_config_loaded"):  # diffusers' and transformers' sign that adapters exist
+                module._hf_peft_config_loaded = True  # type: ignore[assignment]
+
+
+def _set_factors(layer: LoraLayer, adapter_name: str, weights: AdapterWeights) -> None:
+    lora_A, lora_B = weights.factors
+    device = layer.get_base_layer().weight.device
+    rank = lora_A.shape[0]
+    for holder, value in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
+        linear = holder[adapter_name]
+        assert isinstance(linear, nn.Linear)
+        value = value.detach().to(device=device, dtype=torch.float32)
+        if linear.weight.shape == value.shape and linear.weight.dtype == torch.float32:
+            linear.weight.data.copy_(value)
+        else:
+            linear.weight = nn.Parameter(value.clone())
+        linear.out_features, linear.in_features = value.shape
+        linear.weight.requires_grad_(True)
+    layer.r[adapter_name] = rank
+    layer.scaling[adapter_name] = weights.scaling
+    factor = rank**0.5 if layer.use_rslora.get(adapter_name, False) else rank
+    layer.lora_alpha[adapter_name] = weights.scaling * factor
+
+
+def _set_twin(layer: LoraLayer, adapter_name: str, weights: AdapterWeights) -> None:
+    twin = adapter_name + OFFSET_SUFFIX
+    if weights.offset is None:
+        if twin in layer.lora_A:
+            layer.delete_adapter(twin)
+        active = [adapter_name]
+    else:
+        device = layer.get_base_layer().weight.device
+        lora_A, lora_B = (factor.detach().to(device=device, dtype=torch.float32).clone() for factor in weights.offset)
+        layer.lora_A[twin] = _FrozenFactor(lora_A)
+        layer.lora_B[twin] = _FrozenFactor(-lora_B)
+        layer.r[twin] = lora_A.shape[0]
+        layer.lora_alpha[twin] = weights.scaling * lora_A.shape[0]
+        layer.scaling[twin] = weights.scaling
+        # The twin must see what the adapter sees, or dropout would break the cancellation in training mode too:
+        # dropout is the adapter's noise and stays off in the constant part.
+        layer.lora_dropout[twin] = nn.Identity()
+        active = [adapter_name, twin]
+    others = [name for name in layer.active_adapters if name not in (adapter_name, twin) and name in layer.lora_A]
+    layer.set_adapter(others + active)
+
+
+def _remove(root: nn.Module, name: str, layer: LoraLayer, adapter_name: str) -> None:
+    """Take the adapter off one layer; the layer itself goes when it carried nothing else."""
+    for carried in (adapter_name, adapter_name + OFFSET_SUFFIX):
+        if carried in layer.lora_A:
+            layer.delete_adapter(carried)
+    if len(layer.lora_A) == 0:
+        parent, _, child = name.rpartition(".")
+        setattr(root.get_submodule(parent), child, layer.get_base_layer())
+
+
+def _record_patterns(module: nn.Module, adapter_name: str) -> None:
+    """Write the ranks and alphas into PEFT's configuration, so that PEFT's own saving reloads the same shapes."""
+    configs: Mapping[str, Any] = getattr(module, "peft_config", {})
+    for carried in (adapter_name, adapter_name + OFFSET_SUFFIX):
+        layers = lora_layers(module, carried)
+        if carried not in configs or not layers:
+            continue
+        config = configs[carried]
+        config.r = mode(int(layer.r[carried]) for layer in layers.values())
+        config.lora_alpha = mode(float(layer.lora_alpha[carried]) for layer in layers.values())
+        config.rank_pattern, config.alpha_pattern = {}, {}
+        for name, layer in layers.items():
+            # Anchored: unanchored keys also match layers whose name merely ends alike.
+            if layer.r[carried] != config.r:
+                config.rank_pattern[f"^{re.escape(name)}"] = int(layer.r[carried])
+            if layer.lora_alpha[carried] != config.lora_alpha:
+                config.alpha_pattern[f"^{re.escape(name)}"] = float(layer.lora_alpha[carried])
+        config.target_modules = _exactly(layers)
+
+
+def adapter_weights(module: nn.Module, adapter_name: str = "default") -> dict[str, AdapterWeights]:
+    """layer name -> current weights (not copied), with the twin's as ``offset``.
+
+    Raises:
+        ValueError: the module carries no such adapter.
+    """
+    layers = lora_layers(module, adapter_name)
+    if not layers:
+        raise ValueError(f"{type(module).__name__} carries no adapter {adapter_name!r}; run initialize() first")
+    twin = adapter_name + OFFSET_SUFFIX
+    return {
+        name: AdapterWeights(
+            factors=_factors(layer, adapter_name),
+            scaling=float(layer.scaling[adapter_name]),
+            offset=LoraFactors(_factors(layer, twin).lora_A, -_factors(layer, twin).lora_B)
+            if twin in layer.lora_A
+            else None,
+        )
+        for name, layer in layers.items()
+    }
+
+
+def _factors(layer: LoraLayer, adapter_name: str) -> LoraFactors:
+    lora_A, lora_B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    assert isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor)
+    return LoraFactors(lora_A.detach(), lora_B.detach())
+
+
+def trainable_parameters(module: nn.Module, adapter_name: str = "default") -> list[nn.Parameter]:
+    """A and B of every adapted layer, in the module's order; never the twin's."""
+    parameters: list[nn.Parameter] = []
+    for layer in lora_layers(module, adapter_name).values():
+        parameters += [*layer.lora_A[adapter_name].parameters(), *layer.lora_B[adapter_name].parameters()]
+    return parameters
+
+
+def adapter_state_dict(modules: Mapping[str, nn.Module], adapter_name: str = "default") -> dict[str, Tensor]:
+    """Everything that a resumed run needs, twins included: initial factors are stored, never recomputed.
+
+    Keys are ``{component}.{layer}.{lora_A|lora_B|scaling|offset_A|offset_B}``; tensors are on the CPU.
+    """
+    state: dict[str, Tensor] = {}
+    for component, module in modules.items():
+        for name, weights in adapter_weights(module, adapter_name).items():
+            entries = {
+                "lora_A": weights.factors.lora_A,
+                "lora_B": weights.factors.lora_B,
+                "scaling": torch.tensor(weights.scaling, dtype=torch.float64),
+            }
+            if weights.offset is not None:
+                entries |= {"offset_A": weights.offset.lora_A, "offset_B": weights.offset.lora_B}
+            state |= {f"{component}.{name}.{key}": t.cpu().clone().contiguous() for key, t in entries.items()}
+    return state
+
+
+def load_adapter_state_dict(
+    modules: Mapping[str, nn.Module],
+    state: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    *,
+    use_rslora: bool = False,
+    lora_dropout: float = 0.0,
+) -> None:
+    """Inverse of :func:`adapter_state_dict`, on modules that carry the adapter or that do not yet.
+
+    Raises:
+        ValueError: the state holds nothing for one of the modules, or layers that a module does not have.
+    """
+    for component, module in modules.items():
+        entries: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            if key.startswith(f"{component}."):
+                layer, _, entry = key.removeprefix(f"{component}.").rpartition(".")
+                entries.setdefault(layer, {})[entry] = value
+        unknown = sorted(entries.keys() - dict(unwrap(module).named_modules()).keys())
+        if not entries or unknown:
+            what = f"layer {unknown[0]!r}, which it does not have" if unknown else "no layer at all"
+            raise ValueError(f"the saved adapter holds, for component {component!r}, {what}; use the same base model")
+        weights = {
+            layer: AdapterWeights(
+                factors=LoraFactors(entry["lora_A"], entry["lora_B"]),
+                scaling=float(entry["scaling"]),
+                offset=LoraFactors(entry["offset_A"], entry["offset_B"]) if "offset_A" in entry else None,
+            )
+            for layer, entry in entries.items()
+        }
+        attach(module, weights, adapter_name=adapter_name, use_rslora=use_rslora, lora_dropout=lora_dropout)
+
+
+def exported_factors(module: nn.Module, adapter_name: str = "default") -> dict[str, LoraFactors]:
+    """layer name -> factors whose plain product B A is all that the adapter and its twin add to the base layer.
+
+    Rank r where there is no twin, 2r where there is one; float32, on the CPU.
+    """
+    exported: dict[str, LoraFactors] = {}
+    for name, weights in adapter_weights(module, adapter_name).items():
+        lora_A, lora_B = weights.factors.lora_A, weights.factors.lora_B * weights.scaling
+        if weights.offset is not None:
+            lora_A = torch.cat([lora_A, weights.offset.lora_A])
+            lora_B = torch.cat([lora_B, -weights.scaling * weights.offset.lora_B], dim=1)
+        exported[name] = LoraFactors(lora_A.float().cpu().contiguous(), lora_B.float().cpu().contiguous())
+    return exported
+
+
+def save_diffusers_lora(
+    modules: Mapping[str, nn.Module],
+    directory: str | Path,
+    *,
+    weight_name: str = "pytorch_lora_weights.safetensors",
+    adapter_name: str = "default",
+    pad_rank: int | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a file that ``pipeline.load_lora_weights(directory)`` loads, exactly, on the original base.
+
+    Args:
+        modules: component (``"unet"``, ``"transformer"``, ``"text_encoder"``, ...) -> adapted module.
+        directory: created when missing.
+        weight_name: of the file.
+        adapter_name: which adapter.
+        pad_rank: zero-pad every layer to this rank, for loaders that cannot mix ranks.
+        provenance: how the file was made; JSON under a metadata key of our own, which loaders ignore.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: ``pad_rank`` is smaller than a layer's exported rank (2r for offset initialisations).
+    """
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for component, module in modules.items():
+        exported = exported_factors(module, adapter_name)
+        if pad_rank is not None:
+            exported = {name: _pad(name, factors, pad_rank) for name, factors in exported.items()}
+        text_encoder = component.startswith("text_encoder")
+        for name, factors in exported.items():
+            key = f"{component}.{_text_model_name(name) if text_encoder else name}"
+            tensors |= {f"{key}.lora_A.weight": factors.lora_A, f"{key}.lora_B.weight": factors.lora_B}
+        ranks = {name: factors.lora_A.shape[0] for name, factors in exported.items()}
+        common = mode(ranks.values())
+        # transformers 5 has flattened CLIP: patterns without "text_model." match both layouts as name endings. Others
+        # are anchored, because PEFT matches unanchored keys as endings of any name.
+        names = {name: name.removeprefix("text_model.") for name in ranks} if text_encoder else {n: n for n in ranks}
+        anchor = "" if text_encoder else "^"
+        pattern = {f"{anchor}{names[name]}": rank for name, rank in ranks.items() if rank != common}
+        # Exactly the fields that every PEFT release knows; above all no init_lora_weights that would run an
+        # initialisation on the base of whoever loads the file.
+        config = {
+            "r": common,
+            "lora_alpha": common,
+            "rank_pattern": pattern,
+            "alpha_pattern": pattern,
+            "target_modules": sorted(names.values()),
+            "init_lora_weights": True,
+        }
+        metadata |= {f"{component}.{key}": value for key, value in config.items()}
+    blobs = {"format": "pt", DIFFUSERS_METADATA_KEY: json.dumps(metadata, sort_keys=True)}
+    if provenance is not None:
+        blobs[PROVENANCE_KEY] = json.dumps(provenance, sort_keys=True)
+    path = Path(directory) / weight_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata=blobs)
+    return path
+
+
+def save_kohya_lora(
+    modules: Mapping[str, nn.Module],
+    path: str | Path,
+    *,
+    adapter_name: str = "default",
+    prefixes: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the kohya format that ComfyUI, A1111 and sd-scripts read: ``lora_down``, ``lora_up`` and ``alpha``.
+
+    Args:
+        modules: component -> adapted module.
+        path: of the ``.safetensors`` file.
+        adapter_name: which adapter.
+        prefixes: component -> key prefix; ``lora_unet`` and ``lora_te`` when left out.
+
+    Raises:
+        ValueError: a component without a prefix.
+    """
+    prefixes = prefixes if prefixes is not None else {"unet": "lora_unet", "text_encoder": "lora_te"}
+    tensors: dict[str, Tensor] = {}
+    for component, module in modules.items():
+        if component not in prefixes:
+            raise ValueError(f"component {component!r} has no kohya key prefix; known: {', '.join(sorted(prefixes))}")
+        for name, factors in exported_factors(module, adapter_name).items():
+            name = _text_model_name(name) if component.startswith("text_encoder") else name
+            key = f"{prefixes[component]}_{name.replace('.', '_')}"
+            tensors |= {
+                f"{key}.lora_down.weight": factors.lora_A,
+                f"{key}.lora_up.weight": factors.lora_B,
+                f"{key}.alpha": torch.tensor(float(factors.lora_A.shape[0])),
+            }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path
+
+
+def _text_model_name(name: str) -> str:
+    """The layer's name as files have it: transformers before 5 nests CLIP's layers under ``text_model``."""
+    return name if name.startswith("text_model.") else f"text_model.{name}"
+
+
+def _pad(name: str, factors: LoraFactors, rank: int) -> LoraFactors:
+    missing = rank - factors.lora_A.shape[0]
+    if missing < 0:
+        raise ValueError(f"pad_rank {rank} is smaller than the exported rank {factors.lora_A.shape[0]} of {name!r}")
+    return LoraFactors(
+        nn.functional.pad(factors.lora_A, (0, 0, 0, missing)), nn.functional.pad(factors.lora_B, (0, missing))
+    )

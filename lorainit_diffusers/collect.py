@@ -1,0 +1,264 @@
+"""The collection pass: the training loss with hooks attached.
+
+:func:`collect` runs a loss over a few batches and gathers one statistic a layer. It owns batches, shared inputs,
+evaluation mode, token masks, the check for non-finite values, timing and the reduction over processes; it knows
+neither models nor methods.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lorainit_diffusers.hooks import model_state_preserved, observe_inputs, observe_weight_gradients
+from lorainit_diffusers.statistics import GradientMean, Statistic
+
+# float16 gradients of a mean loss underflow; a power of two scales them exactly and is divided out in float32.
+FLOAT16_LOSS_SCALE = 1024.0
+
+
+@dataclass
+class Collection:
+    """What a collection pass gathered.
+
+    Attributes:
+        statistics: layer -> statistic; layers fed by the same tensor hold the same object.
+        leaders: layer -> the first layer of its group of shared inputs (itself when it shares with none).
+        num_passes: forward passes made on this process.
+        forward_s: seconds in the loss (and backward), statistics not counted.
+        statistics_s: seconds in the statistics.
+    """
+
+    statistics: dict[str, Statistic] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
+    num_passes: int = 0
+    forward_s: float = 0.0
+    statistics_s: float = 0.0
+
+
+class _SharedInputs:
+    """Tells by identity which layers were fed by one tensor in the current forward.
+
+    A tensor is the same when it is the same object, still alive, at the same version; hashing its values would cost
+    more than the statistic itself.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, int, torch.Size, str]] = {}
+        self.trace: dict[str, list[str]] = {}
+
+    def leader(self, name: str, tensor: Tensor) -> str:
+        """The first layer that saw this tensor in this forward; notes it in ``trace``."""
+        signature = (tensor._version, tensor.data_ptr(), tensor.shape)
+        entry = self._seen.get(id(tensor))
+        if entry is not None and entry[0]() is tensor and entry[1:4] == signature:
+            leader = entry[4]
+        else:
+            leader = name
+            self._seen[id(tensor)] = (weakref.ref(tensor), *signature, name)
+        self.trace.setdefault(name, []).append(leader)
+        return leader
+
+
+def collect(
+    modules: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Linear],
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any], Tensor],
+    make_statistic: Callable[[str, nn.Linear], Statistic],
+    *,
+    observes: Literal["inputs", "gradients"],
+    num_batches: int | None = None,
+    share_inputs: bool = True,
+    token_mask: Callable[[str], Tensor | None] | None = None,
+    describe_step: Callable[[], str] | None = None,
+    progress: bool = True,
+) -> Collection:
+    """Run ``loss_fn`` over the batches and gather a statistic for every layer.
+
+    The modules are in evaluation mode meanwhile (dropout off; no gradients for inputs). Training mode,
+    ``requires_grad``, hooks and the global random state are restored even when the forward raises.
+
+    Args:
+        modules: component -> module; their mode is switched and restored.
+        layers: name -> linear layer inside them.
+        batches: what ``loss_fn`` takes; at most ``num_batches`` are drawn.
+        loss_fn: one training loss: batch -> 0-d tensor.
+        make_statistic: (name, layer) -> empty statistic.
+        observes: layer inputs (no backward pass) or weight gradients (forward and backward).
+        num_batches: cap on the batches; ``None`` means all of them, which must then be finite.
+        share_inputs: one statistic for all layers that one tensor feeds.
+        token_mask: layer -> (batch, tokens) boolean mask of the current batch, or ``None``; rows outside are left out.
+        describe_step: says what the current step was (its timesteps), for error messages.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no batches; non-finite activations or gradients (names layer, batch and timesteps); a layer that
+            the loss never reached; layers that share their input in one batch and not in another.
+    """
+    total = num_batches if num_batches is not None else _length(batches)
+    result = Collection()
+    if observes == "gradients":
+        result.leaders = {name: name for name in layers}
+        result.statistics = {name: make_statistic(name, layer) for name, layer in layers.items()}
+
+    # 16-bit losses are scaled only where the weights, and so their gradients, are float16.
+    scale = 1.0
+    if observes == "gradients" and any(layer.weight.dtype == torch.float16 for layer in layers.values()):
+        scale = FLOAT16_LOSS_SCALE
+    shared = _SharedInputs()
+    statistics_s = 0.0
+
+    def on_input(name: str, tensor: Tensor) -> None:
+        nonlocal statistics_s
+        start = _now(tensor)
+        leader = shared.leader(name, tensor) if share_inputs else name
+        if name not in result.leaders:
+            result.leaders[name] = leader
+            result.statistics[name] = (
+                make_statistic(name, layers[name]) if leader == name else result.statistics[leader]
+            )
+        if result.leaders[name] == name:
+            result.statistics[name].update(_rows(tensor, token_mask(name) if token_mask else None))
+        statistics_s += _now(tensor) - start
+
+    def on_gradient(name: str, gradient: Tensor) -> None:
+        nonlocal statistics_s
+        start = _now(gradient)
+        result.statistics[name].update(gradient.float() / scale if scale != 1.0 else gradient)
+        statistics_s += _now(gradient) - start
+
+    first_trace: dict[str, list[str]] | None = None
+    with model_state_preserved(modules):
+        for module in modules.values():
+            module.eval()
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
+        observer = (
+            observe_inputs(layers, on_input) if observes == "inputs" else observe_weight_gradients(layers, on_gradient)
+        )
+        bar = tqdm(total=total, desc=f"collecting {observes}", unit="batch", disable=not progress, leave=True)
+        with observer, bar:
+            for index, batch in enumerate(islice(batches, num_batches)):
+                shared = _SharedInputs()
+                before, start = statistics_s, time.perf_counter()
+                if observes == "inputs":
+                    with torch.no_grad():
+                        loss = loss_fn(batch)
+                else:
+                    with torch.enable_grad():
+                        loss = loss_fn(batch)
+                        if not loss.requires_grad:
+                            raise ValueError(
+                                "the loss does not depend on the target layers, or ran under no_grad: "
+                                "no gradient to collect"
+                            )
+                        (loss * scale).backward()
+                _now(loss)
+                result.forward_s += time.perf_counter() - start - (statistics_s - before)
+                if share_inputs and observes == "inputs":
+                    first_trace = _check_sharing(first_trace, shared.trace, result.leaders)
+                _check_finite(result.statistics, result.leaders, index, observes, describe_step)
+                result.num_passes += 1
+                bar.update()
+
+    if result.num_passes == 0:
+        raise ValueError(
+            "the collection pass got no batches: the data is empty, the iterator was already used up, "
+            "or num_batches is 0; pass at least one batch"
+        )
+    start = time.perf_counter()
+    _check_reached(layers, result)
+    _all_reduce(result.statistics.values())
+    result.statistics_s = statistics_s + time.perf_counter() - start
+    return result
+
+
+def _rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """(..., features) -> (n, features), without the tokens that the (batch, tokens) mask leaves out."""
+    if mask is not None and tensor.shape[:-1] == mask.shape:
+        return tensor[mask.to(tensor.device)]
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _now(tensor: Tensor) -> float:
+    """Wall clock, with the accelerator's queue drained so that work is charged to whom it belongs."""
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _check_sharing(
+    first: dict[str, list[str]] | None, trace: dict[str, list[str]], leaders: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Layers may share a statistic only if one tensor feeds both in every call of every batch."""
+    for name, calls in trace.items():
+        expected = trace[leaders[name]] if leaders[name] in trace else None
+        if calls != expected or (first is not None and first.get(name) != calls):
+            raise ValueError(
+                f"layer {name!r} shares its input with {leaders[name]!r} in some calls but not in all; "
+                "pass share_inputs=False to collect every layer on its own"
+            )
+    if first is not None and first.keys() != trace.keys():
+        missing = sorted(first.keys() ^ trace.keys())
+        if any(list(leaders.values()).count(leaders[name]) > 1 for name in missing):
+            raise ValueError(
+                f"layer {missing[0]!r} ran in some batches but not in all while sharing its input; "
+                "pass share_inputs=False to collect every layer on its own"
+            )
+    return trace if first is None else first
+
+
+def _check_finite(
+    statistics: Mapping[str, Statistic],
+    leaders: Mapping[str, str],
+    batch: int,
+    observes: str,
+    describe_step: Callable[[], str] | None,
+) -> None:
+    own = [name for name in statistics if leaders[name] == name]
+    flags = [statistics[name].is_finite for name in own]
+    if not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()):  # one device sync a batch
+        return
+    culprit = next(name for name, flag in zip(own, flags, strict=True) if not bool(flag))
+    step = f" ({describe_step()})" if describe_step is not None and describe_step() else ""
+    what = "input activations" if observes == "inputs" else "weight gradient"
+    raise ValueError(
+        f"non-finite {what} at layer {culprit!r} in batch {batch}{step}; "
+        "try float32 or bf16 instead of fp16, and look for a broken image or VAE"
+    )
+
+
+def _check_reached(layers: Mapping[str, nn.Linear], result: Collection) -> None:
+    missing = [
+        name for name in layers if name not in result.statistics or result.statistics[name].num_rows == 0
+    ]
+    if missing:
+        raise ValueError(
+            f"the loss never reached layer {missing[0]!r}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + "; leave it out of the target modules, or check that the loss uses this module"
+        )
+
+
+def _all_reduce(statistics: Iterable[Statistic]) -> None:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return
+    for statistic in {id(statistic): statistic for statistic in statistics}.values():
+        statistic.all_reduce(distributed.all_reduce)

@@ -1,0 +1,304 @@
+"""The one public call: collect, solve, allocate ranks, attach adapters."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import nullcontext
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorainit_diffusers import adapters
+from lorainit_diffusers.collect import Collection, collect
+from lorainit_diffusers.families.base import ModelFamily
+from lorainit_diffusers.methods import METHODS, Initializer
+from lorainit_diffusers.methods.kaiming import Kaiming
+from lorainit_diffusers.ranks import allocate_ranks, check_rank_fits, uniform_ranks
+from lorainit_diffusers.report import InitReport, LayerReport
+
+# How many times the average rank a layer may get under variable ranks (EVA's rho).
+MAX_RANK_RATIO = 2
+# Bins of the timestep distribution when the number of batches is not known beforehand.
+DEFAULT_NUM_STRATA = 16
+
+
+def make_method(name: str, options: Mapping[str, Any] | None = None) -> Initializer:
+    """A method by name.
+
+    Raises:
+        ValueError: an unknown name or option (lists the known ones).
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown init {name!r}; known: {', '.join(METHODS)}")
+    method = METHODS[name]
+    known = getattr(method, "__dataclass_fields__", {})
+    for option in options or {}:
+        if option not in known:
+            raise ValueError(f"init {name!r} has no option {option!r}; known: {', '.join(known) or 'none'}")
+    return method(**(options or {}))
+
+
+def initialize(
+    target: nn.Module | Mapping[str, nn.Module] | ModelFamily,
+    method: str | Initializer = "cntlora",
+    batches: Iterable[Any] = (),
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    target_modules: Sequence[str] | str | Mapping[str, Sequence[str] | str] | None = None,
+    num_batches: int | None = None,
+    variable_rank: bool = False,
+    rank_budget: int | None = None,
+    parameter_budget: int | None = None,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+    seed: int = 0,
+    adapter_name: str = "default",
+    use_rslora: bool = False,
+    lora_dropout: float = 0.0,
+    share_inputs: bool = True,
+    progress: bool = True,
+) -> InitReport:
+    """Initialise LoRA adapters from the fine-tuning data.
+
+    In a script of your own, after ``unet.add_adapter(LoraConfig(...))`` or ``get_peft_model`` (or on a raw module, with
+    ``rank`` and ``target_modules``)::
+
+        initialize(unet, "cntlora", batches, loss_fn)
+
+    where ``loss_fn(batch)`` is one training loss. Call it before ``accelerator.prepare``, ``torch.compile`` and the
+    creation of the optimiser. Afterwards the adapter is active and trainable in float32; the base weights are
+    untouched. Save with :func:`~lorainit_diffusers.adapters.save_diffusers_lora`, which folds the frozen offset of
+    methods such as CNTLoRA, LoRA-GA and PiSSA into the file; PEFT's own saving does not know of it.
+
+    Args:
+        target: a module, named components, or a model family (whose own loss is used).
+        method: a name from ``METHODS``, or a configured instance.
+        batches: what the loss takes; drawn once, at most ``num_batches``. Not needed by methods that observe nothing.
+        loss_fn: batch -> 0-d loss. Left out for a family.
+        rank: of every layer, or on average under ``variable_rank``. Default: the existing adapter's, or 8.
+        alpha: LoRA alpha at that rank. Default: the existing adapter's, or the rank. Under variable ranks a layer's
+            alpha follows its rank, so that the scaling stays the same everywhere.
+        target_modules: names, name endings or a regular expression; per component if a mapping. Default: the layers
+            already adapted, or the family's default.
+        num_batches: cap on the batches drawn; all when left out.
+        variable_rank: allocate ranks by pooled scores.
+        rank_budget: sum of ranks under ``variable_rank``; ``rank`` times the number of layers when left out.
+        parameter_budget: number of adapter parameters, instead of ``rank_budget``.
+        min_rank: under ``variable_rank``; 0 lets layers go without an adapter.
+        max_rank: under ``variable_rank``; twice ``rank`` when left out.
+        seed: of everything random: the global generators during the pass (restored after it) and the factors.
+        adapter_name: PEFT's name of the adapter.
+        use_rslora: scale by alpha / sqrt(rank); for new adapters.
+        lora_dropout: for new adapters.
+        share_inputs: keep one statistic for layers that one tensor feeds.
+        progress: show a progress bar.
+
+    Returns:
+        The report: ranks, scores and rows of every layer, and the cost.
+
+    Raises:
+        ValueError: bad arguments, before anything is computed: unknown method, no matching layer, a rank that does not
+            fit, a wrapped or compiled module, no batches; or, in the pass, non-finite activations. Names the culprit.
+    """
+    name, method = (method, make_method(method)) if isinstance(method, str) else (_name_of(method), method)
+    family = None if isinstance(target, (nn.Module, Mapping)) else target
+    modules = family.adapted if family is not None else {"": target} if isinstance(target, nn.Module) else dict(target)
+    for component, module in modules.items():
+        _check_not_wrapped(component, module)
+
+    existing = {component: adapters.existing_adapter(module, adapter_name) for component, module in modules.items()}
+    config = next((adapter for adapter in existing.values() if adapter is not None), None)
+    rank = rank if rank is not None else config.rank if config is not None else 8
+    use_rslora = config.use_rslora if config is not None else use_rslora
+    if alpha is not None or config is None:
+        scaling = (alpha if alpha is not None else rank) / (rank**0.5 if use_rslora else max(rank, 1))
+    else:
+        scaling = config.scaling
+    if config is not None and config.use_dora and method.step_zero != "equal":
+        raise ValueError(
+            f"init {name!r} starts from B A != 0, which DoRA's magnitudes do not allow; "
+            "use a zero-delta init such as eva or orthonormal, or drop use_dora"
+        )
+
+    layers: dict[str, nn.Linear] = {}
+    location: dict[str, tuple[str, str]] = {}
+    for component, module in modules.items():
+        targets = target_modules.get(component) if isinstance(target_modules, Mapping) else target_modules
+        if targets is None and family is not None:
+            targets = family.default_targets(component)
+        for layer_name, layer in adapters.target_layers(module, targets, adapter_name).items():
+            full_name = f"{component}.{layer_name}" if component else layer_name
+            layers[full_name] = layer
+            location[full_name] = (component, layer_name)
+    shapes = {full_name: (layer.out_features, layer.in_features) for full_name, layer in layers.items()}
+    ranks = uniform_ranks(shapes, rank)
+    if variable_rank:
+        max_rank = max_rank if max_rank is not None else MAX_RANK_RATIO * rank
+        if rank_budget is None and parameter_budget is None:
+            rank_budget = rank * len(layers)
+    else:
+        if rank_budget is not None or parameter_budget is not None or max_rank is not None:
+            raise ValueError("rank_budget, parameter_budget and max_rank need variable_rank=True (--variable_rank)")
+        max_rank = rank
+    caps = {full_name: min(max_rank, *shape) for full_name, shape in shapes.items()}
+    for full_name, (out_features, in_features) in shapes.items():
+        try:
+            method.statistic(in_features, out_features, caps[full_name])
+        except ValueError as error:
+            raise ValueError(f"layer {full_name!r}: {error}") from None
+
+    collection = Collection()
+    if method.observes != "nothing":
+        collection = _collect(
+            family, modules, layers, location, method, caps, batches, loss_fn, num_batches, seed, share_inputs, progress
+        )
+
+    start = time.perf_counter()
+    solutions, fallbacks = {}, {}
+    for full_name, layer in layers.items():
+        statistic = collection.statistics.get(full_name)
+        solver: Initializer = method
+        if method.observes == "inputs" and statistic is not None and statistic.num_rows < rank:
+            solver = Kaiming()
+            fallbacks[full_name] = f"only {statistic.num_rows} rows for rank {rank}: Kaiming A, zero B"
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{full_name}".encode()))
+        solutions[full_name] = solver.solve(
+            layer.weight.detach().float(), statistic, caps[full_name], scaling=scaling, generator=generator
+        )
+    if variable_rank:
+        without = next((n for n, s in solutions.items() if s.scores is None and n not in fallbacks), None)
+        if without is not None:
+            raise ValueError(f"init {name!r} gives no scores to allocate ranks by; drop variable_rank (--variable_rank)")
+        scored = {n: s for n, s in solutions.items() if s.scores is not None}
+        scores = {n: scored[n].scores if n in scored else torch.zeros(caps[n]) for n in layers}
+        ranks = allocate_ranks(
+            {n: torch.nan_to_num(s) for n, s in scores.items() if s is not None},
+            shapes,
+            rank_budget=rank_budget,
+            parameter_budget=parameter_budget,
+            min_rank=min_rank,
+            max_rank=max_rank,
+        )
+    weights: dict[str, dict[str, adapters.AdapterWeights]] = {component: {} for component in modules}
+    for full_name, solution in solutions.items():
+        if ranks[full_name] == 0:
+            continue
+        factors = solution.factors(ranks[full_name])
+        offset = method.step_zero == "offset" and bool(factors.lora_B.any())
+        component, layer_name = location[full_name]
+        weights[component][layer_name] = adapters.AdapterWeights(
+            factors,
+            scaling,
+            offset=factors if offset else None,
+        )
+    for component, module in modules.items():
+        adapters.attach(
+            module, weights[component], adapter_name=adapter_name, use_rslora=use_rslora, lora_dropout=lora_dropout
+        )
+    solve_s = time.perf_counter() - start
+
+    def report_layer(full_name: str) -> LayerReport:
+        scores, kept = solutions[full_name].scores, ranks[full_name]
+        statistic = collection.statistics.get(full_name)
+        return LayerReport(
+            rank=kept,
+            alpha=scaling * (kept**0.5 if use_rslora else kept),
+            scores=None if scores is None else [float(f"{score:.6g}") for score in scores.tolist()],
+            captured=None if scores is None else float(scores[:kept].sum()),
+            num_rows=statistic.num_rows if statistic is not None else 0,
+            shared_group=collection.leaders.get(full_name, full_name),
+            fallback=fallbacks.get(full_name),
+        )
+
+    return InitReport(
+        method=name,
+        options=asdict(method) if is_dataclass(method) else {},  # type: ignore[arg-type]
+        step_zero=method.step_zero,
+        layers={full_name: report_layer(full_name) for full_name in layers},
+        num_passes=collection.num_passes,
+        forward_s=collection.forward_s,
+        statistics_s=collection.statistics_s,
+        solve_s=solve_s,
+    )
+
+
+def _collect(
+    family: ModelFamily | None,
+    modules: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Linear],
+    location: Mapping[str, tuple[str, str]],
+    method: Initializer,
+    caps: Mapping[str, int],
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any], Tensor] | None,
+    num_batches: int | None,
+    seed: int,
+    share_inputs: bool,
+    progress: bool,
+) -> Collection:
+    """The collection pass of this method, through the family's loss or the user's."""
+    assert method.observes != "nothing"
+    generator = torch.Generator().manual_seed(seed)
+    stratified: Any = nullcontext()
+    token_mask = describe_step = None
+    if family is not None:
+        owner = family
+
+        def family_loss(batch: Any) -> Tensor:
+            return owner.loss(batch, generator)
+
+        def family_token_mask(full_name: str) -> Tensor | None:
+            return owner.step.token_masks.get(location[full_name][0])
+
+        def family_step() -> str:
+            timesteps = owner.step.timesteps
+            return "" if timesteps is None else f"timesteps {timesteps.flatten().tolist()}"
+
+        loss_fn, token_mask, describe_step = loss_fn or family_loss, family_token_mask, family_step
+        # One stratum a batch: every sample position then walks through the whole timestep distribution once.
+        strata = num_batches or (len(batches) if isinstance(batches, Sized) else DEFAULT_NUM_STRATA)
+        stratified = owner.stratified_timesteps(max(strata, 1), generator)
+    if loss_fn is None:
+        raise ValueError("loss_fn is missing: pass the function that computes one training loss from a batch")
+
+    def make_statistic(full_name: str, layer: nn.Linear) -> Any:
+        return method.statistic(layer.in_features, layer.out_features, caps[full_name])
+
+    with torch.random.fork_rng(devices=_cuda_devices(modules)), adapters.adapters_disabled(modules), stratified:
+        torch.manual_seed(seed)
+        return collect(
+            modules,
+            layers,
+            batches,
+            loss_fn,
+            make_statistic,
+            observes=method.observes,
+            num_batches=num_batches,
+            share_inputs=share_inputs,
+            token_mask=token_mask,
+            describe_step=describe_step,
+            progress=progress,
+        )
+
+
+def _cuda_devices(modules: Mapping[str, nn.Module]) -> list[int]:
+    devices = {p.device for module in modules.values() for p in module.parameters()}
+    return sorted({device.index or 0 for device in devices if device.type == "cuda"})
+
+
+def _name_of(method: Initializer) -> str:
+    return next((name for name, known in METHODS.items() if type(method) is known), type(method).__name__)
+
+
+def _check_not_wrapped(component: str, module: nn.Module) -> None:
+    """Collection needs the plain module: compiled graphs skip hooks, and wrappers rename or shard the layers."""
+    kind = type(module).__name__
+    if kind in {"OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"}:
+        where = f" (component {component!r})" if component else ""
+        raise ValueError(f"initialize() got a {kind}{where}; call it before torch.compile and accelerator.prepare")

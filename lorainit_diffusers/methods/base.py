@@ -1,0 +1,106 @@
+"""What an initialisation is: the contract that every file of this package fulfils."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lorainit_diffusers.statistics import InputStatistic, Statistic
+
+Observes = Literal["nothing", "inputs", "gradients"]
+StepZero = Literal["equal", "offset", "moved"]
+
+
+class LoraFactors(NamedTuple):
+    """Initial weights of one LoRA layer; the layer adds ``scaling * lora_B @ lora_A``.
+
+    Attributes:
+        lora_A: (rank, in_features) float32.
+        lora_B: (out_features, rank) float32.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A method's answer for one layer, before its rank is known.
+
+    One decomposition serves the scores and the factors of every rank, so that allocating ranks costs no second solve.
+
+    Attributes:
+        scores: (k,) what each component is worth, descending, in units comparable between layers (a share of the
+            layer's total); ``None`` where a method has no notion of it.
+        factors: rank -> factors, for ranks up to the ``max_rank`` that was asked for.
+    """
+
+    scores: Tensor | None
+    factors: Callable[[int], LoraFactors]
+
+
+class Initializer(Protocol):
+    """An initialisation: a frozen dataclass of hyper-parameters, without state.
+
+    Attributes:
+        observes: what its collection pass looks at.
+    """
+
+    observes: ClassVar[Observes]
+
+    @property
+    def step_zero(self) -> StepZero:
+        """Whether the adapted model starts as the base model.
+
+        ``"equal"``: B A = 0. ``"offset"``: B A is not zero; a frozen twin adapter subtracts it. ``"moved"``: B A is
+        not zero and stays: the model starts elsewhere.
+        """
+        ...
+
+    def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
+        """An empty statistic for one layer, or ``None`` when the method observes nothing."""
+        ...
+
+    def solve(
+        self,
+        weight: Tensor,
+        statistic: Statistic | None,
+        max_rank: int,
+        *,
+        scaling: float,
+        generator: torch.Generator,
+    ) -> Solution:
+        """Solve one layer.
+
+        Args:
+            weight: (out_features, in_features) pre-trained weight, float32; not to be changed.
+            statistic: as :meth:`statistic` made it, filled.
+            max_rank: the largest rank that will be asked of the solution.
+            scaling: alpha / rank (or alpha / sqrt(rank)) that the layer multiplies B A by.
+            generator: CPU generator, seeded by run and layer; the only source of randomness.
+        """
+        ...
+
+
+def input_statistic(statistic: Statistic | None) -> InputStatistic:
+    """Narrow to the statistic of inputs that a method asked for."""
+    if statistic is None or not hasattr(statistic, "eigh"):
+        raise ValueError("this method needs the layer's input statistic; run the collection pass with it")
+    return statistic  # type: ignore[return-value]
+
+
+def kaiming_input_power(trace: float, in_features: int) -> float:
+    """E||A x||^2 a row of A for PEFT's default initialisation, given E||x||^2 = ``trace``.
+
+    Kaiming-uniform with a = sqrt(5) draws A's entries with variance 1 / (3 in_features).
+    """
+    return trace / (3 * in_features)
+
+
+def zeros_like_output(weight: Tensor, rank: int) -> Tensor:
+    """(out_features, rank) zero B."""
+    return torch.zeros(weight.shape[0], rank, dtype=torch.float32, device=weight.device)

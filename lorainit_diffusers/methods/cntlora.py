@@ -1,0 +1,133 @@
+"""CNTLoRA (Das et al. 2025, ICCV, arXiv:2507.08044): constraints on activations, solved in closed form.
+
+Only the paper's abstract, its first figure's caption and the start of its introduction were available, and no code
+is public. The equations below are **our derivation**, chosen to have every property that those state: the estimate
+depends on the pre-trained weight and the fine-tuning activations only, it has a closed form, it is decomposed into
+both factors, and ranks vary.
+
+Let S = E[x x'] over the fine-tuning inputs of a layer, S_l = S + ridge (eigenvalues floored) and W0 its weight.
+
+* ``"alignment"``: the adapted layer gives the fine-tuning inputs the output second moment that the pre-trained layer
+  gave its pre-training inputs, taken as isotropic (layers follow normalisations):
+  (W0 + D) S_l (W0 + D)' = c^2 W0 W0'. Of all solutions D = W0 (c S_l^(-1/2) - I) is the one that displaces the inputs
+  least (the optimal-transport map); c^2 is the mean eigenvalue of S_l, so isotropic inputs give D = 0.
+* ``"decorrelation"``: (W0 + D) X = W0 X_p with X_p uncorrelated with X gives the ridge solution D = -W0 S S_l^(-1).
+
+Both are functions of S times W0, so everything is computed in the eigenbasis of S with row scalings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lorainit_diffusers.linalg import top_svd
+from lorainit_diffusers.methods.base import (
+    LoraFactors,
+    Observes,
+    Solution,
+    StepZero,
+    input_statistic,
+    kaiming_input_power,
+)
+from lorainit_diffusers.statistics import SecondMoment, Statistic
+
+# Directions that the fine-tuning data never excites would otherwise dominate the inverse.
+EIGENVALUE_FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class CNTLoRA:
+    """The closed-form estimate D of the weight change, truncated to rank r and factored.
+
+    Attributes:
+        constraint: which constraint D solves, see the module's docstring.
+        ridge: added to S, as a multiple of its mean eigenvalue.
+        truncation: ``"activation"`` keeps the best rank-r approximation of the output change on the data (SVD of
+            D S_l^(1/2)); ``"weight"`` that of D itself.
+        gauge: how B A = D_r is split. ``"whitened"``: the hidden activations A x are uncorrelated with equal variance
+            (under S_l), which preconditions the training of B; ``"activation"``: uncorrelated, the square root of the
+            singular values on both sides; ``"balanced"``: the plain SVD of D_r, its square root on both sides.
+        base: ``"offset"`` keeps the base model's function at step 0 by a frozen twin adapter; ``"down_only"`` keeps
+            A and sets B = 0; ``"active"`` starts from W0 + gamma * D_r.
+        gamma: of ``"active"``.
+        scale: one scalar moves between A and B (``"down_only"``: scales A). ``"paper"``: ||A||_F = ||B||_F
+            (``"down_only"``: ||A||_F = sqrt(rank)); ``"matched"``: E||A x||^2 as PEFT's Kaiming initialisation has it.
+    """
+
+    observes: ClassVar[Observes] = "inputs"
+
+    constraint: Literal["alignment", "decorrelation"] = "alignment"
+    ridge: float = 0.1
+    truncation: Literal["activation", "weight"] = "activation"
+    gauge: Literal["whitened", "activation", "balanced"] = "whitened"
+    base: Literal["offset", "down_only", "active"] = "offset"
+    gamma: float = 0.1
+    scale: Literal["paper", "matched"] = "paper"
+
+    def __post_init__(self) -> None:
+        if self.ridge < 0:
+            raise ValueError(f"ridge is {self.ridge}; it must not be negative")
+
+    @property
+    def step_zero(self) -> StepZero:
+        """Follows from ``base``."""
+        steps: dict[str, StepZero] = {"offset": "offset", "down_only": "equal", "active": "moved"}
+        return steps[self.base]
+
+    def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
+        """The exact second moment of the inputs."""
+        return SecondMoment(in_features)
+
+    def solve(
+        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+    ) -> Solution:
+        """Scores are the shares of ||D S_l^(1/2)||_F^2 (``truncation="weight"``: of ||D||_F^2)."""
+        inputs = input_statistic(statistic)
+        values, vectors = inputs.eigh(centered=False)
+        mean_eigenvalue = values.mean()
+        ridged = (values + self.ridge * mean_eigenvalue).clamp_min(EIGENVALUE_FLOOR * mean_eigenvalue)
+        root = ridged.sqrt()
+        if self.constraint == "alignment":
+            change = ridged.mean().sqrt() / root - 1  # D = W0 vectors diag(change) vectors'
+        else:
+            change = -values / ridged
+        delta = (weight.to(vectors.dtype) @ vectors) * change  # (out, in), columns in the eigenbasis of S
+        metric = root if self.truncation == "activation" else torch.ones_like(root)
+        truncated = top_svd(delta * metric, max_rank)
+        total = (delta * metric).square().sum()
+        scores = truncated.values.square() / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+        def factors(rank: int) -> LoraFactors:
+            left, singular, right = truncated.left[:, :rank], truncated.values[:rank], truncated.right[:rank]
+            # The gauges differ in the metric in which the factors are orthogonal; rotate where it is not truncation's.
+            gauge_metric = torch.ones_like(root) if self.gauge == "balanced" else root
+            if not torch.equal(gauge_metric, metric):
+                left, singular, right = top_svd((left * singular) @ (right / metric) * gauge_metric, rank)
+            lora_A, lora_B = right / gauge_metric, left * singular
+            if self.gauge != "whitened":
+                lora_A, lora_B = lora_A * singular.sqrt()[:, None], left * singular.sqrt()
+            lora_B = lora_B * ((self.gamma if self.base == "active" else 1.0) / scaling)
+            factor = self._factor(lora_A, lora_B, values, inputs.trace(centered=False))
+            lora_A, lora_B = lora_A @ vectors.mT * factor, lora_B / factor
+            if self.base == "down_only":
+                lora_B = torch.zeros_like(lora_B)
+            return LoraFactors(lora_A.float().contiguous(), lora_B.float().contiguous())
+
+        return Solution(scores, factors)
+
+    def _factor(self, lora_A: Tensor, lora_B: Tensor, values: Tensor, trace: float) -> Tensor:
+        """The scalar that A is multiplied and B divided by; ``lora_A`` is in the eigenbasis of S."""
+        tiny = torch.finfo(lora_A.dtype).tiny
+        rank, in_features = lora_A.shape
+        if self.scale == "matched":
+            power = (lora_A.square() * values).sum()
+            return (rank * kaiming_input_power(trace, in_features) / power.clamp_min(tiny)).sqrt()
+        norm_A = lora_A.norm().clamp_min(tiny)
+        norm_B = lora_B.norm()
+        if self.base == "down_only" or float(norm_B) == 0.0:  # D = 0: nothing to balance against
+            return rank**0.5 / norm_A
+        return (norm_B / norm_A).sqrt()

@@ -1,0 +1,87 @@
+"""EVA (Paischer et al. 2024, arXiv:2410.07170): the principal directions of the layer's inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lorainit_diffusers.methods.base import (
+    LoraFactors,
+    Observes,
+    Solution,
+    StepZero,
+    input_statistic,
+    kaiming_input_power,
+    zeros_like_output,
+)
+from lorainit_diffusers.statistics import SecondMoment, SketchedSecondMoment, Statistic
+
+
+@dataclass(frozen=True)
+class EVA:
+    """A = the top-r eigenvectors of the input covariance, B = 0; ranks by explained-variance ratio.
+
+    Where the authors and PEFT run an incremental SVD until it converges, this reads the eigenvectors off the exact
+    covariance of the collected rows (or its Nyström sketch).
+
+    Attributes:
+        centered: subtract the mean. Uncentred, the mean direction dwarfs all others on transformer inputs.
+        whiten: divide A's rows by the square root of: nothing (the paper); the ``"singular_value"`` of the rows (PEFT's
+            ``whiten``, made independent of the number of rows); the ``"variance_ratio"`` (the authors' vision code),
+            after which all components of A x have equal variance.
+        scale: ``"paper"`` leaves A as it is; ``"matched"`` rescales A so that E||A x||^2 over the collected rows is
+            what PEFT's Kaiming initialisation would give.
+        sketch_columns: use a Nyström sketch of that many columns instead of the exact covariance.
+    """
+
+    observes: ClassVar[Observes] = "inputs"
+    step_zero: ClassVar[StepZero] = "equal"
+
+    centered: bool = True
+    whiten: Literal["none", "singular_value", "variance_ratio"] = "none"
+    scale: Literal["paper", "matched"] = "paper"
+    sketch_columns: int | None = None
+
+    def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
+        """The exact covariance of the inputs, or its sketch.
+
+        Raises:
+            ValueError: fewer sketch columns than the rank.
+        """
+        if self.sketch_columns is None:
+            return SecondMoment(in_features)
+        if self.sketch_columns < rank:
+            raise ValueError(f"sketch_columns {self.sketch_columns} is smaller than the rank {rank}; use at least that")
+        return SketchedSecondMoment(in_features, min(self.sketch_columns, in_features))
+
+    def solve(
+        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+    ) -> Solution:
+        """Scores are explained-variance ratios."""
+        inputs = input_statistic(statistic)
+        values, vectors = inputs.eigh(centered=self.centered)
+        values, vectors = values[:max_rank], vectors[:, :max_rank]
+        total = inputs.trace(centered=self.centered)
+        ratios = values / total if total > 0 else torch.zeros_like(values)
+
+        def factors(rank: int) -> LoraFactors:
+            lora_A = vectors[:, :rank].mT
+            # Directions without variance (fewer rows than rank) must not be blown up by dividing by almost nothing.
+            floor = 1e-6 * ratios[0].clamp_min(torch.finfo(ratios.dtype).tiny)
+            if self.whiten == "variance_ratio":
+                lora_A = lora_A / ratios[:rank, None].clamp_min(floor).sqrt()
+            elif self.whiten == "singular_value":
+                lora_A = lora_A / (ratios[:rank, None].clamp_min(floor) * total).pow(0.25)
+            if self.scale == "matched":
+                mean = inputs.mean().to(lora_A.dtype)
+                power = lora_A.square().sum(1) @ values[:rank]
+                if self.centered:
+                    power = power + (lora_A @ mean).square().sum()
+                wanted = rank * kaiming_input_power(inputs.trace(centered=False), weight.shape[1])
+                lora_A = lora_A * (wanted / power.clamp_min(torch.finfo(power.dtype).tiny)).sqrt()
+            return LoraFactors(lora_A.float().contiguous(), zeros_like_output(weight, rank))
+
+        return Solution(ratios, factors)

@@ -1,0 +1,35 @@
+"""Gaussian A, zero B: the default of diffusers' training scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero, zeros_like_output
+from lorainit_diffusers.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A from N(0, 1 / rank^2), B = 0, as PEFT's ``init_lora_weights="gaussian"``."""
+
+    observes: ClassVar[Observes] = "nothing"
+    step_zero: ClassVar[StepZero] = "equal"
+
+    def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
+        """Nothing is observed."""
+        return None
+
+    def solve(
+        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+    ) -> Solution:
+        """Draw A; there are no scores."""
+
+        def factors(rank: int) -> LoraFactors:
+            lora_A = torch.randn(rank, weight.shape[1], generator=generator) / rank
+            return LoraFactors(lora_A.to(weight.device), zeros_like_output(weight, rank))
+
+        return Solution(None, factors)

@@ -1,0 +1,37 @@
+"""Kaiming-uniform A, zero B: PEFT's default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero, zeros_like_output
+from lorainit_diffusers.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class Kaiming:
+    """A uniform in +-1/sqrt(in_features) (Kaiming with a = sqrt(5)), B = 0, as ``init_lora_weights=True`` in PEFT."""
+
+    observes: ClassVar[Observes] = "nothing"
+    step_zero: ClassVar[StepZero] = "equal"
+
+    def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
+        """Nothing is observed."""
+        return None
+
+    def solve(
+        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+    ) -> Solution:
+        """Draw A; there are no scores."""
+
+        def factors(rank: int) -> LoraFactors:
+            in_features = weight.shape[1]
+            bound = in_features**-0.5
+            lora_A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+            return LoraFactors(lora_A.to(weight.device), zeros_like_output(weight, rank))
+
+        return Solution(None, factors)

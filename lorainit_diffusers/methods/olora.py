@@ -1,0 +1,37 @@
+"""OLoRA (Büyükakyüz 2024, arXiv:2406.01775): the QR factors of the pre-trained weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorainit_diffusers.linalg import solve_dtype
+from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero
+from lorainit_diffusers.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class OLoRA:
+    """W0 = Q R, B = Q[:, :r], A = R[:r]; the base is offset (a frozen twin adapter).
+
+    As in PEFT, A and B are not divided by the scaling: the offset is ``scaling * B A``.
+    """
+
+    observes: ClassVar[Observes] = "nothing"
+    step_zero: ClassVar[StepZero] = "offset"
+
+    def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
+        """Nothing is observed."""
+        return None
+
+    def solve(
+        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+    ) -> Solution:
+        """No scores: QR without pivoting does not order its components."""
+        q, r = torch.linalg.qr(weight.to(solve_dtype(max(weight.shape), weight.device)))
+        return Solution(
+            None, lambda rank: LoraFactors(r[:rank].float().contiguous(), q[:, :rank].float().contiguous())
+        )

@@ -1,0 +1,47 @@
+"""PEFT's orthogonal initialisation: both factors random, their product zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero
+from lorainit_diffusers.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class Orthogonal:
+    """A and B random in orthogonal halves of an r-dimensional space, so that B A = 0 although neither is zero.
+
+    As PEFT's ``init_lora_weights="orthogonal"`` (https://datta0.github.io/posts/rethink-lora-init/).
+    """
+
+    observes: ClassVar[Observes] = "nothing"
+    step_zero: ClassVar[StepZero] = "equal"
+
+    def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
+        """Nothing is observed.
+
+        Raises:
+            ValueError: the rank is odd.
+        """
+        if rank % 2:
+            raise ValueError(f"init 'orthogonal' splits the rank in halves, so it must be even; got rank {rank}")
+        return None
+
+    def solve(
+        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+    ) -> Solution:
+        """Draw A and B; there are no scores."""
+
+        def factors(rank: int) -> LoraFactors:
+            out_features, in_features = weight.shape
+            basis = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
+            lora_A = (torch.randn(in_features, rank // 2, generator=generator) @ basis[0::2]).mT / 10
+            lora_B = torch.randn(out_features, rank // 2, generator=generator) @ basis[1::2] / 10
+            return LoraFactors(lora_A.contiguous().to(weight.device), lora_B.to(weight.device))
+
+        return Solution(None, factors)

@@ -1,0 +1,36 @@
+"""Random A with orthonormal rows, zero B: the strongest data-free baseline of our first measurements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero, zeros_like_output
+from lorainit_diffusers.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class Orthonormal:
+    """A uniform among the matrices with orthonormal rows, B = 0. Not PEFT's ``orthogonal``, whose B is not zero."""
+
+    observes: ClassVar[Observes] = "nothing"
+    step_zero: ClassVar[StepZero] = "equal"
+
+    def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
+        """Nothing is observed."""
+        return None
+
+    def solve(
+        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+    ) -> Solution:
+        """Draw A; there are no scores."""
+
+        def factors(rank: int) -> LoraFactors:
+            gaussian = torch.randn(weight.shape[1], rank, generator=generator, dtype=torch.float64)
+            lora_A = torch.linalg.qr(gaussian).Q.mT.float().contiguous()
+            return LoraFactors(lora_A.to(weight.device), zeros_like_output(weight, rank))
+
+        return Solution(None, factors)

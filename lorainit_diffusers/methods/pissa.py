@@ -1,0 +1,42 @@
+"""PiSSA (Meng et al. 2024, arXiv:2404.02948): the principal singular directions of the pre-trained weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorainit_diffusers.linalg import SVD, top_svd
+from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero
+from lorainit_diffusers.statistics import Statistic
+
+
+def balanced_factors(svd: SVD, rank: int, scaling: float) -> LoraFactors:
+    """Factors with ``scaling * B A = U S V'`` and the square root of S on both sides (PiSSA, equations 2-3)."""
+    root = (svd.values[:rank] / scaling).sqrt()
+    return LoraFactors((root[:, None] * svd.right[:rank]).float(), (svd.left[:, :rank] * root).float())
+
+
+@dataclass(frozen=True)
+class PiSSA:
+    """A and B are the top-r singular triplets of W0; the base is offset, so that step 0 is the base model.
+
+    The offset is a frozen twin adapter instead of the paper's changed base weights; the function is the same.
+    """
+
+    observes: ClassVar[Observes] = "nothing"
+    step_zero: ClassVar[StepZero] = "offset"
+
+    def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
+        """Nothing is observed."""
+        return None
+
+    def solve(
+        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+    ) -> Solution:
+        """Scores are the shares of ||W0||_F^2."""
+        svd = top_svd(weight, max_rank)
+        scores = svd.values.square() / weight.to(svd.values.dtype).square().sum()
+        return Solution(scores, lambda rank: balanced_factors(svd, rank, scaling))

@@ -1,0 +1,100 @@
+"""What an initialisation did: which layers got which rank and why, and what it cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer.
+
+    Attributes:
+        rank: 0 when the layer lost its adapter.
+        alpha: of the adapter; ``scaling * rank`` (``scaling * sqrt(rank)`` with rsLoRA).
+        scores: what the leading components are worth, as shares of the layer's total; ``None`` for methods without.
+        captured: the share that the kept components add up to; ``None`` for methods without scores.
+        num_rows: rows (tokens) seen, or gradients for gradient methods; 0 for methods that observe nothing.
+        shared_group: the first layer that was fed by the same tensors (itself when alone).
+        fallback: why the layer was initialised by another method, or ``None``.
+    """
+
+    rank: int
+    alpha: float
+    scores: list[float] | None
+    captured: float | None
+    num_rows: int
+    shared_group: str
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """The result of one initialisation.
+
+    Attributes:
+        method: its name, and ``options`` its hyper-parameters.
+        layers: ``component.layer`` -> report.
+        num_passes: forward passes of the collection.
+        forward_s: seconds in the loss itself, statistics not counted.
+        statistics_s: seconds in the statistics.
+        solve_s: seconds in decompositions, rank allocation and writing the factors.
+    """
+
+    method: str
+    options: dict[str, Any]
+    step_zero: str
+    layers: dict[str, LayerReport]
+    num_passes: int
+    forward_s: float
+    statistics_s: float
+    solve_s: float
+
+    @property
+    def overhead(self) -> float | None:
+        """(statistics + solve seconds) / bare forward seconds; ``None`` without a collection pass."""
+        return (self.statistics_s + self.solve_s) / self.forward_s if self.forward_s > 0 else None
+
+    @property
+    def num_layers_by_rank(self) -> dict[int, int]:
+        """rank -> number of layers."""
+        ranks = sorted(layer.rank for layer in self.layers.values())
+        return {rank: ranks.count(rank) for rank in dict.fromkeys(ranks)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, derived totals included."""
+        return {
+            **asdict(self),
+            "totals": {
+                "num_layers": len(self.layers),
+                "sum_of_ranks": sum(layer.rank for layer in self.layers.values()),
+                "num_shared_groups": len({layer.shared_group for layer in self.layers.values()}),
+                "overhead": self.overhead,
+            },
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write :meth:`to_json` to a file."""
+        path = Path(path)
+        path.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+        return path
+
+    def summary(self) -> str:
+        """A few lines for the console."""
+        ranks = ", ".join(f"{count} x rank {rank}" for rank, count in self.num_layers_by_rank.items())
+        lines = [f"init {self.method} (step 0: {self.step_zero}): {len(self.layers)} layers, {ranks}"]
+        captured = [layer.captured for layer in self.layers.values() if layer.captured is not None]
+        if captured:
+            lines.append(f"captured share: mean {sum(captured) / len(captured):.2f}, lowest {min(captured):.2f}")
+        if self.num_passes:
+            lines.append(
+                f"{self.num_passes} passes: forward {self.forward_s:.1f} s, statistics {self.statistics_s:.2f} s, "
+                f"solve {self.solve_s:.2f} s (overhead {self.overhead:.2f})"
+            )
+        fallbacks = [f"{name}: {layer.fallback}" for name, layer in self.layers.items() if layer.fallback]
+        if fallbacks:
+            lines.append(f"{len(fallbacks)} layers fell back, first {fallbacks[0]}")
+        return "\n".join(lines)

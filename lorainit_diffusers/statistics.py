@@ -1,0 +1,461 @@
+"""Streaming statistics of what a linear layer sees: what the initialisations are computed from.
+
+Each statistic is fed row batches with :meth:`update`, joined across processes with :meth:`all_reduce` (or
+:meth:`merge`), and read when the pass is over. All are additive: any split of the rows into batches, any order and any
+number of processes give the same result up to rounding in the accumulator.
+
+* :class:`SecondMoment`: the exact mean and covariance (Chan, Golub and LeVeque 1979, the pairwise update).
+* :class:`SketchedSecondMoment`: a Nyström sketch of the same in ``features x k`` numbers (Tropp et al. 2017,
+  arXiv:1706.05736, algorithm 3), for layers whose exact moment would not fit.
+* :class:`GradientMean`: the mean gradient of a weight.
+
+Products are taken in true float32 (no TF32, no autocast): half-precision activations are converted before anything is
+squared, so a float16 activation of 1e4 does not overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lorainit_diffusers.linalg import Eigen, eigh_descending, solve_dtype
+
+SumAcrossProcesses = Callable[[Tensor], None]
+
+
+class Statistic(Protocol):
+    """What the collection loop needs of a statistic."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows seen so far, over all processes once reduced."""
+        ...
+
+    @property
+    def is_finite(self) -> Tensor:
+        """0-d boolean tensor (on the statistic's device, so that reading it can wait): all rows were finite."""
+        ...
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows: (n, features), any floating dtype."""
+        ...
+
+    def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
+        """Join with the other processes' statistics; the argument sums a tensor over processes in place."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to continue or to reuse the statistic."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        ...
+
+
+class InputStatistic(Statistic, Protocol):
+    """A statistic of layer inputs, as the methods read it; exact and sketched moments both are one."""
+
+    @property
+    def features(self) -> int:
+        """Width of a row."""
+        ...
+
+    def mean(self) -> Tensor:
+        """(features,) mean row."""
+        ...
+
+    def trace(self, *, centered: bool) -> float:
+        """Total variance (centred) or mean squared norm of a row (uncentred)."""
+        ...
+
+    def eigh(self, *, centered: bool) -> Eigen:
+        """Eigenpairs of the covariance (centred) or of the second moment X'X/n (uncentred)."""
+        ...
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Matrix products in true float32: autocast off, TF32 and bf16 shortcuts off; restored on exit."""
+    precision = torch.get_float32_matmul_precision()
+    with torch.autocast(device.type, enabled=False):
+        if precision != "highest":
+            torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            if precision != "highest":
+                torch.set_float32_matmul_precision(precision)
+
+
+class _MeanAndCount:
+    """The part that both moments share: the row count, an online mean and the check for non-finite rows."""
+
+    def __init__(self, features: int) -> None:
+        self._features = features
+        self._num_rows = 0
+        self._mean: Tensor | None = None
+        self._finite: Tensor | None = None
+
+    @property
+    def features(self) -> int:
+        """Width of a row."""
+        return self._features
+
+    @property
+    def num_rows(self) -> int:
+        """Rows seen so far."""
+        return self._num_rows
+
+    @property
+    def is_finite(self) -> Tensor:
+        """0-d boolean tensor: all rows so far were finite."""
+        return torch.tensor(True) if self._finite is None else self._finite
+
+    def mean(self) -> Tensor:
+        """(features,) mean row.
+
+        Raises:
+            ValueError: no row has been seen.
+        """
+        if self._mean is None:
+            raise ValueError("the statistic is empty: it has seen no rows; run the collection pass first")
+        return self._mean
+
+    def _check(self, rows: Tensor) -> None:
+        if rows.ndim != 2 or rows.shape[1] != self._features:
+            raise ValueError(f"rows have shape {tuple(rows.shape)}, expected (n, {self._features})")
+
+    def _shift(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Centre float32 ``rows`` on their own mean and fold that mean in; returns (centred, step, weight).
+
+        ``step`` is the new batch's mean minus the old mean and ``weight`` = n m / (n + m), so that
+        ``weight * step step'`` is what the scatter gains between the two groups.
+        """
+        batch_mean = rows.mean(0)
+        # One infinite or NaN entry makes its column's mean non-finite: n times cheaper than checking every row.
+        finite = torch.isfinite(batch_mean).all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        accumulator = batch_mean.to(solve_dtype(self._features, rows.device))
+        if self._mean is None:
+            self._mean = torch.zeros_like(accumulator)
+        step = accumulator - self._mean
+        num_rows = rows.shape[0]
+        total = self._num_rows + num_rows
+        weight = torch.tensor(self._num_rows * num_rows / total, dtype=step.dtype, device=step.device)
+        self._mean = self._mean + step * (num_rows / total)
+        self._num_rows = total
+        return rows - batch_mean, step, weight
+
+    def _reduce_mean(self, sum_across_processes: SumAcrossProcesses) -> tuple[Tensor, int]:
+        """Make count and mean global; returns (own mean minus global mean, own count)."""
+        mean, num_rows = self.mean(), self._num_rows
+        total = torch.tensor(float(num_rows), dtype=torch.float64, device=mean.device)
+        weighted = mean * num_rows
+        sum_across_processes(total)
+        sum_across_processes(weighted)
+        self._num_rows = int(total.item())
+        self._mean = weighted / self._num_rows
+        return mean - self._mean, num_rows
+
+
+class SecondMoment(_MeanAndCount):
+    """The exact mean and scatter of rows, in (features x features) numbers.
+
+    The scatter is kept about the running mean, so the covariance never comes from subtracting two large numbers.
+
+    Args:
+        features: width of a row.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self._scatter: Tensor | None = None
+        self._eigen: dict[bool, Eigen] = {}
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows: (n, features), any floating dtype; products in float32, sums in float64 where that is cheap.
+
+        Raises:
+            ValueError: the shape is not (n, features).
+        """
+        self._check(rows)
+        if rows.shape[0] == 0:
+            return
+        self._eigen.clear()
+        with torch.no_grad(), full_float32(rows.device):
+            centred, step, weight = self._shift(rows.detach().float())
+            scatter = (centred.mT @ centred).to(step.dtype)
+            scatter.addr_(step, step * weight)
+            self._scatter = scatter if self._scatter is None else self._scatter.add_(scatter)
+
+    def merge(self, other: SecondMoment) -> None:
+        """Add everything that ``other`` has seen."""
+        if other._mean is None or other._scatter is None:
+            return
+        if self._mean is None or self._scatter is None:
+            self.load_state_dict(other.state_dict())
+            return
+        self._eigen.clear()
+        total = self._num_rows + other._num_rows
+        step = other._mean - self._mean
+        self._scatter += other._scatter + torch.outer(step, step) * (self._num_rows * other._num_rows / total)
+        self._mean = self._mean + step * (other._num_rows / total)
+        self._num_rows = total
+        self._finite = self.is_finite & other.is_finite
+
+    def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
+        """Join with the other processes' statistics (exact: each scatter is moved to the global mean, then summed)."""
+        self._eigen.clear()
+        scatter = self._require_scatter()
+        offset, num_rows = self._reduce_mean(sum_across_processes)
+        scatter.addr_(offset, offset * num_rows)
+        sum_across_processes(scatter)
+
+    def second_moment(self) -> Tensor:
+        """(features, features) uncentred second moment X'X/n."""
+        return self.covariance() + torch.outer(self.mean(), self.mean())
+
+    def covariance(self) -> Tensor:
+        """(features, features) covariance, divided by n."""
+        return self._require_scatter() / self._num_rows
+
+    def trace(self, *, centered: bool) -> float:
+        """Total variance (centred) or mean squared norm of a row (uncentred)."""
+        variance = self._require_scatter().diagonal().sum() / self._num_rows
+        return float(variance if centered else variance + self.mean().square().sum())
+
+    def eigh(self, *, centered: bool) -> Eigen:
+        """All eigenpairs; computed once and kept until the next update, since layers that share inputs share it."""
+        if centered not in self._eigen:
+            self._eigen[centered] = eigh_descending(self.covariance() if centered else self.second_moment())
+        return self._eigen[centered]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``num_rows``, ``mean`` (features,) and ``scatter`` (features, features); empty before the first row."""
+        if self._mean is None or self._scatter is None:
+            return {}
+        return {
+            "num_rows": torch.tensor(self._num_rows),
+            "mean": self._mean.clone(),
+            "scatter": self._scatter.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self._eigen.clear()
+        self._num_rows = int(state["num_rows"]) if state else 0
+        self._mean = state["mean"].clone() if state else None
+        self._scatter = state["scatter"].clone() if state else None
+        self._finite = None
+
+    def _require_scatter(self) -> Tensor:
+        self.mean()  # raises when empty
+        assert self._scatter is not None
+        return self._scatter
+
+
+class SketchedSecondMoment(_MeanAndCount):
+    """A Nyström sketch of the mean and scatter of rows, in (features x num_columns) numbers.
+
+    Keeps Y = scatter @ Omega for a fixed random orthonormal Omega, and the trace. The eigenpairs are those of the
+    Nyström approximation Y (Omega' Y)^-1 Y' with Tropp et al.'s stabilising shift; the leading ones are accurate when
+    ``num_columns`` is a few times the rank and the spectrum decays.
+
+    Args:
+        features: width of a row.
+        num_columns: columns of the sketch, at most ``features``.
+        seed: of Omega; must be the same on every process.
+
+    Raises:
+        ValueError: ``num_columns`` is not in 1..features.
+    """
+
+    def __init__(self, features: int, num_columns: int, seed: int = 0) -> None:
+        super().__init__(features)
+        if not 1 <= num_columns <= features:
+            raise ValueError(f"num_columns is {num_columns}; use 1 to {features} (the width of the layer's input)")
+        generator = torch.Generator().manual_seed(seed)
+        gaussian = torch.randn(features, num_columns, generator=generator, dtype=torch.float64)
+        self._omega = torch.linalg.qr(gaussian).Q
+        self._sketch: Tensor | None = None
+        self._trace: Tensor | None = None
+
+    def _omega_like(self, like: Tensor) -> Tensor:
+        return self._omega.to(device=like.device, dtype=like.dtype)
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows: (n, features), any floating dtype."""
+        self._check(rows)
+        if rows.shape[0] == 0:
+            return
+        with torch.no_grad(), full_float32(rows.device):
+            centred, step, weight = self._shift(rows.detach().float())
+            omega = self._omega_like(step)
+            sketch = (centred.mT @ (centred @ self._omega_like(centred))).to(step.dtype)
+            sketch += torch.outer(step * weight, step @ omega)
+            trace = centred.square().sum().to(step.dtype) + weight * step.square().sum()
+            self._sketch = sketch if self._sketch is None else self._sketch.add_(sketch)
+            self._trace = trace if self._trace is None else self._trace + trace
+
+    def merge(self, other: SketchedSecondMoment) -> None:
+        """Add everything that ``other`` has seen; both must have been made with the same seed and size.
+
+        Raises:
+            ValueError: the two use different random projections.
+        """
+        if not torch.equal(self._omega, other._omega):
+            raise ValueError("the sketches use different random projections; make both with the same size and seed")
+        if other._mean is None or other._sketch is None or other._trace is None:
+            return
+        if self._mean is None or self._sketch is None or self._trace is None:
+            self.load_state_dict(other.state_dict())
+            return
+        total = self._num_rows + other._num_rows
+        step = other._mean - self._mean
+        weight = self._num_rows * other._num_rows / total
+        self._sketch += other._sketch + torch.outer(step * weight, step @ self._omega_like(step))
+        self._trace = self._trace + other._trace + weight * step.square().sum()
+        self._mean = self._mean + step * (other._num_rows / total)
+        self._num_rows = total
+        self._finite = self.is_finite & other.is_finite
+
+    def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
+        """Join with the other processes' sketches."""
+        sketch, trace = self._require_sketch()
+        offset, num_rows = self._reduce_mean(sum_across_processes)
+        sketch += torch.outer(offset * num_rows, offset @ self._omega_like(offset))
+        self._trace = trace + num_rows * offset.square().sum()
+        sum_across_processes(sketch)
+        sum_across_processes(self._trace)
+
+    def trace(self, *, centered: bool) -> float:
+        """Total variance (centred) or mean squared norm of a row (uncentred); exact, not sketched."""
+        _, trace = self._require_sketch()
+        variance = trace / self._num_rows
+        return float(variance if centered else variance + self.mean().square().sum())
+
+    def eigh(self, *, centered: bool) -> Eigen:
+        """The leading ``num_columns`` eigenpairs of the Nyström approximation."""
+        sketch, _ = self._require_sketch()
+        sketch = sketch.double() / self._num_rows
+        omega = self._omega.to(sketch.device)
+        if not centered:
+            mean = self.mean().double()
+            sketch = sketch + torch.outer(mean, mean @ omega)
+        # Tropp et al. 2017, algorithm 3: the shift keeps the core positive definite in floating point.
+        shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(sketch)
+        if float(shift) == 0.0:
+            return Eigen(torch.zeros(omega.shape[1], dtype=sketch.dtype), omega)
+        sketch = sketch + shift * omega
+        core = omega.mT @ sketch
+        factor = torch.linalg.cholesky((core + core.mT) / 2)
+        left, values, _ = torch.linalg.svd(
+            torch.linalg.solve_triangular(factor, sketch.mT, upper=False).mT, full_matrices=False
+        )
+        return Eigen((values.square() - shift).clamp_min(0), left)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``num_rows``, ``mean``, ``sketch`` (features, num_columns) and ``trace``; empty before the first row."""
+        if self._mean is None or self._sketch is None or self._trace is None:
+            return {}
+        return {
+            "num_rows": torch.tensor(self._num_rows),
+            "mean": self._mean.clone(),
+            "sketch": self._sketch.clone(),
+            "trace": self._trace.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self._num_rows = int(state["num_rows"]) if state else 0
+        self._mean = state["mean"].clone() if state else None
+        self._sketch = state["sketch"].clone() if state else None
+        self._trace = state["trace"].clone() if state else None
+        self._finite = None
+
+    def _require_sketch(self) -> tuple[Tensor, Tensor]:
+        self.mean()  # raises when empty
+        assert self._sketch is not None and self._trace is not None
+        return self._sketch, self._trace
+
+
+class GradientMean:
+    """The mean over batches of a weight's gradient, accumulated in float32 whatever the model's dtype.
+
+    Args:
+        shape: of the weight, (out_features, in_features).
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self._shape = shape
+        self._num_batches = 0
+        self._sum: Tensor | None = None
+        self._finite: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Gradients seen so far (one a batch, not one a token)."""
+        return self._num_batches
+
+    @property
+    def is_finite(self) -> Tensor:
+        """0-d boolean tensor: all gradients so far were finite."""
+        return torch.tensor(True) if self._finite is None else self._finite
+
+    def update(self, rows: Tensor) -> None:
+        """Add one batch's gradient: (out_features, in_features).
+
+        Raises:
+            ValueError: the shape is not the weight's.
+        """
+        if tuple(rows.shape) != self._shape:
+            raise ValueError(f"the gradient has shape {tuple(rows.shape)}, expected {self._shape}")
+        gradient = rows.detach().float()
+        finite = torch.isfinite(gradient.sum())
+        self._finite = finite if self._finite is None else self._finite & finite
+        self._sum = gradient.clone() if self._sum is None else self._sum.add_(gradient)
+        self._num_batches += 1
+
+    def mean(self) -> Tensor:
+        """(out_features, in_features) mean gradient, float32.
+
+        Raises:
+            ValueError: no gradient has been seen.
+        """
+        if self._sum is None:
+            raise ValueError("the statistic is empty: no gradient reached this weight; does the loss depend on it?")
+        return self._sum / self._num_batches
+
+    def merge(self, other: GradientMean) -> None:
+        """Add everything that ``other`` has seen."""
+        if other._sum is None:
+            return
+        self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
+        self._num_batches += other._num_batches
+        self._finite = self.is_finite & other.is_finite
+
+    def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
+        """Join with the other processes' gradients."""
+        self.mean()  # raises when empty
+        assert self._sum is not None
+        total = torch.tensor(float(self._num_batches), dtype=torch.float64, device=self._sum.device)
+        sum_across_processes(total)
+        sum_across_processes(self._sum)
+        self._num_batches = int(total.item())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``num_batches`` and ``sum`` (out_features, in_features); empty before the first gradient."""
+        if self._sum is None:
+            return {}
+        return {"num_batches": torch.tensor(self._num_batches), "sum": self._sum.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self._num_batches = int(state["num_batches"]) if state else 0
+        self._sum = state["sum"].clone() if state else None
+        self._finite = None
