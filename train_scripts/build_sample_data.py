@@ -1,0 +1,134 @@
+"""Builds the bundled sample sets under `assets/data`: two drawing styles and one subject, captioned.
+
+The two styles and the cats are never shown to the bundled base model, while the concepts of the style sets are: what a
+LoRA has to learn from them is the style (or the subject) and nothing else. Each style comes with 40 training pictures
+and 40 held-out pictures of other concepts, so that a trained style can be compared with the true picture of a concept
+it was not trained on.
+
+    python train_scripts/build_sample_data.py --output_dir assets/data
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+try:
+    from train_scripts import emoji
+except ImportError:  # started as a script: its own folder is on the path, the repository root is not
+    import emoji
+
+CAPTIONS = {"blobs": "a blob emoji of {}", "high-contrast": "a black line emoji of {}", "cats": "a noto emoji of {}"}
+# Pictures of each kind in a set of 40. The blobs are in the faces; in black and white every kind looks different.
+QUOTAS = {
+    "blobs": {"face": 20, "smileys-emotion": 2, "animals-nature": 8, "food-drink": 4, "objects": 3, "travel-places": 3},
+    "high-contrast": {"face": 10, "animals-nature": 12, "food-drink": 8, "objects": 6, "travel-places": 4},
+}
+# Hardly anything to see, or writing, in one of the two styles.
+UNSUITABLE = ("moon", "white-flower", "globe", "outbox-tray")
+MIT_LICENCE = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction, including without
+limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+LICENCE_TEXTS = {
+    "Apache-2.0": "The text of the Apache License, Version 2.0, is in the file LICENSE at the root of this\n"
+    "repository and at https://www.apache.org/licenses/LICENSE-2.0\n",
+    "MIT": "Copyright (c) Microsoft Corporation.\n\n" + MIT_LICENCE,
+}
+
+
+def kind(name: str, group: str) -> str:
+    """The group of a concept, with the faces as a kind of their own."""
+    return "face" if group == "smileys-emotion" and "face" in name.split("-") else group
+
+
+def choose(groups: dict[str, str], quotas: dict[str, int]) -> tuple[list[str], list[str]]:
+    """Draws disjoint training and held-out concepts, the same number of each kind in both.
+
+    The order of drawing is that of a hash of the name: it depends neither on a random generator's version nor on
+    which other concepts exist.
+
+    Args:
+        groups: Emoji group by concept name, of the concepts that may be drawn.
+        quotas: Number of concepts per kind, for each of the two halves.
+
+    Raises:
+        ValueError: A kind has too few concepts.
+    """
+    train: list[str] = []
+    held_out: list[str] = []
+    for wanted, count in quotas.items():
+        names = [name for name, group in groups.items() if kind(name, group) == wanted]
+        if len(names) < 2 * count:
+            raise ValueError(f"{len(names)} concepts of kind {wanted!r}, {2 * count} are needed; lower the quota")
+        names.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+        train += names[:count]
+        held_out += names[count : 2 * count]
+    return sorted(train), sorted(held_out)
+
+
+def write_split(directory: Path, icons: emoji.IconSet, names: list[str], template: str, size: int) -> None:
+    """Writes PNGs and `metadata.jsonl` (the layout of Hugging Face's `imagefolder`)."""
+    directory.mkdir(parents=True)
+    lines = []
+    for name in tqdm(names, desc=str(directory)):
+        Image.fromarray(icons.render(name, size)).save(directory / f"{name}.png", optimize=True)
+        lines.append(json.dumps({"file_name": f"{name}.png", "text": template.format(name.replace("-", " "))}))
+    (directory / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def write_licence(directory: Path, key: str, size: int) -> None:
+    """Writes where the pictures come from and under which licence they are."""
+    package = emoji.PACKAGES[key]
+    (directory / "LICENSE.txt").write_text(
+        f"Source: {package.source}\n"
+        f"Package: {package.name} {package.version} (npm)\n"
+        f"Licence: {package.licence}\n"
+        f"Changes: rendered from SVG on white at {size}x{size} pixels, centred in a square.\n\n"
+        f"{LICENCE_TEXTS[package.licence]}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes the sets `blobs`, `high-contrast` and `cats`, replacing what is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--cache_dir", type=Path, default=emoji.DEFAULT_CACHE, help="archives of the npm packages")
+    parser.add_argument("--size", type=int, default=128, help="pixels")
+    args = parser.parse_args(argv)
+
+    groups = emoji.emoji_groups(args.cache_dir)
+    base = {style: emoji.IconSet(style, args.cache_dir).names() for style in emoji.BASE_STYLES}
+    known = emoji.concepts(base, groups, min_styles=len(base))
+    for style, quotas in QUOTAS.items():
+        icons = emoji.IconSet(style, args.cache_dir)
+        names = [name for name in known if name in icons.data["icons"]]
+        available = {name: groups[name] for name in names if not any(word in name for word in UNSUITABLE)}
+        shutil.rmtree(args.output_dir / style, ignore_errors=True)
+        for split, names in zip(("train", "heldout"), choose(available, quotas), strict=True):
+            write_split(args.output_dir / style / split, icons, names, CAPTIONS[style], args.size)
+        write_licence(args.output_dir / style, style, args.size)
+
+    shutil.rmtree(args.output_dir / "cats", ignore_errors=True)
+    icons = emoji.IconSet("noto", args.cache_dir)
+    write_split(args.output_dir / "cats" / "train", icons, list(emoji.CAT_FACES), CAPTIONS["cats"], args.size)
+    write_licence(args.output_dir / "cats", "noto", args.size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Emoji in several drawing styles under the same concept names: the pictures the bundled tiny models are made of.
+
+The pictures are SVG icon sets of the npm registry, one archive per style, pinned by version and integrity hash. They
+are fetched with `npm pack` (nothing of a package is executed), rendered with resvg-py on white, and captioned
+`a {style} emoji of {name}`, so that the same concept exists in every style.
+
+Shared by `pretrain_tiny_sd.py` and `build_sample_data.py`; not a script.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import subprocess
+import tarfile
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+DEFAULT_CACHE = Path.home() / ".cache" / "lorainit-diffusers"
+
+
+class Package(NamedTuple):
+    """An archive of the npm registry, pinned."""
+
+    name: str
+    version: str
+    integrity: str
+    licence: str
+    source: str
+
+
+PACKAGES = {
+    "noto": Package(
+        "@iconify-json/noto",
+        "1.2.9",
+        "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+        "Apache-2.0",
+        "Noto Emoji, Google Inc, https://github.com/googlefonts/noto-emoji",
+    ),
+    "twemoji": Package(
+        "@iconify-json/twemoji",
+        "1.2.5",
+        "sha512-uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
+        "CC-BY-4.0",
+        "Twemoji, Twitter, Inc and other contributors, https://github.com/jdecked/twemoji",
+    ),
+    "fluent": Package(
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "sha512-RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+        "MIT",
+        "Fluent Emoji (flat), Microsoft Corporation, https://github.com/microsoft/fluentui-emoji",
+    ),
+    "emojione": Package(
+        "@iconify-json/emojione",
+        "1.2.3",
+        "sha512-T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
+        "CC-BY-4.0",
+        "Emoji One (EmojiTwo), https://github.com/EmojiTwo/emojitwo",
+    ),
+    "high-contrast": Package(
+        "@iconify-json/fluent-emoji-high-contrast",
+        "1.2.6",
+        "sha512-esqhZPpkrF7sNX3NsLoh8KW64okEr/bzko7WNnFP+qTJGAqDPDYjp0925yxuivXy3HtVQB8xhIKu3+Nq1byX5w==",
+        "MIT",
+        "Fluent Emoji (high contrast), Microsoft Corporation, https://github.com/microsoft/fluentui-emoji",
+    ),
+    "blobs": Package(
+        "@iconify-json/noto-v1",
+        "1.2.5",
+        "sha512-/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
+        "Apache-2.0",
+        "Noto Emoji version 1 (blobs), Google Inc, https://github.com/googlefonts/noto-emoji",
+    ),
+    "emojibase": Package(
+        "emojibase-data",
+        "17.0.0",
+        "sha512-Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
+        "MIT",
+        "Emojibase, Miles Johnson, https://github.com/milesj/emojibase",
+    ),
+    "lucide": Package(
+        "@iconify-json/lucide",
+        "1.2.137",
+        "sha512-uKz1+tFbv1RFX/mJQNksdnyKJijNfRGSNnxfiyKtr+dLNfA3ERph+IgpXClKGOlV/5GsZwLv2jgJXQ/bjF/JAg==",
+        "ISC",
+        "Lucide, Lucide Contributors, https://github.com/lucide-icons/lucide",
+    ),
+    "tabler": Package(
+        "@iconify-json/tabler",
+        "1.2.41",
+        "sha512-GHg+H/cnr0anaCoV383JONiOMxZQOdojWYNLgL3x0fRE07YW7c+AHiYmIhXet//oq26T830qitdP7l43ojiCXw==",
+        "MIT",
+        "Tabler Icons, Paweł Kuna, https://github.com/tabler/tabler-icons",
+    ),
+    "phosphor": Package(
+        "@iconify-json/ph",
+        "1.2.2",
+        "sha512-PgkEZNtqa8hBGjHXQa4pMwZa93hmfu8FUSjs/nv4oUU6yLsgv+gh9nu28Kqi8Fz9CCVu4hj1MZs9/60J57IzFw==",
+        "MIT",
+        "Phosphor Icons, Phosphor Icons contributors, https://github.com/phosphor-icons/core",
+    ),
+}
+
+BASE_STYLES = ("noto", "twemoji", "emojione", "fluent")  # what the bundled base is trained on
+HELD_OUT_STYLES = ("blobs", "high-contrast")  # never shown to its U-Net or text encoder
+LINE_ICONS = ("lucide", "tabler", "phosphor")  # teach the autoencoder thin lines, nothing else
+
+# Groups of emojibase whose emoji are things. People, hands, symbols and flags are left out: each would need many
+# near-identical pictures (professions, skin tones) or text in the picture.
+GROUPS = ("smileys-emotion", "animals-nature", "food-drink", "travel-places", "activities", "objects")
+CAT_FACES = (
+    "grinning-cat",
+    "grinning-cat-with-smiling-eyes",
+    "cat-with-tears-of-joy",
+    "smiling-cat-with-heart-eyes",
+    "cat-with-wry-smile",
+    "kissing-cat",
+    "weary-cat",
+    "crying-cat",
+    "pouting-cat",
+)
+_EXCLUDED = re.compile(r"(^|-)(cat|skin-tone|keycap|flag|family|letter|oclock|thirty)(-|$)|-(tone)$")
+
+
+def fetch(key: str, cache_dir: Path = DEFAULT_CACHE) -> Path:
+    """Returns the archive of the package `key`, from the cache or from the npm registry.
+
+    Args:
+        key: A key of `PACKAGES`.
+        cache_dir: Folder that keeps the archives.
+
+    Raises:
+        FileNotFoundError: npm is not installed, or the registry did not deliver the archive.
+        ValueError: The archive is not the pinned one.
+    """
+    package = PACKAGES[key]
+    archive = Path(cache_dir) / f"{package.name.lstrip('@').replace('/', '-')}-{package.version}.tgz"
+    if not archive.exists():
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        spec = f"{package.name}@{package.version}"
+        command = ["npm", "pack", "--silent", spec, "--pack-destination", str(archive.parent)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"npm was not found; install it or put {archive.name} into {cache_dir}") from error
+        except subprocess.CalledProcessError as error:
+            raise FileNotFoundError(f"`npm pack {spec}` failed: {error.stderr.strip()}") from error
+    algorithm, _, expected = package.integrity.partition("-")
+    found = base64.b64encode(hashlib.new(algorithm, archive.read_bytes()).digest()).decode()
+    if found != expected:
+        raise ValueError(f"{archive}: {algorithm} is {found}, pinned is {expected}; delete the file and fetch it again")
+    return archive
+
+
+def read_json(key: str, member: str, cache_dir: Path = DEFAULT_CACHE) -> Any:
+    """Returns one JSON file of a package, without unpacking the archive."""
+    with tarfile.open(fetch(key, cache_dir)) as archive:
+        file = archive.extractfile(f"package/{member}")
+        if file is None:
+            raise FileNotFoundError(f"{PACKAGES[key].name} {PACKAGES[key].version} has no file {member}")
+        return json.load(file)
+
+
+class IconSet:
+    """The icons of one package, by concept name."""
+
+    def __init__(self, key: str, cache_dir: Path = DEFAULT_CACHE):
+        self.key = key
+        self.data: dict[str, Any] = read_json(key, "icons.json", cache_dir)
+
+    def names(self) -> list[str]:
+        """Names of the icons, aliases left out (an alias is a second name of the same picture)."""
+        return sorted(self.data["icons"])
+
+    def svg(self, name: str) -> str:
+        """An icon as a document with a square view box, the icon centred in it.
+
+        Raises:
+            ValueError: The set has no such icon.
+        """
+        if name not in self.data["icons"]:
+            raise ValueError(f"icon {name!r} is not in {PACKAGES[self.key].name}; `names()` lists what is")
+        icon = self.data["icons"][name]
+        left, top = (icon.get(side, self.data.get(side, 0)) for side in ("left", "top"))
+        width, height = (icon.get(side, self.data.get(side, 16)) for side in ("width", "height"))
+        size = max(width, height)
+        box = f"{left - (size - width) / 2} {top - (size - height) / 2} {size} {size}"
+        xlink = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
+        return f'<svg xmlns="http://www.w3.org/2000/svg" {xlink} viewBox="{box}">{icon["body"]}</svg>'
+
+    def render(self, name: str, size: int) -> np.ndarray:
+        """An icon on white, `(size, size, 3)` uint8."""
+        import resvg_py  # an optional dependency (extra `pretrain`): only whoever rebuilds the data needs it
+
+        png = resvg_py.svg_to_bytes(svg_string=self.svg(name), width=size, height=size, background="#ffffff")
+        return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+
+
+def slug(label: str) -> str:
+    """The icon name of an emojibase label: `"Mrs. Claus"` becomes `"mrs-claus"`."""
+    ascii_label = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_label.lower()).strip("-")
+
+
+def is_concept(name: str, group: str) -> bool:
+    """Whether an emoji is of the kind the base is trained on: a thing, a face or an animal, and not a cat."""
+    return group in GROUPS and _EXCLUDED.search(name) is None
+
+
+def concepts(styles: dict[str, Iterable[str]], groups: dict[str, str], min_styles: int = 3) -> list[str]:
+    """Names of the concepts to train on, sorted.
+
+    Args:
+        styles: Icon names by style.
+        groups: Emoji group by icon name, as `emoji_groups` gives it.
+        min_styles: In how many styles a concept must exist, so that style and concept can be told apart.
+    """
+    available = [set(names) for names in styles.values()]
+    return sorted(
+        name
+        for name, group in groups.items()
+        if is_concept(name, group) and sum(name in names for names in available) >= min_styles
+    )
+
+
+def emoji_groups(cache_dir: Path = DEFAULT_CACHE) -> dict[str, str]:
+    """Group (`"animals-nature"`, ...) of every emoji of emojibase, by icon name."""
+    group_names = read_json("emojibase", "meta/groups.json", cache_dir)["groups"]
+    entries = read_json("emojibase", "en/data.json", cache_dir)
+    return {slug(entry["label"]): group_names[str(entry["group"])] for entry in entries if "group" in entry}
+
+
+def caption(style: str | None, name: str) -> str:
+    """`"a noto emoji of red apple"`; without a style `"an emoji of red apple"`."""
+    words = name.replace("-", " ")
+    return f"an emoji of {words}" if style is None else f"a {style} emoji of {words}"
