@@ -7,8 +7,8 @@ that PEFT injects are the same in all three, and everything here works on those.
 (``"<name>_offset"``) that adds ``-scaling * B0 A0``. Base weights are never written. The twin's factors are buffers, so
 no ``requires_grad_``, ``set_adapter`` or ``enable_adapters`` can make them trainable, and no optimiser can find them.
 
-**Export.** ``scaling * B A - scaling * B0 A0`` is one LoRA of rank 2r, with the scaling folded into B and alpha = rank in
-every layer: whatever a loader assumes about alpha, the strength is right, on the original base.
+**Export.** ``scaling * B A - scaling * B0 A0`` is one LoRA of rank 2r, with the scaling folded into B and alpha = rank
+in every layer: whatever a loader assumes about alpha, the strength is right, on the original base.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
@@ -84,11 +84,11 @@ class _FrozenFactor(nn.Module):
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The model that a ``PeftModel`` wraps, or the module itself; layer names are relative to it."""
-    return module.base_model.model if isinstance(module, PeftModel) else module
+    return cast("nn.Module", module.base_model.model) if isinstance(module, PeftModel) else module
 
 
 def lora_layers(module: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
-    """name -> PEFT layer that carries this adapter."""
+    """PEFT layers that carry this adapter, by name."""
     return {
         name: layer
         for name, layer in unwrap(module).named_modules()
@@ -113,7 +113,7 @@ def existing_adapter(module: nn.Module, adapter_name: str = "default") -> Existi
 def target_layers(
     module: nn.Module, target_modules: Sequence[str] | str | None, adapter_name: str = "default"
 ) -> dict[str, nn.Linear]:
-    """name -> base linear layer of every target.
+    """Base linear layer of every target, by name.
 
     Args:
         module: raw or adapted.
@@ -160,7 +160,7 @@ def _matches(name: str, target_modules: Sequence[str] | str) -> bool:
 
 
 @contextmanager
-def adapters_disabled(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def adapters_disabled(modules: Mapping[str, nn.Module]) -> Generator[None, None, None]:
     """Run the base models: every adapter is bypassed inside the block, and trainability is as before after it."""
     layers = [m for module in modules.values() for m in module.modules() if isinstance(m, LoraLayer)]
     trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
@@ -246,9 +246,13 @@ def _inject(module: nn.Module, config: LoraConfig, adapter_name: str) -> None:
                 module._hf_peft_config_loaded = True  # type: ignore[assignment]
 
 
+def _device(layer: LoraLayer) -> torch.device:
+    return next(layer.get_base_layer().parameters()).device
+
+
 def _set_factors(layer: LoraLayer, adapter_name: str, weights: AdapterWeights) -> None:
     lora_A, lora_B = weights.factors
-    device = layer.get_base_layer().weight.device
+    device = _device(layer)
     rank = lora_A.shape[0]
     for holder, value in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
         linear = holder[adapter_name]
@@ -273,7 +277,7 @@ def _set_twin(layer: LoraLayer, adapter_name: str, weights: AdapterWeights) -> N
             layer.delete_adapter(twin)
         active = [adapter_name]
     else:
-        device = layer.get_base_layer().weight.device
+        device = _device(layer)
         lora_A, lora_B = (factor.detach().to(device=device, dtype=torch.float32).clone() for factor in weights.offset)
         layer.lora_A[twin] = _FrozenFactor(lora_A)
         layer.lora_B[twin] = _FrozenFactor(-lora_B)
@@ -319,7 +323,7 @@ def _record_patterns(module: nn.Module, adapter_name: str) -> None:
 
 
 def adapter_weights(module: nn.Module, adapter_name: str = "default") -> dict[str, AdapterWeights]:
-    """layer name -> current weights (not copied), with the twin's as ``offset``.
+    """Current weights by layer name (not copied), with the twin's as ``offset``.
 
     Raises:
         ValueError: the module carries no such adapter.
@@ -342,7 +346,8 @@ def adapter_weights(module: nn.Module, adapter_name: str = "default") -> dict[st
 
 def _factors(layer: LoraLayer, adapter_name: str) -> LoraFactors:
     lora_A, lora_B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    assert isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor)
+    assert isinstance(lora_A, Tensor)
+    assert isinstance(lora_B, Tensor)
     return LoraFactors(lora_A.detach(), lora_B.detach())
 
 
@@ -408,7 +413,7 @@ def load_adapter_state_dict(
 
 
 def exported_factors(module: nn.Module, adapter_name: str = "default") -> dict[str, LoraFactors]:
-    """layer name -> factors whose plain product B A is all that the adapter and its twin add to the base layer.
+    """Factors by layer name whose plain product B A is all that the adapter and its twin add to the base layer.
 
     Rank r where there is no twin, 2r where there is one; float32, on the CPU.
     """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lorainit_diffusers.hooks import model_state_preserved, observe_inputs, observe_weight_gradients
-from lorainit_diffusers.statistics import GradientMean, Statistic
+from lorainit_diffusers.statistics import Statistic
 
 # float16 gradients of a mean loss underflow; a power of two scales them exactly and is divided out in float32.
 FLOAT16_LOSS_SCALE = 1024.0
@@ -208,7 +208,7 @@ def _check_sharing(
 ) -> dict[str, list[str]]:
     """Layers may share a statistic only if one tensor feeds both in every call of every batch."""
     for name, calls in trace.items():
-        expected = trace[leaders[name]] if leaders[name] in trace else None
+        expected = trace.get(leaders[name])
         if calls != expected or (first is not None and first.get(name) != calls):
             raise ValueError(
                 f"layer {name!r} shares its input with {leaders[name]!r} in some calls but not in all; "
@@ -245,9 +245,7 @@ def _check_finite(
 
 
 def _check_reached(layers: Mapping[str, nn.Linear], result: Collection) -> None:
-    missing = [
-        name for name in layers if name not in result.statistics or result.statistics[name].num_rows == 0
-    ]
+    missing = [name for name in layers if name not in result.statistics or result.statistics[name].num_rows == 0]
     if missing:
         raise ValueError(
             f"the loss never reached layer {missing[0]!r}"
@@ -260,5 +258,9 @@ def _all_reduce(statistics: Iterable[Statistic]) -> None:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
+
+    def sum_across_processes(tensor: Tensor) -> None:
+        distributed.all_reduce(tensor)
+
     for statistic in {id(statistic): statistic for statistic in statistics}.values():
-        statistic.all_reduce(distributed.all_reduce)
+        statistic.all_reduce(sum_across_processes)

@@ -6,7 +6,7 @@ entered it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def observe_inputs(layers: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]) -> Iterator[None]:
+def observe_inputs(
+    layers: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]
+) -> Generator[None, None, None]:
     """Call ``callback(name, input)`` before each forward of each layer.
 
     The callback receives the very tensor object that the layer receives, so that two layers fed by one tensor can be
@@ -50,7 +52,7 @@ def observe_inputs(layers: Mapping[str, nn.Module], callback: Callable[[str, Ten
 @contextmanager
 def observe_weight_gradients(
     layers: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """Call ``callback(name, gradient)`` as the backward pass finishes each layer's weight gradient, then free it.
 
     Only one weight's gradient is alive at a time, instead of a full set of ``.grad``. The weights require gradients
@@ -86,7 +88,7 @@ def observe_weight_gradients(
 
 
 @contextmanager
-def model_state_preserved(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def model_state_preserved(modules: Mapping[str, nn.Module]) -> Generator[None, None, None]:
     """Restore training mode, ``requires_grad`` and torch's global random state on exit, exceptions included."""
     training = [(module, module.training) for root in modules.values() for module in root.modules()]
     trainable = [(p, p.requires_grad) for root in modules.values() for p in root.parameters()]

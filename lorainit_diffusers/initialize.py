@@ -7,18 +7,20 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorainit_diffusers import adapters
 from lorainit_diffusers.collect import Collection, collect
-from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.methods import METHODS, Initializer
 from lorainit_diffusers.methods.kaiming import Kaiming
-from lorainit_diffusers.ranks import allocate_ranks, check_rank_fits, uniform_ranks
+from lorainit_diffusers.ranks import allocate_ranks, uniform_ranks
 from lorainit_diffusers.report import InitReport, LayerReport
+
+if TYPE_CHECKING:  # families import diffusers' pipelines, which a user's own script may not need
+    from lorainit_diffusers.families.base import ModelFamily
 
 # How many times the average rank a layer may get under variable ranks (EVA's rho).
 MAX_RANK_RATIO = 2
@@ -107,8 +109,14 @@ def initialize(
             fit, a wrapped or compiled module, no batches; or, in the pass, non-finite activations. Names the culprit.
     """
     name, method = (method, make_method(method)) if isinstance(method, str) else (_name_of(method), method)
-    family = None if isinstance(target, (nn.Module, Mapping)) else target
-    modules = family.adapted if family is not None else {"": target} if isinstance(target, nn.Module) else dict(target)
+    family: ModelFamily | None = None
+    modules: Mapping[str, nn.Module]
+    if isinstance(target, nn.Module):
+        modules = {"": target}
+    elif isinstance(target, Mapping):
+        modules = target
+    else:
+        family, modules = target, target.adapted
     for component, module in modules.items():
         _check_not_wrapped(component, module)
 
@@ -174,7 +182,7 @@ def initialize(
     if variable_rank:
         without = next((n for n, s in solutions.items() if s.scores is None and n not in fallbacks), None)
         if without is not None:
-            raise ValueError(f"init {name!r} gives no scores to allocate ranks by; drop variable_rank (--variable_rank)")
+            raise ValueError(f"init {name!r} gives no scores to allocate ranks by; drop --variable_rank")
         scored = {n: s for n, s in solutions.items() if s.scores is not None}
         scores = {n: scored[n].scores if n in scored else torch.zeros(caps[n]) for n in layers}
         ranks = allocate_ranks(

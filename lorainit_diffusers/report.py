@@ -60,7 +60,7 @@ class InitReport:
 
     @property
     def num_layers_by_rank(self) -> dict[int, int]:
-        """rank -> number of layers."""
+        """Number of layers by rank, ascending."""
         ranks = sorted(layer.rank for layer in self.layers.values())
         return {rank: ranks.count(rank) for rank in dict.fromkeys(ranks)}
 

@@ -15,7 +15,7 @@ squared, so a float16 activation of 1e4 does not overflow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -79,7 +79,7 @@ class InputStatistic(Statistic, Protocol):
 
 
 @contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
+def full_float32(device: torch.device) -> Generator[None, None, None]:
     """Matrix products in true float32: autocast off, TF32 and bf16 shortcuts off; restored on exit."""
     precision = torch.get_float32_matmul_precision()
     with torch.autocast(device.type, enabled=False):
@@ -189,9 +189,13 @@ class SecondMoment(_MeanAndCount):
         self._eigen.clear()
         with torch.no_grad(), full_float32(rows.device):
             centred, step, weight = self._shift(rows.detach().float())
-            scatter = (centred.mT @ centred).to(step.dtype)
-            scatter.addr_(step, step * weight)
-            self._scatter = scatter if self._scatter is None else self._scatter.add_(scatter)
+            if self._scatter is None:
+                self._scatter = (centred.mT @ centred).to(step.dtype)
+            else:
+                # The rank-one term between the old rows and the new ones rides along in the product as one more row.
+                between = (step * weight.sqrt()).to(centred.dtype)
+                extended = torch.cat([centred, between[None]])
+                self._scatter += extended.mT @ extended
 
     def merge(self, other: SecondMoment) -> None:
         """Add everything that ``other`` has seen."""
@@ -380,7 +384,8 @@ class SketchedSecondMoment(_MeanAndCount):
 
     def _require_sketch(self) -> tuple[Tensor, Tensor]:
         self.mean()  # raises when empty
-        assert self._sketch is not None and self._trace is not None
+        assert self._sketch is not None
+        assert self._trace is not None
         return self._sketch, self._trace
 
 

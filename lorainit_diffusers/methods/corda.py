@@ -23,13 +23,17 @@ class CorDA:
     """
 
     observes: ClassVar[Observes] = "inputs"
-    step_zero: ClassVar[StepZero] = "offset"
 
     ridge: float = 0.01
 
     def __post_init__(self) -> None:
         if self.ridge <= 0:
             raise ValueError(f"ridge is {self.ridge}; CorDA inverts the second moment, so it must be positive")
+
+    @property
+    def step_zero(self) -> StepZero:
+        """A frozen twin adapter subtracts the initial B A."""
+        return "offset"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """The exact second moment of the inputs."""

@@ -38,12 +38,16 @@ class EVA:
     """
 
     observes: ClassVar[Observes] = "inputs"
-    step_zero: ClassVar[StepZero] = "equal"
 
     centered: bool = True
     whiten: Literal["none", "singular_value", "variance_ratio"] = "none"
     scale: Literal["paper", "matched"] = "paper"
     sketch_columns: int | None = None
+
+    @property
+    def step_zero(self) -> StepZero:
+        """B A = 0."""
+        return "equal"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """The exact covariance of the inputs, or its sketch.

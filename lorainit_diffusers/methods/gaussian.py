@@ -17,7 +17,11 @@ class Gaussian:
     """A from N(0, 1 / rank^2), B = 0, as PEFT's ``init_lora_weights="gaussian"``."""
 
     observes: ClassVar[Observes] = "nothing"
-    step_zero: ClassVar[StepZero] = "equal"
+
+    @property
+    def step_zero(self) -> StepZero:
+        """B A = 0."""
+        return "equal"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """Nothing is observed."""

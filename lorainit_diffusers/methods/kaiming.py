@@ -17,7 +17,11 @@ class Kaiming:
     """A uniform in +-1/sqrt(in_features) (Kaiming with a = sqrt(5)), B = 0, as ``init_lora_weights=True`` in PEFT."""
 
     observes: ClassVar[Observes] = "nothing"
-    step_zero: ClassVar[StepZero] = "equal"
+
+    @property
+    def step_zero(self) -> StepZero:
+        """B A = 0."""
+        return "equal"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """Nothing is observed."""

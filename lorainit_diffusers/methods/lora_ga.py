@@ -29,7 +29,6 @@ class LoraGA:
     """
 
     observes: ClassVar[Observes] = "gradients"
-    step_zero: ClassVar[StepZero] = "offset"
 
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
     scale: Literal["stable", "gd", "unit"] = "stable"
@@ -38,6 +37,11 @@ class LoraGA:
     def __post_init__(self) -> None:
         if self.gamma <= 0:
             raise ValueError(f"gamma is {self.gamma}; it must be positive")
+
+    @property
+    def step_zero(self) -> StepZero:
+        """A frozen twin adapter subtracts the initial B A."""
+        return "offset"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """The mean gradient of the weight.
@@ -48,8 +52,8 @@ class LoraGA:
         if 2 * rank > min(in_features, out_features):
             raise ValueError(
                 f"init 'lora_ga' gives A and B disjoint directions: 2 * rank = {2 * rank} exceeds the smallest "
-                f"dimension {min(in_features, out_features)} of the layer; use rank {min(in_features, out_features) // 2}"
-                " or less"
+                f"dimension {min(in_features, out_features)} of the layer; "
+                f"use rank {min(in_features, out_features) // 2} or less"
             )
         return GradientMean((out_features, in_features))
 
@@ -62,7 +66,9 @@ class LoraGA:
             ValueError: the statistic is not a gradient.
         """
         if not isinstance(statistic, GradientMean):
-            raise ValueError("init 'lora_ga' needs the mean gradient; run the collection pass with observes='gradients'")
+            raise ValueError(
+                "init 'lora_ga' needs the mean gradient; run the collection pass with observes='gradients'"
+            )
         gradient = statistic.mean()
         svd = top_svd(gradient, 2 * max_rank)
         total = gradient.to(svd.values.dtype).square().sum()

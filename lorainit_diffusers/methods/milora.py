@@ -19,7 +19,11 @@ class MiLoRA:
     """A and B are the bottom-r singular triplets of W0; the base is offset (a frozen twin adapter)."""
 
     observes: ClassVar[Observes] = "nothing"
-    step_zero: ClassVar[StepZero] = "offset"
+
+    @property
+    def step_zero(self) -> StepZero:
+        """A frozen twin adapter subtracts the initial B A."""
+        return "offset"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """Nothing is observed."""

@@ -21,7 +21,11 @@ class OLoRA:
     """
 
     observes: ClassVar[Observes] = "nothing"
-    step_zero: ClassVar[StepZero] = "offset"
+
+    @property
+    def step_zero(self) -> StepZero:
+        """A frozen twin adapter subtracts the initial B A."""
+        return "offset"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """Nothing is observed."""
@@ -32,6 +36,4 @@ class OLoRA:
     ) -> Solution:
         """No scores: QR without pivoting does not order its components."""
         q, r = torch.linalg.qr(weight.to(solve_dtype(max(weight.shape), weight.device)))
-        return Solution(
-            None, lambda rank: LoraFactors(r[:rank].float().contiguous(), q[:, :rank].float().contiguous())
-        )
+        return Solution(None, lambda rank: LoraFactors(r[:rank].float().contiguous(), q[:, :rank].float().contiguous()))

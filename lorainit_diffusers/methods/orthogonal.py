@@ -20,7 +20,11 @@ class Orthogonal:
     """
 
     observes: ClassVar[Observes] = "nothing"
-    step_zero: ClassVar[StepZero] = "equal"
+
+    @property
+    def step_zero(self) -> StepZero:
+        """B A = 0."""
+        return "equal"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """Nothing is observed.

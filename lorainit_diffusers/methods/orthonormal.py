@@ -17,7 +17,11 @@ class Orthonormal:
     """A uniform among the matrices with orthonormal rows, B = 0. Not PEFT's ``orthogonal``, whose B is not zero."""
 
     observes: ClassVar[Observes] = "nothing"
-    step_zero: ClassVar[StepZero] = "equal"
+
+    @property
+    def step_zero(self) -> StepZero:
+        """B A = 0."""
+        return "equal"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """Nothing is observed."""

@@ -27,7 +27,11 @@ class PiSSA:
     """
 
     observes: ClassVar[Observes] = "nothing"
-    step_zero: ClassVar[StepZero] = "offset"
+
+    @property
+    def step_zero(self) -> StepZero:
+        """A frozen twin adapter subtracts the initial B A."""
+        return "offset"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """Nothing is observed."""
