@@ -1,10 +1,13 @@
 """Decompositions, chosen by size: exact where that is cheap, randomised where it is not.
 
-Everything here is deterministic given torch's global generator, which only the randomised branches read.
+Everything here is a function of its arguments: the randomised branch draws with a fixed seed of its own and leaves the
+global random state alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -60,6 +63,18 @@ def eigh_descending(matrix: Tensor) -> Eigen:
     return Eigen(values.flip(0).clamp_min(0), vectors.flip(1))
 
 
+@contextmanager
+def _fixed_seed(device: torch.device) -> Iterator[None]:
+    """Seed the global generator of this device; its state is restored on exit."""
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.random.default_generator.manual_seed(0)
+        for index in cuda:
+            with torch.cuda.device(index):
+                torch.cuda.manual_seed(0)
+        yield
+
+
 def top_svd(matrix: Tensor, rank: int) -> SVD:
     """The leading ``rank`` singular triplets.
 
@@ -75,7 +90,8 @@ def top_svd(matrix: Tensor, rank: int) -> SVD:
     if min(rows, columns) > MAX_EXACT_SVD_SIZE:
         # Oversampling and power iterations: flat spectra, as those of attention weights, need both.
         num_columns = min(2 * rank + 16, min(rows, columns))
-        left, values, right = torch.svd_lowrank(matrix.float(), q=num_columns, niter=8)
+        with _fixed_seed(matrix.device):  # svd_lowrank takes no generator
+            left, values, right = torch.svd_lowrank(matrix.float(), q=num_columns, niter=8)
         return SVD(left[:, :rank], values[:rank], right[:, :rank].mT)
     matrix = matrix.to(solve_dtype(max(rows, columns), matrix.device))
     if matrix.dtype == torch.float32:  # squaring would cost half of float32's digits
