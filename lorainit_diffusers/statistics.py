@@ -255,7 +255,7 @@ class SecondMoment(_MeanAndCount):
         self._num_rows = int(state["num_rows"]) if state else 0
         self._mean = state["mean"].clone() if state else None
         self._scatter = state["scatter"].clone() if state else None
-        self._finite = None
+        self._finite = torch.isfinite(self._mean).all() if self._mean is not None else None
 
     def _require_scatter(self) -> Tensor:
         self.mean()  # raises when empty
@@ -380,7 +380,7 @@ class SketchedSecondMoment(_MeanAndCount):
         self._mean = state["mean"].clone() if state else None
         self._sketch = state["sketch"].clone() if state else None
         self._trace = state["trace"].clone() if state else None
-        self._finite = None
+        self._finite = torch.isfinite(self._mean).all() if self._mean is not None else None
 
     def _require_sketch(self) -> tuple[Tensor, Tensor]:
         self.mean()  # raises when empty
@@ -463,4 +463,4 @@ class GradientMean:
         """Inverse of :meth:`state_dict`."""
         self._num_batches = int(state["num_batches"]) if state else 0
         self._sum = state["sum"].clone() if state else None
-        self._finite = None
+        self._finite = torch.isfinite(self._sum).all() if self._sum is not None else None
