@@ -1,0 +1,107 @@
+"""Small helpers of the core tests. Oracles are float64 brute force over all rows, never the library's own code."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def rows_with_spectrum(
+    num_rows: int, deviations: Sequence[float], *, mean: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(num_rows, len(deviations)) rows whose covariance has about these standard deviations along random axes."""
+    generator = torch.Generator().manual_seed(seed)
+    features = len(deviations)
+    axes = torch.linalg.qr(torch.randn(features, features, generator=generator, dtype=torch.float64)).Q
+    latent = torch.randn(num_rows, features, generator=generator, dtype=torch.float64) * torch.tensor(deviations)
+    return (latent @ axes.mT + mean * torch.randn(features, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def largest_principal_angle(first: Tensor, second: Tensor) -> float:
+    """Largest principal angle, in radians, between two row spaces of equal dimension."""
+    first = torch.linalg.qr(first.double().mT).Q
+    second = torch.linalg.qr(second.double().mT).Q
+    sine = torch.linalg.matrix_norm(second - first @ (first.mT @ second), ord=2)
+    return float(torch.asin(sine.clamp(max=1.0)))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of the expected value."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def run_as_processes(num_processes: int, work: Callable[[int, Callable[[Tensor], None]], None]) -> None:
+    """Call `work(process, sum_across_processes)` in threads that meet in every sum, as collective calls do."""
+    barrier = threading.Barrier(num_processes, timeout=20)
+    slots: dict[int, Tensor] = {}
+    errors: list[BaseException] = []
+
+    def target(process: int) -> None:
+        def sum_across_processes(tensor: Tensor) -> None:
+            slots[process] = tensor.clone()
+            barrier.wait()
+            total = sum(slots[index] for index in range(1, num_processes)) + slots[0]
+            barrier.wait()
+            tensor.copy_(total)
+
+        try:
+            work(process, sum_across_processes)
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=target, args=(process,)) for process in range(num_processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+class TinyAttention(nn.Module):
+    """Query, key and value fed by one tensor, as in an attention block; then an MLP."""
+
+    def __init__(self, features: int = 16, hidden: int = 24) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(features, features)
+        self.to_k = nn.Linear(features, features)
+        self.to_v = nn.Linear(features, features)
+        self.to_out = nn.Linear(features, features)
+        self.up = nn.Linear(features, hidden)
+        self.down = nn.Linear(hidden, features)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.to_q(x) @ self.to_k(x).mT / x.shape[-1] ** 0.5).softmax(-1)
+        x = x + self.dropout(self.to_out(weights @ self.to_v(x)))
+        return x + self.down(torch.nn.functional.gelu(self.up(x)))
+
+
+ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out", "up", "down")
+
+
+def tiny_attention(seed: int = 0, **kwargs: int) -> TinyAttention:
+    """A seeded TinyAttention."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TinyAttention(**kwargs)
+
+
+def token_batches(count: int = 3, features: int = 16, tokens: int = 20, batch: int = 4, seed: int = 0) -> list[Tensor]:
+    """Batches of token inputs with a decaying spectrum and a mean."""
+    deviations = [0.8**index for index in range(features)]
+    rows = rows_with_spectrum(count * batch * tokens, deviations, mean=0.3, seed=seed)
+    return list(rows.reshape(count, batch, tokens, features))
+
+
+def squared_loss(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A training loss of the module: mean square of its output minus a fixed function of its input."""
+
+    def loss(batch: Tensor) -> Tensor:
+        return (module(batch) - batch.flip(-1)).square().mean()
+
+    return loss

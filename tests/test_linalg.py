@@ -1,0 +1,99 @@
+"""Decompositions against numpy's float64 SVD."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from core_fixtures import largest_principal_angle, relative_error
+
+from lorainit_diffusers.linalg import MAX_EXACT_SVD_SIZE, eigh_descending, top_svd
+
+
+def matrix_with_values(rows: int, columns: int, values: np.ndarray, seed: int = 0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    left = np.linalg.qr(rng.normal(size=(rows, len(values))))[0]
+    right = np.linalg.qr(rng.normal(size=(columns, len(values))))[0]
+    return torch.from_numpy(left * values @ right.T)
+
+
+def assert_orthonormal(rows: torch.Tensor, tolerance: float) -> None:
+    assert float((rows @ rows.mT - torch.eye(rows.shape[0], dtype=rows.dtype)).abs().max()) < tolerance
+
+
+def test_eigh_reconstructs_in_descending_order():
+    rows = torch.randn(50, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = rows.mT @ rows
+    values, vectors = eigh_descending(matrix)
+    assert (values.diff() <= 0).all()
+    assert relative_error(vectors * values @ vectors.mT, matrix) < 1e-12
+    assert_orthonormal(vectors.mT, 1e-12)
+
+
+def test_eigh_of_a_singular_matrix_has_no_negative_value():
+    rows = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+    values, vectors = eigh_descending(rows.mT @ rows)
+    assert (values >= 0).all()
+    assert_orthonormal(vectors.mT, 1e-6)
+
+
+def test_eigh_averages_an_asymmetric_accumulator():
+    matrix = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
+    matrix[0, 1] = 0.2  # as [[3, .1], [.1, 1]]
+    expected = np.linalg.eigvalsh(np.array([[3.0, 0.1], [0.1, 1.0]]))[::-1]
+    np.testing.assert_allclose(eigh_descending(matrix).values.numpy(), expected, rtol=1e-12)
+
+
+# Exact (float64 Gram), float32 SVD because one side is long, randomised because both are.
+@pytest.mark.parametrize(
+    ("rows", "columns", "tolerance"),
+    [(20, 20, 1e-7), (60, 17, 1e-7), (17, 60, 1e-7), (300, 1000, 1e-4), (1000, 300, 1e-4), (600, 640, 1e-4)],
+)
+def test_top_svd_agrees_with_numpy(rows, columns, tolerance):
+    values = np.geomspace(10.0, 0.01, min(rows, columns))
+    if min(rows, columns) > 100:
+        values = 10.0 * 0.9 ** np.arange(min(rows, columns))
+    matrix = matrix_with_values(rows, columns, values)
+    left, singular, right = top_svd(matrix, 6)
+    reference = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    assert left.shape == (rows, 6)
+    assert singular.shape == (6,)
+    assert right.shape == (6, columns)
+    np.testing.assert_allclose(singular.double().numpy(), reference.S[:6], rtol=tolerance)
+    assert largest_principal_angle(left.mT, torch.from_numpy(reference.U[:, :6].T.copy())) < 10 * tolerance
+    assert largest_principal_angle(right, torch.from_numpy(reference.Vh[:6])) < 10 * tolerance
+    # The triplets belong together, signs included.
+    best = torch.from_numpy(reference.U[:, :6] * reference.S[:6] @ reference.Vh[:6])
+    assert relative_error(left * singular @ right, best) < 10 * tolerance
+
+
+def test_randomised_svd_of_a_flat_spectrum_keeps_nearly_all_of_the_energy():
+    size = MAX_EXACT_SVD_SIZE + 48
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    singular = top_svd(matrix, 8).values.double()
+    reference = torch.linalg.svdvals(matrix.double())[:8]
+    assert float(singular.square().sum() / reference.square().sum()) > 0.99
+
+
+def test_randomised_svd_neither_reads_nor_moves_the_global_generator():
+    size = MAX_EXACT_SVD_SIZE + 8
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = top_svd(matrix, 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(top_svd(matrix, 4).right, first.right)
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+@pytest.mark.parametrize("true_rank", [0, 2])
+def test_top_svd_completes_the_basis_of_a_rank_deficient_matrix(shape, true_rank):
+    values = np.array([3.0, 2.0])[:true_rank]
+    matrix = matrix_with_values(*shape, values) if true_rank else torch.zeros(shape, dtype=torch.float64)
+    left, singular, right = top_svd(matrix, 5)
+    assert_orthonormal(left.mT, 1e-7)
+    assert_orthonormal(right, 1e-7)
+    np.testing.assert_allclose(singular[:true_rank].numpy(), values, rtol=1e-9)
+    assert float(singular[true_rank:].abs().sum()) < 1e-6
+    assert float((left * singular @ right - matrix).abs().max()) < 1e-6
