@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -293,6 +294,44 @@ class StableDiffusionFamily:
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        resolution: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 7.5,
+    ) -> list[Image.Image]:
+        """Draw one image a prompt, each from its own seed, with the weights as they are now.
+
+        Puts no module into evaluation mode: the caller does. The latents are decoded in float32, whatever the dtype of
+        the UNet.
+
+        Args:
+            prompts: the prompts.
+            seeds: one seed for each.
+            resolution: side of the images in pixels; the base's own by default.
+            num_inference_steps: DDIM steps.
+            guidance_scale: classifier-free guidance.
+        """
+        pipeline = self.pipeline()
+        side = resolution or self.resolution
+        result = pipeline(
+            list(prompts),
+            height=side,
+            width=side,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="latent",
+        )
+        latents = cast(Tensor, cast(Any, result).images).float() / float(self.vae.config["scaling_factor"])
+        decoded = cast(Tensor, self.vae.decode(cast(Any, latents), return_dict=False)[0])
+        pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(image) for image in pixels]
 
     def _randn(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         return torch.randn(tuple(shape), generator=generator).to(self.device)

@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from lorainit_diffusers.families import ModelFamily, StableDiffusionFamily, UniformDraws
+from lorainit_diffusers.families import ModelFamily, UniformDraws
+from lorainit_diffusers.families.sd import StableDiffusionFamily
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 
