@@ -105,9 +105,15 @@ def existing_adapter(module: nn.Module, adapter_name: str = "default") -> Existi
     return ExistingAdapter(
         rank=int(layer.r[adapter_name]),
         scaling=float(layer.scaling[adapter_name]),
-        use_rslora=bool(layer.use_rslora.get(adapter_name, False)),
+        use_rslora=_use_rslora(module, adapter_name),
         use_dora=bool(layer.use_dora.get(adapter_name, False)),
     )
+
+
+def _use_rslora(module: nn.Module, adapter_name: str) -> bool:
+    # The layers know it too, but only in recent PEFT releases.
+    configs = cast("Mapping[str, LoraConfig]", getattr(module, "peft_config", {}))
+    return adapter_name in configs and bool(configs[adapter_name].use_rslora)
 
 
 def target_layers(
@@ -203,6 +209,7 @@ def attach(
     if not weights:
         raise ValueError("no layer keeps an adapter: every rank is 0; raise the rank budget or min_rank")
     inner = unwrap(module)
+    use_rslora = _use_rslora(module, adapter_name) if lora_layers(module, adapter_name) else use_rslora
     rank = mode(w.factors.lora_A.shape[0] for w in weights.values())
     if not lora_layers(module, adapter_name):
         alpha = next(iter(weights.values())).scaling * (rank**0.5 if use_rslora else rank)
@@ -216,7 +223,7 @@ def attach(
         _inject(module, config, adapter_name)
     for name, layer in lora_layers(module, adapter_name).items():
         if name in weights:
-            _set_factors(layer, adapter_name, weights[name])
+            _set_factors(layer, adapter_name, weights[name], use_rslora)
         else:
             _remove(inner, name, layer, adapter_name)
     twin = adapter_name + OFFSET_SUFFIX
@@ -250,7 +257,7 @@ def _device(layer: LoraLayer) -> torch.device:
     return next(layer.get_base_layer().parameters()).device
 
 
-def _set_factors(layer: LoraLayer, adapter_name: str, weights: AdapterWeights) -> None:
+def _set_factors(layer: LoraLayer, adapter_name: str, weights: AdapterWeights, use_rslora: bool) -> None:
     lora_A, lora_B = weights.factors
     device = _device(layer)
     rank = lora_A.shape[0]
@@ -266,8 +273,7 @@ def _set_factors(layer: LoraLayer, adapter_name: str, weights: AdapterWeights) -
         linear.weight.requires_grad_(True)
     layer.r[adapter_name] = rank
     layer.scaling[adapter_name] = weights.scaling
-    factor = rank**0.5 if layer.use_rslora.get(adapter_name, False) else rank
-    layer.lora_alpha[adapter_name] = weights.scaling * factor
+    layer.lora_alpha[adapter_name] = weights.scaling * (rank**0.5 if use_rslora else rank)
 
 
 def _set_twin(layer: LoraLayer, adapter_name: str, weights: AdapterWeights) -> None:
