@@ -57,7 +57,9 @@ class _SharedInputs:
 
     def leader(self, name: str, tensor: Tensor) -> str:
         """The first layer that saw this tensor in this forward; notes it in ``trace``."""
-        signature = (tensor._version, tensor.data_ptr(), tensor.shape)
+        # Tensors made under inference_mode (cached prompt embeddings, say) keep no version.
+        version = 0 if tensor.is_inference() else tensor._version
+        signature = (version, tensor.data_ptr(), tensor.shape)
         entry = self._seen.get(id(tensor))
         if entry is not None and entry[0]() is tensor and entry[1:4] == signature:
             leader = entry[4]
@@ -136,7 +138,7 @@ def collect(
         result.statistics[name].update(gradient.float() / scale if scale != 1.0 else gradient)
         statistics_s += _now(gradient) - start
 
-    first_trace: dict[str, list[str]] | None = None
+    ran_before: set[str] = set()
     with model_state_preserved(modules):
         for module in modules.values():
             module.eval()
@@ -161,11 +163,13 @@ def collect(
                                 "the loss does not depend on the target layers, or ran under no_grad: "
                                 "no gradient to collect"
                             )
-                        (loss * scale).backward()
+                        # Only into the target weights: the loss may run trainable modules that were not handed over.
+                        (loss * scale).backward(inputs=[layer.weight for layer in layers.values()])
                 _now(loss)
                 result.forward_s += time.perf_counter() - start - (statistics_s - before)
                 if share_inputs and observes == "inputs":
-                    first_trace = _check_sharing(first_trace, shared.trace, result.leaders)
+                    _check_sharing(ran_before, shared.trace, result.leaders)
+                    ran_before |= shared.trace.keys()
                 _check_finite(result.statistics, result.leaders, index, observes, describe_step)
                 result.num_passes += 1
                 bar.update()
@@ -203,25 +207,15 @@ def _length(batches: Iterable[Any]) -> int | None:
         return None
 
 
-def _check_sharing(
-    first: dict[str, list[str]] | None, trace: dict[str, list[str]], leaders: Mapping[str, str]
-) -> dict[str, list[str]]:
+def _check_sharing(ran_before: set[str], trace: Mapping[str, list[str]], leaders: Mapping[str, str]) -> None:
     """Layers may share a statistic only if one tensor feeds both in every call of every batch."""
-    for name, calls in trace.items():
-        expected = trace.get(leaders[name])
-        if calls != expected or (first is not None and first.get(name) != calls):
+    for name, leader in leaders.items():
+        joined_late = leader in ran_before and name not in ran_before
+        if name != leader and (joined_late or trace.get(name) != trace.get(leader)):
             raise ValueError(
-                f"layer {name!r} shares its input with {leaders[name]!r} in some calls but not in all; "
+                f"layer {name!r} shares its input with {leader!r} in some calls or batches but not in all; "
                 "pass share_inputs=False to collect every layer on its own"
             )
-    if first is not None and first.keys() != trace.keys():
-        missing = sorted(first.keys() ^ trace.keys())
-        if any(list(leaders.values()).count(leaders[name]) > 1 for name in missing):
-            raise ValueError(
-                f"layer {missing[0]!r} ran in some batches but not in all while sharing its input; "
-                "pass share_inputs=False to collect every layer on its own"
-            )
-    return trace if first is None else first
 
 
 def _check_finite(
