@@ -6,7 +6,7 @@ global random state alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -64,7 +64,7 @@ def eigh_descending(matrix: Tensor) -> Eigen:
 
 
 @contextmanager
-def _fixed_seed(device: torch.device) -> Iterator[None]:
+def _fixed_seed(device: torch.device) -> Generator[None]:
     """Seed the global generator of this device; its state is restored on exit."""
     cuda = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
