@@ -108,14 +108,14 @@ def tiny_sd(random_sd: Path) -> Path:
     return bundled if (bundled / "model_index.json").is_file() else random_sd
 
 
-def write_images(folder: Path, count: int = 4, size: int = 32, seed: int = 0) -> Path:
-    """Write `count` captioned PNGs in the imagefolder layout."""
+def write_images(folder: Path, count: int = 4, size: tuple[int, int] = (48, 32), seed: int = 0) -> Path:
+    """Write `count` captioned PNGs in the imagefolder layout; they are not square, so that crops matter."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     lines: list[str] = []
     for index in range(count):
         pixels = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST).save(folder / f"{index:02d}.png")
+        Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(folder / f"{index:02d}.png")
         lines.append(json.dumps({"file_name": f"{index:02d}.png", "text": f"picture {index}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

@@ -142,7 +142,7 @@ def validate_arguments(args: argparse.Namespace) -> None:
         ValueError: naming the option, its value and the remedy.
     """
     for name in (
-        *("init_num_batches", "init_batch_size", "train_batch_size", "gradient_accumulation_steps", "max_train_steps"),
+        *("init_num_batches", "train_batch_size", "init_batch_size", "gradient_accumulation_steps", "max_train_steps"),
         *("rank", "rank_budget", "max_rank", "resolution", "checkpointing_steps", "checkpoints_total_limit"),
         *("validation_steps", "num_validation_images", "validation_inference_steps"),
     ):

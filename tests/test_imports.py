@@ -1,0 +1,107 @@
+"""The architecture, enforced: imports go one way, and the delicate things happen in one file each."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+LIBRARY = ROOT / "lorainit_diffusers"
+SCRIPTS = ROOT / "train_scripts"
+
+# unit -> the units of the library that it may import; `base` files are the contracts that others may know
+MAY_IMPORT: dict[str, set[str]] = {
+    "linalg": set(),
+    "statistics": {"linalg"},
+    "hooks": set(),
+    "ranks": {"methods.base"},
+    "report": set(),
+    "checkpoints": set(),
+    "evaluation": set(),
+    "families": set(),
+    "methods": {"statistics", "linalg"},
+    "collect": {"statistics", "hooks", "methods.base", "families.base", "linalg"},
+    "adapters": {"methods.base"},
+    "initialize": {
+        *("statistics", "collect", "methods", "ranks", "adapters", "report", "families.base", "linalg", "hooks"),
+    },
+    "__init__": {"adapters", "initialize", "methods", "report", "statistics", "ranks", "collect", "families.base"},
+}
+
+
+def library_imports(path: Path) -> set[str]:
+    """Modules of the library that a file imports, without the package's own name; type-checking imports too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            if node.module == "lorainit_diffusers":
+                found |= {alias.name for alias in node.names}
+            elif node.module.startswith("lorainit_diffusers."):
+                found.add(node.module.removeprefix("lorainit_diffusers."))
+        elif isinstance(node, ast.Import):
+            found |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("lorainit_diffusers")}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+    return found
+
+
+def imported_packages(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+    return found
+
+
+def unit_of(path: Path) -> str:
+    parts = path.relative_to(LIBRARY).with_suffix("").parts
+    return parts[0]
+
+
+LIBRARY_FILES = sorted(LIBRARY.rglob("*.py"))
+ALL_FILES = [*LIBRARY_FILES, *sorted(SCRIPTS.glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES, ids=lambda path: path.relative_to(LIBRARY).as_posix())
+def test_imports_go_one_way(path: Path) -> None:
+    unit = unit_of(path)
+    assert unit in MAY_IMPORT, f"{unit} is new: say in MAY_IMPORT what it may import"
+    for module in library_imports(path):
+        inside = module == unit or module.startswith(f"{unit}.")
+        allowed = any(module == other or module.startswith(f"{other}.") for other in MAY_IMPORT[unit])
+        assert inside or allowed, f"{path.relative_to(ROOT)} must not import lorainit_diffusers.{module}"
+
+
+def test_only_adapters_imports_peft() -> None:
+    assert [path.name for path in ALL_FILES if "peft" in imported_packages(path)] == ["adapters.py"]
+
+
+def test_only_hooks_registers_hooks() -> None:
+    users = [path.name for path in ALL_FILES if "_hook(" in path.read_text(encoding="utf-8").replace("make_hook(", "")]
+    assert users == ["hooks.py"]
+
+
+def test_nothing_reads_pickles() -> None:
+    for path in ALL_FILES:
+        assert not imported_packages(path) & {"pickle", "dill", "joblib", "cloudpickle"}, path.name
+        calls = [
+            ast.unparse(node.func)
+            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(node, ast.Call)
+        ]
+        assert not {"torch.load", "torch.save"} & set(calls), path.name
+
+
+def test_scripts_do_not_import_one_another() -> None:
+    scripts = {path.stem for path in SCRIPTS.glob("*.py")}
+    shared = {"common", "common_data", "emoji"}
+    for path in SCRIPTS.glob("*.py"):
+        assert imported_packages(path) & scripts <= shared - {path.stem}, path.name
+
+
+def test_nothing_needs_torchvision() -> None:
+    assert not [path.name for path in ALL_FILES if "torchvision" in imported_packages(path)]
