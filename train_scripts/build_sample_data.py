@@ -16,13 +16,9 @@ import json
 import shutil
 from pathlib import Path
 
+import emoji
 from PIL import Image
 from tqdm.auto import tqdm
-
-try:
-    from train_scripts import emoji
-except ImportError:  # started as a script: its own folder is on the path, the repository root is not
-    import emoji
 
 CAPTIONS = {"blobs": "a blob emoji of {}", "high-contrast": "a black line emoji of {}", "cats": "a noto emoji of {}"}
 # Pictures of each kind in a set of 40. The blobs are in the faces; in black and white every kind looks different.
@@ -34,8 +30,8 @@ QUOTAS = {
 UNSUITABLE = ("moon", "white-flower", "globe", "outbox-tray")
 MIT_LICENCE = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
 associated documentation files (the "Software"), to deal in the Software without restriction, including without
-limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
-persons to whom the Software is furnished to do so, subject to the following conditions:
+limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software,
+and to permit persons to whom the Software is furnished to do so, subject to the following conditions:
 
 The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
 Software.
