@@ -195,7 +195,10 @@ class SecondMoment(_MeanAndCount):
                 # The rank-one term between the old rows and the new ones rides along in the product as one more row.
                 between = (step * weight.sqrt()).to(centred.dtype)
                 extended = torch.cat([centred, between[None]])
-                self._scatter += extended.mT @ extended
+                if self._scatter.dtype == extended.dtype:  # large layers: add inside the product, no temporary
+                    self._scatter.addmm_(extended.mT, extended)
+                else:
+                    self._scatter += extended.mT @ extended
 
     def merge(self, other: SecondMoment) -> None:
         """Add everything that ``other`` has seen."""
