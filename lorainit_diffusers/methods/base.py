@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -84,6 +84,23 @@ class Initializer(Protocol):
             generator: CPU generator, seeded by run and layer; the only source of randomness.
         """
         ...
+
+
+def check_choices(method: Initializer) -> None:
+    """Refuse a value that is none of those that a ``Literal`` field of this dataclass allows.
+
+    Raises:
+        ValueError: naming the field, its value and the choices.
+    """
+    for name, hint in get_type_hints(type(method)).items():
+        if get_origin(hint) is Literal and getattr(method, name) not in get_args(hint):
+            choices = ", ".join(map(repr, get_args(hint)))
+            raise ValueError(f"{name} is {getattr(method, name)!r}; use one of {choices}")
+
+
+def one_if_zero(value: Tensor) -> Tensor:
+    """A 0-d non-negative tensor, or 1 where it vanishes: the unit of layers whose inputs are all zero."""
+    return torch.where(value > 0, value, torch.ones_like(value))
 
 
 def input_statistic(statistic: Statistic | None) -> InputStatistic:

@@ -30,8 +30,10 @@ from lorainit_diffusers.methods.base import (
     Observes,
     Solution,
     StepZero,
+    check_choices,
     input_statistic,
     kaiming_input_power,
+    one_if_zero,
 )
 from lorainit_diffusers.statistics import SecondMoment, Statistic
 
@@ -69,6 +71,7 @@ class CNTLoRA:
     scale: Literal["paper", "matched"] = "paper"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.ridge < 0:
             raise ValueError(f"ridge is {self.ridge}; it must not be negative")
 
@@ -88,7 +91,7 @@ class CNTLoRA:
         """Scores are the shares of ||D S_l^(1/2)||_F^2 (``truncation="weight"``: of ||D||_F^2)."""
         inputs = input_statistic(statistic)
         values, vectors = inputs.eigh(centered=False)
-        mean_eigenvalue = values.mean()
+        mean_eigenvalue = one_if_zero(values.mean())
         ridged = (values + self.ridge * mean_eigenvalue).clamp_min(EIGENVALUE_FLOOR * mean_eigenvalue)
         root = ridged.sqrt()
         if self.constraint == "alignment":
@@ -108,7 +111,7 @@ class CNTLoRA:
             if not torch.equal(gauge_metric, metric):
                 left, singular, right = top_svd((left * singular) @ (right / metric) * gauge_metric, rank)
             lora_A, lora_B = right / gauge_metric, left * singular
-            if self.gauge != "whitened":
+            if self.gauge != "whitened" and bool(singular.any()):  # D = 0 keeps A's directions
                 lora_A, lora_B = lora_A * singular.sqrt()[:, None], left * singular.sqrt()
             lora_B = lora_B * ((self.gamma if self.base == "active" else 1.0) / scaling)
             factor = self._factor(lora_A, lora_B, values, inputs.trace(centered=False))
@@ -123,9 +126,9 @@ class CNTLoRA:
         """The scalar that A is multiplied and B divided by; ``lora_A`` is in the eigenbasis of S."""
         tiny = torch.finfo(lora_A.dtype).tiny
         rank, in_features = lora_A.shape
-        if self.scale == "matched":
-            power = (lora_A.square() * values).sum()
-            return (rank * kaiming_input_power(trace, in_features) / power.clamp_min(tiny)).sqrt()
+        power = (lora_A.square() * values).sum()
+        if self.scale == "matched" and float(power) > 0:
+            return (rank * kaiming_input_power(trace, in_features) / power).sqrt()
         norm_A = lora_A.norm().clamp_min(tiny)
         norm_B = lora_B.norm()
         if self.base == "down_only" or float(norm_B) == 0.0:  # D = 0: nothing to balance against

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.linalg import top_svd
-from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero, input_statistic
+from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero, input_statistic, one_if_zero
 from lorainit_diffusers.statistics import SecondMoment, Statistic
 
 
@@ -45,10 +45,10 @@ class CorDA:
         """Scores are the shares of ||W0 S||_F^2."""
         values, vectors = input_statistic(statistic).eigh(centered=False)
         # In S's eigenbasis the product with S and its inverse are row scalings.
-        spectrum = values + self.ridge * values.mean()
+        spectrum = values + self.ridge * one_if_zero(values.mean())
         weighted = (weight.to(vectors.dtype) @ vectors) * spectrum
         svd = top_svd(weighted, max_rank)
-        scores = svd.values.square() / weighted.square().sum()
+        scores = svd.values.square() / one_if_zero(weighted.square().sum())
 
         def factors(rank: int) -> LoraFactors:
             root = (svd.values[:rank] / scaling).sqrt()

@@ -13,8 +13,10 @@ from lorainit_diffusers.methods.base import (
     Observes,
     Solution,
     StepZero,
+    check_choices,
     input_statistic,
     kaiming_input_power,
+    one_if_zero,
     zeros_like_output,
 )
 from lorainit_diffusers.statistics import SecondMoment, SketchedSecondMoment, Statistic
@@ -43,6 +45,9 @@ class EVA:
     whiten: Literal["none", "singular_value", "variance_ratio"] = "none"
     scale: Literal["paper", "matched"] = "paper"
     sketch_columns: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     @property
     def step_zero(self) -> StepZero:
@@ -74,18 +79,19 @@ class EVA:
         def factors(rank: int) -> LoraFactors:
             lora_A = vectors[:, :rank].mT
             # Directions without variance (fewer rows than rank) must not be blown up by dividing by almost nothing.
-            floor = 1e-6 * ratios[0].clamp_min(torch.finfo(ratios.dtype).tiny)
+            floor = 1e-6 * one_if_zero(ratios[0])
             if self.whiten == "variance_ratio":
                 lora_A = lora_A / ratios[:rank, None].clamp_min(floor).sqrt()
             elif self.whiten == "singular_value":
-                lora_A = lora_A / (ratios[:rank, None].clamp_min(floor) * total).pow(0.25)
+                lora_A = lora_A / (ratios[:rank, None].clamp_min(floor) * (total or 1.0)).pow(0.25)
             if self.scale == "matched":
                 mean = inputs.mean().to(lora_A.dtype)
                 power = lora_A.square().sum(1) @ values[:rank]
                 if self.centered:
                     power = power + (lora_A @ mean).square().sum()
                 wanted = rank * kaiming_input_power(inputs.trace(centered=False), weight.shape[1])
-                lora_A = lora_A * (wanted / power.clamp_min(torch.finfo(power.dtype).tiny)).sqrt()
+                if float(power) > 0:
+                    lora_A = lora_A * (wanted / power).sqrt()
             return LoraFactors(lora_A.float().contiguous(), zeros_like_output(weight, rank))
 
         return Solution(ratios, factors)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.linalg import top_svd
-from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero
+from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero, check_choices
 from lorainit_diffusers.statistics import GradientMean, Statistic
 
 
@@ -35,6 +35,7 @@ class LoraGA:
     gamma: float = 16.0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.gamma <= 0:
             raise ValueError(f"gamma is {self.gamma}; it must be positive")
 

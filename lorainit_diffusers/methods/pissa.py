@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.linalg import SVD, top_svd
-from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero
+from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero, one_if_zero
 from lorainit_diffusers.statistics import Statistic
 
 
@@ -42,5 +42,5 @@ class PiSSA:
     ) -> Solution:
         """Scores are the shares of ||W0||_F^2."""
         svd = top_svd(weight, max_rank)
-        scores = svd.values.square() / weight.to(svd.values.dtype).square().sum()
+        scores = svd.values.square() / one_if_zero(weight.to(svd.values.dtype).square().sum())
         return Solution(scores, lambda rank: balanced_factors(svd, rank, scaling))
