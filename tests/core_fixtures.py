@@ -105,3 +105,41 @@ def squared_loss(module: nn.Module) -> Callable[[Tensor], Tensor]:
         return (module(batch) - batch.flip(-1)).square().mean()
 
     return loss
+
+
+def draw_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:
+    """A float32 weight with a decaying, gapped spectrum (as trained weights have), of the scale of nn.Linear's."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(out_features, in_features)
+    left = torch.linalg.qr(torch.randn(out_features, size, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(in_features, size, generator=generator, dtype=torch.float64)).Q
+    values = 0.9 ** torch.arange(size, dtype=torch.float64)
+    return (left * values @ right.mT).float()
+
+
+def second_moment_of(rows: Tensor) -> Tensor:
+    """X'X/n in float64."""
+    return rows.double().mT @ rows.double() / len(rows)
+
+
+def ridged(rows: Tensor, ridge: float) -> Tensor:
+    """X'X/n plus `ridge` times its mean eigenvalue, in float64."""
+    moment = second_moment_of(rows)
+    return moment + ridge * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+
+
+def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
+    """A real power of a symmetric positive definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values**exponent @ vectors.mT
+
+
+def best_rank(matrix: Tensor, rank: int) -> Tensor:
+    """The best approximation of that rank in the Frobenius norm, by a full float64 SVD."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return left[:, :rank] * values[:rank] @ right[:rank]
+
+
+def product(factors: tuple[Tensor, Tensor], scaling: float = 1.0) -> Tensor:
+    """scaling * B A in float64, from (A, B)."""
+    return scaling * factors[1].double() @ factors[0].double()

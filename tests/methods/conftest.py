@@ -1,0 +1,42 @@
+"""How the tests of this folder run a method on one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorainit_diffusers.initialize import make_method
+from lorainit_diffusers.methods import Solution
+
+
+@pytest.fixture
+def solve() -> Callable[..., Solution]:
+    """solve(name, weight, observed, max_rank, scaling=, seed=, **options): the method's solution for one layer.
+
+    `observed` are rows of inputs, or a list of gradients, fed to the method's own statistic in three batches.
+    """
+
+    def run(
+        name: str,
+        weight: Tensor,
+        observed: Tensor | list[Tensor] | None = None,
+        max_rank: int = 4,
+        *,
+        scaling: float = 1.0,
+        seed: int = 0,
+        **options: Any,
+    ) -> Solution:
+        method = make_method(name, options)
+        statistic = method.statistic(weight.shape[1], weight.shape[0], max_rank)
+        if statistic is not None:
+            assert observed is not None
+            for part in observed.tensor_split(3) if isinstance(observed, Tensor) else observed:
+                statistic.update(part)
+        generator = torch.Generator().manual_seed(seed)
+        return method.solve(weight, statistic, max_rank, scaling=scaling, generator=generator)
+
+    return run

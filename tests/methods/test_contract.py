@@ -1,0 +1,250 @@
+"""What every method must fulfil, whatever it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from core_fixtures import draw_weight, rows_with_spectrum
+from torch import Tensor
+
+from lorainit_diffusers.initialize import make_method
+from lorainit_diffusers.methods import METHODS, LoraFactors
+
+SHAPES = [(24, 16), (16, 24), (20, 20)]
+RANK = 4
+RANDOM = {"kaiming", "gaussian", "orthonormal", "orthogonal"}
+EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
+VARIANTS = [
+    *((name, {}) for name in METHODS),
+    *(
+        ("cntlora", {"constraint": constraint, "truncation": truncation, "gauge": gauge, "base": base, "scale": scale})
+        for constraint in ("alignment", "decorrelation")
+        for truncation in ("activation", "weight")
+        for gauge in ("whitened", "activation", "balanced")
+        for base in ("offset", "down_only", "active")
+        for scale in ("paper", "matched")
+    ),
+    *(
+        ("eva", {"centered": centered, "whiten": whiten, "scale": scale, "sketch_columns": columns})
+        for centered in (True, False)
+        for whiten in ("none", "singular_value", "variance_ratio")
+        for scale in ("paper", "matched")
+        for columns in (None, 12)
+    ),
+    *(
+        ("lora_ga", {"direction": direction, "scale": scale})
+        for direction in ("ArB2r", "A2rBr", "ArBr", "random")
+        for scale in ("stable", "gd", "unit")
+    ),
+]
+VARIANTS_OF_INPUTS = [(name, options) for name, options in VARIANTS if METHODS[name].observes == "inputs"]
+
+
+def _identify(value: object) -> str:
+    return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+
+
+EVERY_VARIANT = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=_identify)
+EVERY_VARIANT_OF_INPUTS = pytest.mark.parametrize(("name", "options"), VARIANTS_OF_INPUTS, ids=_identify)
+
+
+def observations(name: str, shape: tuple[int, int]) -> Tensor | list[Tensor] | None:
+    observes = METHODS[name].observes
+    if observes == "inputs":
+        return rows_with_spectrum(150, [0.8**index for index in range(shape[1])], mean=0.3)
+    if observes == "gradients":
+        return [draw_weight(*shape, seed=seed) for seed in (5, 6)]
+    return None
+
+
+def assert_valid(factors: LoraFactors, shape: tuple[int, int], rank: int) -> None:
+    assert factors.lora_A.shape == (rank, shape[1])
+    assert factors.lora_B.shape == (shape[0], rank)
+    for factor in factors:
+        assert factor.dtype == torch.float32
+        assert not factor.requires_grad
+        assert torch.isfinite(factor).all()
+
+
+def test_the_names_of_the_issue_are_all_there():
+    expected = [
+        "cntlora",
+        "eva",
+        "lora_ga",
+        "pissa",
+        "olora",
+        "milora",
+        "corda",
+        "orthonormal",
+        "orthogonal",
+        "gaussian",
+        "kaiming",
+    ]
+    assert set(METHODS) >= set(expected)
+
+
+@EVERY_METHOD
+def test_a_method_is_a_frozen_dataclass(name):
+    method = make_method(name)
+    assert dataclasses.is_dataclass(method)
+    assert type(method).__dataclass_params__.frozen
+    assert method.observes in {"nothing", "inputs", "gradients"}
+    assert method.step_zero in {"equal", "offset", "moved"}
+    assert (method.statistic(16, 16, RANK) is None) == (method.observes == "nothing")
+
+
+@EVERY_METHOD
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [2, 4, 8])
+def test_factors_have_the_right_shape_and_type_at_every_rank(solve, name, shape, rank):
+    solution = solve(name, draw_weight(*shape), observations(name, shape), 8)
+    assert_valid(solution.factors(rank), shape, rank)
+
+
+@EVERY_VARIANT
+def test_the_step_zero_that_a_method_claims_is_the_one_it_has(solve, name, options):
+    shape = (24, 16)
+    factors = solve(name, draw_weight(*shape), observations(name, shape), RANK, scaling=0.5, **options).factors(RANK)
+    assert_valid(factors, shape, RANK)
+    change = (factors.lora_B.double() @ factors.lora_A.double()).abs().max()
+    if make_method(name, options).step_zero == "equal":
+        assert float(change) < 1e-7
+    else:
+        assert float(change) > 1e-4
+    assert float(factors.lora_A.abs().max()) > 1e-4  # A = 0 and B = 0 at once would never train
+
+
+@EVERY_VARIANT
+def test_scores_descend_from_at_most_one_and_are_shares(solve, name, options):
+    shape = (24, 16)
+    scores = solve(name, draw_weight(*shape), observations(name, shape), RANK, **options).scores
+    if scores is None:
+        assert name in RANDOM | {"olora", "milora"}
+        return
+    assert scores.ndim == 1
+    assert len(scores) >= RANK
+    assert (scores.diff() <= 1e-12).all()
+    assert float(scores[0]) > 0
+    assert float(scores[-1]) >= 0
+    assert float(scores.sum()) <= 1 + 1e-5
+
+
+@EVERY_METHOD
+def test_neither_weight_nor_statistic_is_changed(name):
+    shape = (16, 24)
+    weight, method = draw_weight(*shape), make_method(name)
+    statistic = method.statistic(shape[1], shape[0], RANK)
+    if statistic is not None:
+        observed = observations(name, shape)
+        for part in [observed] if isinstance(observed, Tensor) else observed:
+            statistic.update(part)
+        state = {key: value.clone() for key, value in statistic.state_dict().items()}
+    copy = weight.clone()
+    method.solve(weight, statistic, RANK, scaling=0.5, generator=torch.Generator()).factors(RANK)
+    assert torch.equal(weight, copy)
+    if statistic is not None:
+        for key, value in statistic.state_dict().items():
+            assert torch.equal(value, state[key])
+
+
+@EVERY_METHOD
+@pytest.mark.parametrize("size", [24, 544])  # 544: the randomised decompositions
+def test_the_generator_is_the_only_source_of_randomness(solve, name, size):
+    shape, seen = (size, size), []
+    weight, observed = draw_weight(*shape), observations(name, shape)
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        state = torch.get_rng_state()
+        seen.append(solve(name, weight, observed, RANK, seed=7).factors(RANK))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(seen[0].lora_A, seen[1].lora_A)
+    assert torch.equal(seen[0].lora_B, seen[1].lora_B)
+
+
+@EVERY_METHOD
+def test_the_seed_matters_for_the_random_methods_only(solve, name):
+    shape = (24, 16)
+    first, second = (solve(name, draw_weight(*shape), observations(name, shape), seed=s).factors(RANK) for s in (0, 1))
+    assert torch.equal(first.lora_A, second.lora_A) == (name not in RANDOM)
+
+
+@EVERY_METHOD
+def test_a_zero_weight_gives_finite_factors_and_scores(solve, name):
+    """Zero-initialised output projections are common (ControlNet, DiT)."""
+    shape = (24, 16)
+    solution = solve(name, torch.zeros(shape), observations(name, shape))
+    assert_valid(solution.factors(RANK), shape, RANK)
+    if solution.scores is not None:
+        assert torch.isfinite(solution.scores).all()
+
+
+@EVERY_VARIANT
+def test_dead_inputs_and_zero_gradients_give_finite_factors_and_scores(solve, name, options):
+    shape = (24, 16)
+    observed = observations(name, shape)
+    dead = torch.zeros_like(observed) if isinstance(observed, Tensor) else [torch.zeros(shape)]
+    solution = solve(name, draw_weight(*shape), dead, **options)
+    assert_valid(solution.factors(RANK), shape, RANK)
+    if solution.scores is not None:
+        assert torch.isfinite(solution.scores).all()
+
+
+@EVERY_VARIANT_OF_INPUTS
+def test_constant_rows_give_finite_factors_and_scores(solve, name, options):
+    """One row a sample, all the same: a pooled unconditional embedding, say."""
+    shape = (24, 16)
+    rows = torch.linspace(-1, 2, shape[1]).expand(40, -1)
+    solution = solve(name, draw_weight(*shape), rows, **options)
+    assert_valid(solution.factors(RANK), shape, RANK)
+    assert solution.scores is not None
+    assert torch.isfinite(solution.scores).all()
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.observes != "nothing"])
+def test_a_method_that_observes_refuses_to_solve_without_its_statistic(name):
+    method = make_method(name)
+    with pytest.raises(ValueError, match="collection pass"):
+        method.solve(draw_weight(16, 16), None, RANK, scaling=1.0, generator=torch.Generator())
+
+
+def test_unknown_names_and_options_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown init 'lora-ga'.*cntlora, eva, lora_ga"):
+        make_method("lora-ga")
+    with pytest.raises(ValueError, match=r"'eva' has no option 'rho'.*centered, whiten"):
+        make_method("eva", {"rho": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cntlora", {"ridge": -0.1}, "ridge is -0.1"),
+        ("corda", {"ridge": 0.0}, "ridge is 0.0"),
+        ("lora_ga", {"gamma": 0.0}, "gamma is 0.0"),
+    ],
+)
+def test_hyper_parameters_that_cannot_work_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_method(name, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cntlora", {"constraint": "aligment"}),
+        ("cntlora", {"truncation": "none"}),
+        ("cntlora", {"gauge": "white"}),
+        ("cntlora", {"base": "moved"}),
+        ("cntlora", {"scale": "match"}),
+        ("eva", {"whiten": "yes"}),
+        ("eva", {"scale": "match"}),
+        ("lora_ga", {"direction": "ArB"}),
+        ("lora_ga", {"scale": "stabel"}),
+    ],
+)
+def test_a_misspelt_choice_is_refused_and_the_choices_are_listed(name, options):
+    """Anything else would silently run another method than the one asked for."""
+    ((option, value),) = options.items()
+    with pytest.raises(ValueError, match=rf"{option}.*{value}"):
+        make_method(name, options)
