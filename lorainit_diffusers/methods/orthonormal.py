@@ -34,7 +34,9 @@ class Orthonormal:
 
         def factors(rank: int) -> LoraFactors:
             gaussian = torch.randn(weight.shape[1], rank, generator=generator, dtype=torch.float64)
-            lora_A = torch.linalg.qr(gaussian).Q.mT.float().contiguous()
+            basis, triangular = torch.linalg.qr(gaussian)
+            # Fixing the signs that QR leaves open makes the draw uniform (Mezzadri 2007, arXiv:math-ph/0609050).
+            lora_A = (basis * triangular.diagonal().sign()).mT.float().contiguous()
             return LoraFactors(lora_A.to(weight.device), zeros_like_output(weight, rank))
 
         return Solution(None, factors)
