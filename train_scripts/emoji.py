@@ -17,12 +17,15 @@ import re
 import subprocess
 import tarfile
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
 DEFAULT_CACHE = Path.home() / ".cache" / "lorainit-diffusers"
 
@@ -216,7 +219,7 @@ def is_concept(name: str, group: str) -> bool:
     return group in GROUPS and _EXCLUDED.search(name) is None
 
 
-def concepts(styles: dict[str, Iterable[str]], groups: dict[str, str], min_styles: int = 3) -> list[str]:
+def concepts(styles: Mapping[str, Iterable[str]], groups: Mapping[str, str], min_styles: int = 3) -> list[str]:
     """Names of the concepts to train on, sorted.
 
     Args:
@@ -243,3 +246,50 @@ def caption(style: str | None, name: str) -> str:
     """`"a noto emoji of red apple"`; without a style `"an emoji of red apple"`."""
     words = name.replace("-", " ")
     return f"an emoji of {words}" if style is None else f"a {style} emoji of {words}"
+
+
+def render_training_set(work_dir: Path, cache_dir: Path, size: int, num_line_icons: int, seed: int) -> None:
+    """Renders all pictures once: `images.safetensors` (uint8) and `captions.json`.
+
+    `base` is what U-Net and text encoder see; `vae` (further emoji) and `lines` (line icons) are for the autoencoder
+    only; `valid` are pictures in the held-out styles, which nothing is trained on.
+    """
+    icon_sets = {style: IconSet(style, cache_dir) for style in BASE_STYLES}
+    groups = emoji_groups(cache_dir)
+    names = concepts({style: icons.names() for style, icons in icon_sets.items()}, groups)
+    records = [
+        {"style": style, "name": name}
+        for style, icons in icon_sets.items()
+        for name in names
+        if name in icons.data["icons"]
+    ]
+    progress = tqdm(records, desc="render base")
+    base = [icon_sets[record["style"]].render(record["name"], size) for record in progress]
+
+    used = {(record["style"], record["name"]) for record in records}
+    others = [
+        (style, name)
+        for style, icons in icon_sets.items()
+        for name, group in groups.items()
+        if name in icons.data["icons"] and (style, name) not in used
+        if group != "flags" and "cat" not in name.split("-")
+    ]
+    vae = [icon_sets[style].render(name, size) for style, name in tqdm(others, desc="render other emoji")]
+    rng = np.random.default_rng(seed)
+    lines = []
+    for key in LINE_ICONS:
+        icons = IconSet(key, cache_dir)
+        chosen = rng.choice(icons.names(), min(num_line_icons, len(icons.names())), replace=False)
+        lines += [icons.render(str(name), size) for name in tqdm(chosen, desc=f"render {key}")]
+    valid = []
+    for style in HELD_OUT_STYLES:
+        icons = IconSet(style, cache_dir)
+        chosen = rng.choice([name for name in names if name in icons.data["icons"]], 100, replace=False)
+        valid += [icons.render(str(name), size) for name in chosen]
+
+    stacks = {"base": base, "vae": vae, "lines": lines, "valid": valid}
+    entries = read_json("emojibase", "en/data.json", cache_dir)
+    corpus = [" ".join([entry["label"], *entry.get("tags", [])]) for entry in entries]
+    (work_dir / "captions.json").write_text(json.dumps({"records": records, "corpus": corpus}), encoding="utf-8")
+    tensors = {key: torch.from_numpy(np.stack(value)).permute(0, 3, 1, 2).contiguous() for key, value in stacks.items()}
+    save_file(tensors, work_dir / "images.safetensors")  # last: its presence says that the data is complete

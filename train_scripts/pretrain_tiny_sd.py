@@ -20,9 +20,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import emoji
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -36,8 +36,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+Model = Any  # models, schedulers and pipelines: their libraries annotate them too narrowly to check calls
 IMAGE_SIZE = 64
 LATENT_CHANNELS = 16
+TEXT_WIDTH = 128
 MAX_TOKENS = 16
 PHASES = ("data", "vae", "unet", "decoder", "export")
 GRID_NAMES = (
@@ -54,57 +56,10 @@ GRID_NAMES = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------------------- tokenizer
 
 
-def prepare_data(work_dir: Path, cache_dir: Path, num_line_icons: int, seed: int) -> None:
-    """Renders all pictures once: `images.safetensors` (uint8) and `captions.json`.
-
-    `base` is what U-Net and text encoder see; `vae` (further emoji) and `lines` (line icons) are for the autoencoder
-    only; `valid` are pictures in the held-out styles, which nothing is trained on.
-    """
-    icon_sets = {style: emoji.IconSet(style, cache_dir) for style in emoji.BASE_STYLES}
-    groups = emoji.emoji_groups(cache_dir)
-    names = emoji.concepts({style: icons.names() for style, icons in icon_sets.items()}, groups)
-    records = [
-        {"style": style, "name": name}
-        for style, icons in icon_sets.items()
-        for name in names
-        if name in icons.data["icons"]
-    ]
-    progress = tqdm(records, desc="render base")
-    base = [icon_sets[record["style"]].render(record["name"], IMAGE_SIZE) for record in progress]
-
-    used = {(record["style"], record["name"]) for record in records}
-    others = [
-        (style, name)
-        for style, icons in icon_sets.items()
-        for name, group in groups.items()
-        if name in icons.data["icons"] and (style, name) not in used
-        if group != "flags" and "cat" not in name.split("-")
-    ]
-    vae = [icon_sets[style].render(name, IMAGE_SIZE) for style, name in tqdm(others, desc="render other emoji")]
-    rng = np.random.default_rng(seed)
-    lines = []
-    for key in emoji.LINE_ICONS:
-        icons = emoji.IconSet(key, cache_dir)
-        chosen = rng.choice(icons.names(), min(num_line_icons, len(icons.names())), replace=False)
-        lines += [icons.render(str(name), IMAGE_SIZE) for name in tqdm(chosen, desc=f"render {key}")]
-    valid = []
-    for style in emoji.HELD_OUT_STYLES:
-        icons = emoji.IconSet(style, cache_dir)
-        chosen = rng.choice([name for name in names if name in icons.data["icons"]], 100, replace=False)
-        valid += [icons.render(str(name), IMAGE_SIZE) for name in chosen]
-
-    stacks = {"base": base, "vae": vae, "lines": lines, "valid": valid}
-    entries = emoji.read_json("emojibase", "en/data.json", cache_dir)
-    corpus = [" ".join([entry["label"], *entry.get("tags", [])]) for entry in entries]
-    (work_dir / "captions.json").write_text(json.dumps({"records": records, "corpus": corpus}), encoding="utf-8")
-    tensors = {key: torch.from_numpy(np.stack(value)).permute(0, 3, 1, 2).contiguous() for key, value in stacks.items()}
-    save_file(tensors, work_dir / "images.safetensors")  # last: its presence says that the data is complete
-
-
-def build_tokenizer(corpus: Iterable[str], directory: Path, vocab_size: int = 3000) -> CLIPTokenizer:
+def build_tokenizer(corpus: Iterable[str], directory: Path, vocab_size: int = 3000) -> Model:
     """Trains CLIP's byte-level BPE on the corpus and writes it in the formats of old and new transformers."""
     directory.mkdir(parents=True, exist_ok=True)
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -133,7 +88,7 @@ def build_tokenizer(corpus: Iterable[str], directory: Path, vocab_size: int = 30
     return tokenizer
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+def tokenize(tokenizer: Model, texts: list[str]) -> Tensor:
     """Token ids `(len(texts), MAX_TOKENS)`."""
     batch = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     return batch["input_ids"]
@@ -142,48 +97,50 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- models
 
 
-def build_vae() -> AutoencoderKL:
-    """5.9 M parameters; 64x64 pixels become 8x8 latents of 16 channels, which keeps the U-Net cheap."""
-    return AutoencoderKL(
-        block_out_channels=(16, 48, 96, 192),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        mid_block_add_attention=False,
-        norm_num_groups=8,
-        sample_size=IMAGE_SIZE,
-        scaling_factor=1.0,
-    )
+def build_vae() -> Model:
+    """AutoencoderKL of 5.9 M parameters; 64x64 pixels become 8x8 latents of 16 channels: the U-Net stays cheap."""
+    config: dict[str, Any] = {
+        "block_out_channels": (16, 48, 96, 192),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 1,
+        "latent_channels": LATENT_CHANNELS,
+        "mid_block_add_attention": False,
+        "norm_num_groups": 8,
+        "sample_size": IMAGE_SIZE,
+        "scaling_factor": 1.0,
+    }
+    return AutoencoderKL(**config)
 
 
-def build_unet() -> UNet2DConditionModel:
-    """16.1 M parameters. `conv_out` starts at zero, so that training starts from predicting the mean."""
-    unet = UNet2DConditionModel(
-        sample_size=IMAGE_SIZE // 8,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=(128, 256),
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        layers_per_block=1,
-        cross_attention_dim=128,
-        attention_head_dim=(4, 8),  # diffusers reads this as the number of heads
-        time_embedding_dim=256,  # half the usual width: keeps the pipeline below 45 MiB
-        norm_num_groups=16,
-    )
+def build_unet() -> Model:
+    """UNet2DConditionModel of 16.1 M parameters; `conv_out` is zero, so that training starts from the mean."""
+    config: dict[str, Any] = {
+        "sample_size": IMAGE_SIZE // 8,
+        "in_channels": LATENT_CHANNELS,
+        "out_channels": LATENT_CHANNELS,
+        "block_out_channels": (128, 256),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+        "layers_per_block": 1,
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": (4, 8),  # diffusers reads this as the number of heads
+        "time_embedding_dim": 256,  # half the usual width: keeps the pipeline below 45 MiB
+        "norm_num_groups": 16,
+    }
+    unet: Model = UNet2DConditionModel(**config)
     nn.init.zeros_(unet.conv_out.weight)
     nn.init.zeros_(unet.conv_out.bias)
     return unet
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text model of 1 M parameters."""
+def build_text_encoder(tokenizer: Model) -> Model:
+    """CLIPTextModel of 1 M parameters."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        projection_dim=128,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=32,
@@ -194,7 +151,16 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def build_scheduler() -> DDIMScheduler:
+class Denoiser(nn.Module):
+    """U-Net and text encoder, which are trained together."""
+
+    def __init__(self, tokenizer: Model):
+        super().__init__()
+        self.unet: Model = build_unet()
+        self.text_encoder: Model = build_text_encoder(tokenizer)
+
+
+def build_scheduler() -> Model:
     """Stable Diffusion's noise schedule with velocity prediction."""
     return DDIMScheduler(
         beta_start=0.00085,
@@ -315,7 +281,9 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         step += 1
         ema_decay = min(args.ema_decay, step / (step + 10))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters], 1 - ema_decay)
+        with torch.no_grad():
+            for average, p in zip(ema.values(), parameters, strict=True):
+                average.lerp_(p, 1 - ema_decay)
         if rank == 0 and step % 10 == 0:
             value = loss.item()
             if not math.isfinite(value):
@@ -381,7 +349,7 @@ def reconstruction_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def vae_loss_fn(
-    vae: AutoencoderKL, images: dict[str, Tensor], args: argparse.Namespace, device: torch.device, decoder_only: bool
+    vae: Model, images: dict[str, Tensor], args: argparse.Namespace, device: torch.device, decoder_only: bool
 ) -> Callable[[int, torch.Generator], Tensor]:
     """Loss of a VAE step; with `decoder_only` the encoder is frozen and its latents get noise, as sampled ones have."""
     pixels = torch.cat([images["base"], images["vae"], images["lines"]])
@@ -404,14 +372,14 @@ def vae_loss_fn(
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def encode(vae: Model, pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Posterior means and standard deviations of uint8 images."""
     parts = [vae.encode(chunk.to(device).float() / 127.5 - 1).latent_dist for chunk in pixels.split(128)]
     return torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, pixels: Tensor, device: torch.device) -> float:
+def psnr(vae: Model, pixels: Tensor, device: torch.device) -> float:
     """Mean peak signal-to-noise ratio of reconstructions, in dB."""
     values = []
     for chunk in pixels.split(128):
@@ -422,7 +390,7 @@ def psnr(vae: AutoencoderKL, pixels: Tensor, device: torch.device) -> float:
 
 
 @torch.no_grad()
-def fold_normalisation(vae: AutoencoderKL, means: Tensor) -> None:
+def fold_normalisation(vae: Model, means: Tensor) -> None:
     """Makes every latent channel zero-mean and of unit variance by rescaling the two 1x1 convolutions around it.
 
     Stock pipelines know one number, `scaling_factor`; per-channel statistics must therefore live in the weights.
@@ -442,17 +410,17 @@ def fold_normalisation(vae: AutoencoderKL, means: Tensor) -> None:
 
 
 def diffusion_loss_fn(
-    models_: nn.ModuleDict,
+    denoiser: Denoiser,
     latents: tuple[Tensor, Tensor],
     tokens: tuple[Tensor, Tensor, Tensor],
-    scheduler: DDIMScheduler,
+    scheduler: Model,
     args: argparse.Namespace,
     device: torch.device,
 ) -> Callable[[int, torch.Generator], Tensor]:
     """Velocity prediction with plain MSE; captions are 80 % full, 10 % without the style, 10 % empty.
 
     Args:
-        models_: `unet` and `text_encoder`.
+        denoiser: U-Net and text encoder.
         latents: Posterior means and standard deviations of all images, normalised.
         tokens: Token ids of full captions, captions without a style, and the empty caption.
         scheduler: Gives noise schedule and target.
@@ -477,29 +445,19 @@ def diffusion_loss_fn(
         timesteps = (strata * scheduler.config.num_train_timesteps).long()
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = scheduler.get_velocity(clean, noise, timesteps)
-        prompt_embeds = models_["text_encoder"](ids)[0]
-        return F.mse_loss(models_["unet"](noisy, timesteps, prompt_embeds).sample.float(), target)
+        prompt_embeds = denoiser.text_encoder(ids)[0]
+        return F.mse_loss(denoiser.unet(noisy, timesteps, prompt_embeds).sample.float(), target)
 
     return loss_fn
 
 
-def make_pipeline(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
-) -> StableDiffusionPipeline:
+def make_pipeline(vae: Model, text_encoder: Model, tokenizer: Model, unet: Model) -> Model:
     """A stock pipeline of the components."""
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, build_scheduler(), **absent)
 
 
-def save_pipeline(pipeline: StableDiffusionPipeline, directory: Path, tokenizer_dir: Path) -> None:
+def save_pipeline(pipeline: Model, directory: Path, tokenizer_dir: Path) -> None:
     """Writes the pipeline in half precision, with the tokenizer files of old and new transformers, over `directory`."""
     scratch = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -518,7 +476,7 @@ def save_pipeline(pipeline: StableDiffusionPipeline, directory: Path, tokenizer_
 
 
 @torch.no_grad()
-def sample_grid(pipeline: StableDiffusionPipeline, path: Path, names: Sequence[str], num_steps: int) -> None:
+def sample_grid(pipeline: Model, path: Path, names: Sequence[str], num_steps: int) -> None:
     """Writes a grid of samples: one row per style, one column per concept."""
     pipeline.set_progress_bar_config(disable=True)
     grid = Image.new("RGB", (IMAGE_SIZE * len(names), IMAGE_SIZE * len(emoji.BASE_STYLES)), "white")
@@ -559,7 +517,7 @@ pipeline("a noto emoji of red apple", num_inference_steps=25, guidance_scale=4.0
 - **Data**: {num_images} pictures of {num_concepts} concepts (faces, animals, plants, food, places, vehicles,
   activities, objects), each in three or four of the styles {styles}; captions `a {{style}} emoji of {{name}}`, 10 %
   `an emoji of {{name}}`, 10 % empty. All cats, and the styles Noto version 1 ("blobs") and Fluent high-contrast, were
-  held out. The autoencoder alone also saw the other emoji of these styles (skin tones included) and line icons.
+  held out. The autoencoder alone also saw the other emoji of these styles and line icons.
 - **Result**: {result}
 - **Hardware**: {hardware}.
 - **Command** (budgets in minutes of wall time; a rerun continues from the last checkpoint):
@@ -587,9 +545,7 @@ used as training data. The weights are published under the Apache License 2.0 of
 """
 
 
-def write_model_card(
-    directory: Path, pipeline: StableDiffusionPipeline, args: argparse.Namespace, device: torch.device
-):
+def write_model_card(directory: Path, pipeline: Model, args: argparse.Namespace, device: torch.device) -> None:
     """Writes `README.md` beside the weights, from the logs and checkpoints of the run."""
     records = json.loads((args.work_dir / "captions.json").read_text(encoding="utf-8"))["records"]
     images = load_file(args.work_dir / "images.safetensors")
@@ -610,10 +566,9 @@ def write_model_card(
     results.append(
         f"autoencoder PSNR {scores['base']:.1f} dB on the training pictures, {scores['valid']:.1f} dB held out"
     )
-    uses = dict.fromkeys(emoji.BASE_STYLES, "all") | dict.fromkeys(emoji.LINE_ICONS, "autoencoder")
-    uses["emojibase"] = "names and groups, tokenizer"
+    uses = [(key, "all") for key in emoji.BASE_STYLES] + [(key, "autoencoder") for key in emoji.LINE_ICONS]
     sources = ""
-    for key, use in uses.items():
+    for key, use in [*uses, ("emojibase", "names and groups, tokenizer")]:
         package = emoji.PACKAGES[key]
         sources += f"| {package.source} | {package.name} {package.version} | {package.licence} | {use} |\n"
     parts = {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "vae")}
@@ -682,7 +637,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if "data" in args.phases and rank == 0:
         if not (args.work_dir / "images.safetensors").exists():
-            prepare_data(args.work_dir, args.cache_dir, args.num_line_icons, args.seed)
+            emoji.render_training_set(args.work_dir, args.cache_dir, IMAGE_SIZE, args.num_line_icons, args.seed)
         if not (tokenizer_dir / "merges.txt").exists():
             captions = json.loads((args.work_dir / "captions.json").read_text())
             texts = [emoji.caption(record["style"], record["name"]) for record in captions["records"]]
@@ -714,28 +669,28 @@ def main(argv: list[str] | None = None) -> None:
     if vae_path.exists():
         vae.load_state_dict(load_checkpoint(vae_path)[0])
 
-    models_ = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}).to(device)
+    denoiser = Denoiser(tokenizer).to(device)
     if "unet" in args.phases:
         full = tokenize(tokenizer, [emoji.caption(record["style"], record["name"]) for record in records]).to(device)
         plain = tokenize(tokenizer, [emoji.caption(None, record["name"]) for record in records]).to(device)
         tokens = (full, plain, tokenize(tokenizer, [""]).to(device))
         if device.type == "cpu":
             # The fused attention's backward pass is slow for 64 tokens on a CPU: plain attention trains 1.45x as fast.
-            models_["unet"].set_attn_processor(AttnProcessor())
-            models_["text_encoder"].set_attn_implementation("eager")
+            denoiser.unet.set_attn_processor(AttnProcessor())
+            denoiser.text_encoder.set_attn_implementation("eager")
         latents = encode(vae, images["base"], device)
-        loss_fn = diffusion_loss_fn(models_, latents, tokens, build_scheduler(), args, device)
+        loss_fn = diffusion_loss_fn(denoiser, latents, tokens, build_scheduler(), args, device)
 
         def save_samples(ema: dict[str, Tensor], step: int) -> None:
-            trial = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}).to(device)
+            trial = Denoiser(tokenizer).to(device)
             load_ema(trial, ema)
             trial_vae = build_vae().to(device)
             trial_vae.load_state_dict(vae.state_dict())
-            pipeline = make_pipeline(trial_vae, trial["text_encoder"], tokenizer, trial["unet"])
+            pipeline = make_pipeline(trial_vae, trial.text_encoder, tokenizer, trial.unet)
             sample_grid(pipeline, args.work_dir / f"samples-{step:06d}.png", GRID_NAMES, args.sample_steps)
             save_pipeline(pipeline, args.work_dir / "latest", tokenizer_dir)
 
-        ema = train("unet", models_, loss_fn, args, device, args.unet_lr, 0.05 * args.unet_lr, save_samples)
+        ema = train("unet", denoiser, loss_fn, args, device, args.unet_lr, 0.05 * args.unet_lr, save_samples)
         if rank == 0:
             save_checkpoint(args.work_dir / "unet" / "final.safetensors", ema, {})
     if world_size > 1:
@@ -753,8 +708,8 @@ def main(argv: list[str] | None = None) -> None:
     if "export" in args.phases and rank == 0:
         if decoder_path.exists():
             vae.load_state_dict(load_checkpoint(decoder_path)[0])
-        load_ema(models_, load_checkpoint(args.work_dir / "unet" / "final.safetensors")[0])
-        pipeline = make_pipeline(vae, models_["text_encoder"], tokenizer, models_["unet"])
+        load_ema(denoiser, load_checkpoint(args.work_dir / "unet" / "final.safetensors")[0])
+        pipeline = make_pipeline(vae, denoiser.text_encoder, tokenizer, denoiser.unet)
         args.output_dir.parent.mkdir(parents=True, exist_ok=True)
         sample_grid(pipeline, args.work_dir / "samples.png", GRID_NAMES, args.sample_steps)
         save_pipeline(pipeline, args.output_dir, tokenizer_dir)
