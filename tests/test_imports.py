@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ranks": {"methods.base"},
     "report": set(),
     "checkpoints": set(),
-    "evaluation": set(),
+    "evaluation": {"families.base"},
     "families": set(),
     "methods": {"statistics", "linalg"},
     "collect": {"statistics", "hooks", "methods.base", "families.base", "linalg"},

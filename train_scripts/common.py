@@ -293,6 +293,15 @@ def _parse_option(option: str, text: str, hint: Any) -> Any:
     raise ValueError(f"--init_option {option!r}: {text!r} is not {wanted}")
 
 
+def clear_sample_rows(directory: Path, keep_to_step: int | None) -> None:
+    """Delete the sample rows of an earlier run; when resuming, only those after the step resumed from."""
+    directory.mkdir(exist_ok=True)
+    for path in directory.glob("*.png"):
+        number = path.stem.removeprefix("step-")
+        if keep_to_step is None or (number.isdigit() and int(number) > keep_to_step):
+            path.unlink()
+
+
 def prepare_output_dir(directory: str | os.PathLike[str]) -> Path:
     """Make the output directory and see that it can be written.
 
@@ -339,6 +348,19 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def describe_run(args: argparse.Namespace, method: Initializer, accelerator: Accelerator) -> dict[str, Any]:
+    """What `config.json` says: the resolved options, the method's hyper-parameters, seeds, versions and hardware."""
+    return {
+        "arguments": vars(args),
+        "method": {"name": args.init, **dataclasses.asdict(cast(Any, method))},
+        "seeds": {"seed": args.seed, "init_seed": args.init_seed},
+        "versions": versions(),
+        "device": str(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

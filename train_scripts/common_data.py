@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -16,7 +17,7 @@ import torch
 from common import derive_seed, seeded_generator
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -122,6 +123,20 @@ def find_splits(directory: str | os.PathLike[str]) -> tuple[Path, Path | None]:
         folder = folder / "train"
     heldout = folder.parent / "heldout"
     return folder, heldout if folder.name == "train" and heldout.is_dir() else None
+
+
+def read_data(args: argparse.Namespace) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Training and held-out images; the latter only where the folder has a `heldout` split."""
+    if args.instance_data_dir is not None:
+        flag, directory = "--instance_data_dir", args.instance_data_dir
+    else:
+        flag, directory = "--train_data_dir", args.train_data_dir
+    folder, heldout = find_splits(directory)
+    options = {"image_column": args.image_column, "caption_column": args.caption_column}
+    records = read_image_folder(folder, flag=flag, prompt=args.instance_prompt, **options)
+    if heldout is None:
+        return records, []
+    return records, read_image_folder(heldout, flag=flag, prompt=args.instance_prompt, **options)
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -231,6 +246,33 @@ class DataOrder:
                     order = torch.randperm(self.num_images, generator=generator).tolist()
                 keys.append((order[position % self.num_images], derive_seed(self.seed, "image", position)))
             yield keys
+
+
+def choose_prompts(
+    args: argparse.Namespace, records: Sequence[ImageRecord], heldout: Sequence[ImageRecord]
+) -> dict[str, str]:
+    """Column label -> prompt: the user's, or three of the training and three of the held-out captions."""
+    prompts: dict[str, str] = {}
+    if args.validation_prompt:
+        prompts = {prompt: prompt for prompt in args.validation_prompt}
+    elif args.instance_prompt is not None:
+        prompts = {args.instance_prompt: args.instance_prompt}
+    else:
+        for kind, some in (("trained", records), ("held out", heldout)):
+            captions = list(dict.fromkeys(record.caption for record in some))
+            for caption in captions[:: max(1, -(-len(captions) // 3))]:
+                prompts[f"{kind}: {caption}"] = caption
+    if args.num_validation_images == 1:
+        return prompts
+    copies = range(1, args.num_validation_images + 1)
+    return {f"{label} ({copy})": prompt for label, prompt in prompts.items() for copy in copies}
+
+
+def fixed_batches(images: CaptionedImages, batch_size: int = 4) -> Iterator[dict[str, Tensor]]:
+    """The images in order, in batches that are the same in every call and whatever the training batch size is."""
+    for start in range(0, len(images), batch_size):
+        indices = range(start, min(start + batch_size, len(images)))
+        yield default_collate([images[index, derive_seed("validation", index)] for index in indices])
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:

@@ -13,7 +13,6 @@ It reads from top to bottom: load, collect and initialise, train, evaluate, save
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import time
@@ -34,7 +33,9 @@ from common import (
     average_gradients,
     build_method,
     check_resumed_arguments,
+    clear_sample_rows,
     derive_seed,
+    describe_run,
     evaluating,
     layer_names,
     load_sample_rows,
@@ -47,18 +48,17 @@ from common import (
     save_sample_row,
     seeded_generator,
     validate_arguments,
-    versions,
     write_json,
     write_model_card,
 )
-from common_data import CaptionedImages, DataOrder, ImageRecord, find_splits, read_image_folder
+from common_data import CaptionedImages, DataOrder, ImageRecord, choose_prompts, fixed_batches, read_data
 from diffusers.optimization import get_scheduler
 from torch import nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lorainit_diffusers import adapters, checkpoints
-from lorainit_diffusers.evaluation import plot_loss, sample_grid
+from lorainit_diffusers.evaluation import fixed_noise_loss, plot_loss, sample_grid
 from lorainit_diffusers.families.sd import StableDiffusionFamily, check_base
 from lorainit_diffusers.initialize import initialize
 
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     prompts = choose_prompts(args, records, heldout)
     rows_dir = output_dir / "samples"
     if is_main:
-        forget_rows(rows_dir, state.step if state is not None else None)
+        clear_sample_rows(rows_dir, state.step if state is not None else None)
 
     def add_sample_row(name: str) -> None:
         """Draw every prompt with the weights as they are now; the seeds are the same each time."""
@@ -208,18 +208,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if num_processes > 1:
         for parameter in parameters:
             parameter.data.copy_(broadcast(parameter.data))
-    config: dict[str, Any] = {
-        "arguments": vars(args),
-        "method": {"name": args.init, **dataclasses.asdict(method)},  # pyright: ignore[reportArgumentType]
-        "seeds": {"seed": args.seed, "init_seed": args.init_seed},
-        "versions": versions(),
-        "device": str(accelerator.device),
-        "num_processes": num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "num_images": len(records),
-        "num_heldout_images": len(heldout),
-        "num_trainable_parameters": sum(parameter.numel() for parameter in parameters),
-    }
+    config = describe_run(args, method, accelerator)
+    config["num_images"], config["num_heldout_images"] = len(records), len(heldout)
+    config["num_trainable_parameters"] = sum(parameter.numel() for parameter in parameters)
     if is_main:
         write_json(output_dir / "init_report.json", init_report)
         write_json(output_dir / "config.json", config)
@@ -266,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     def validate(step: int) -> None:
         if heldout_set is not None:
             with evaluating(modules.values()):
-                log({"step": step, "validation_loss": validation_loss(family, heldout_set, args)})
+                loss = fixed_noise_loss(family, fixed_batches(heldout_set), len(heldout_set))
+                log({"step": step, "validation_loss": loss})
         add_sample_row(f"step-{step:06d}")
 
     if state is None:
@@ -341,49 +333,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return output_dir
 
 
-def read_data(args: argparse.Namespace) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """Training and held-out images; the latter only where the folder has a `heldout` split."""
-    if args.instance_data_dir is not None:
-        flag, directory = "--instance_data_dir", args.instance_data_dir
-    else:
-        flag, directory = "--train_data_dir", args.train_data_dir
-    folder, heldout = find_splits(directory)
-    options = {"image_column": args.image_column, "caption_column": args.caption_column}
-    records = read_image_folder(folder, flag=flag, prompt=args.instance_prompt, **options)
-    if heldout is None:
-        return records, []
-    return records, read_image_folder(heldout, flag=flag, prompt=args.instance_prompt, **options)
-
-
-def choose_prompts(
-    args: argparse.Namespace, records: Sequence[ImageRecord], heldout: Sequence[ImageRecord]
-) -> dict[str, str]:
-    """Column label -> prompt: the user's, or three of the training and three of the held-out captions."""
-    prompts: dict[str, str] = {}
-    if args.validation_prompt:
-        prompts = {prompt: prompt for prompt in args.validation_prompt}
-    elif args.instance_prompt is not None:
-        prompts = {args.instance_prompt: args.instance_prompt}
-    else:
-        for kind, some in (("trained", records), ("held out", heldout)):
-            captions = list(dict.fromkeys(record.caption for record in some))
-            for caption in captions[:: max(1, -(-len(captions) // 3))]:
-                prompts[f"{kind}: {caption}"] = caption
-    if args.num_validation_images == 1:
-        return prompts
-    copies = range(1, args.num_validation_images + 1)
-    return {f"{label} ({copy})": prompt for label, prompt in prompts.items() for copy in copies}
-
-
-def forget_rows(directory: Path, keep_to_step: int | None) -> None:
-    """Delete the sample rows of an earlier run; when resuming, only those after the step resumed from."""
-    directory.mkdir(exist_ok=True)
-    for path in directory.glob("*.png"):
-        number = path.stem.removeprefix("step-")
-        if keep_to_step is None or (number.isdigit() and int(number) > keep_to_step):
-            path.unlink()
-
-
 def draw_samples(family: StableDiffusionFamily, prompts: Sequence[str], args: argparse.Namespace) -> list[Any]:
     """One image a prompt; column k has the same seed in every call."""
     images: list[Any] = []
@@ -397,21 +346,6 @@ def draw_samples(family: StableDiffusionFamily, prompts: Sequence[str], args: ar
             guidance_scale=args.validation_guidance_scale,
         )
     return images
-
-
-def validation_loss(family: StableDiffusionFamily, images: CaptionedImages, args: argparse.Namespace) -> float:
-    """Mean loss of the held-out images under noise and timesteps that are the same in every call.
-
-    The timesteps are stratified over the set, so that the curve is comparable between steps and between runs.
-    """
-    total = 0.0
-    with family.stratified_timesteps(len(images), seeded_generator("validation", "timesteps")):
-        for start in range(0, len(images), args.train_batch_size):
-            indices = range(start, min(start + args.train_batch_size, len(images)))
-            batch = default_collate([images[index, derive_seed("validation", index)] for index in indices])
-            loss = family.loss(batch, seeded_generator("validation", "noise", start))
-            total += float(loss) * len(indices)
-    return total / len(images)
 
 
 def save_lora(output_dir: Path, modules: dict[str, Any], config: dict[str, Any]) -> None:

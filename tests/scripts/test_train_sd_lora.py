@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -316,6 +317,22 @@ def test_resuming_with_other_options_is_refused(run: Run) -> None:
     run(max_train_steps=1, checkpointing_steps=1)
     with pytest.raises(ValueError, match="--init is 'eva', but the checkpoint was written with 'cntlora'"):
         run(init="eva", resume_from_checkpoint="latest")
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_initialisation(random_sd: Path, image_dir: Path, tmp_path: Path) -> None:
+    script = str(ROOT / "train_scripts" / "train_sd_lora.py")
+    options = {**FAST, "pretrained_model_name_or_path": random_sd, "train_data_dir": image_dir, "init_batch_size": 1}
+    argv = [text for flag, value in options.items() for text in (f"--{flag}", str(value))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launch, script, *argv, "--output_dir", str(tmp_path / "out")]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert read_json(tmp_path / "out" / "config.json")["num_processes"] == 2
+    layers = read_json(tmp_path / "out" / "init_report.json")["layers"]
+    tokens = 8 * 8 * 2 * 2  # of the outermost self-attention: two batches of one image in each of two processes
+    assert max(layer["num_rows"] for layer in layers.values()) == tokens
+    assert len(losses(tmp_path / "out")) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

@@ -1,0 +1,38 @@
+"""A validation loss that compares: between the steps of a run, and between runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lorainit_diffusers.families.base import ModelFamily
+
+_SEED = 20250709
+
+
+@torch.no_grad()
+def fixed_noise_loss(family: ModelFamily, batches: Iterable[Mapping[str, Tensor]], num_samples: int) -> float:
+    """Mean loss over held-out batches under noise and timesteps that are the same in every call.
+
+    The timesteps are stratified over the samples, so that a small set covers the whole training distribution. The loss
+    is the family's own, with its weighting. Puts no module into evaluation mode: the caller does.
+
+    Args:
+        family: the model and its loss.
+        batches: the same batches in every call.
+        num_samples: how many samples they hold in total.
+
+    Raises:
+        ValueError: when there are no batches.
+    """
+    total, seen = 0.0, 0
+    with family.stratified_timesteps(num_samples, torch.Generator().manual_seed(_SEED)):
+        for index, batch in enumerate(batches):
+            size = len(next(iter(batch.values())))
+            loss = family.loss(batch, torch.Generator().manual_seed(_SEED + 1 + index))
+            total, seen = total + float(loss) * size, seen + size
+    if seen == 0:
+        raise ValueError("there are no validation batches to compute a loss on")
+    return total / seen
