@@ -600,7 +600,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="where the pipeline is written")
     parser.add_argument("--cache_dir", type=Path, default=emoji.DEFAULT_CACHE, help="archives of the npm packages")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--vae_minutes", type=float, default=22.0)
+    parser.add_argument("--vae_minutes", type=float, default=27.0)
     parser.add_argument("--vae_steps", type=int, default=0)
     parser.add_argument("--vae_batch_size", type=int, default=16, help="per process")
     parser.add_argument("--vae_lr", type=float, default=2e-3)

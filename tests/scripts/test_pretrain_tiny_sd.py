@@ -231,6 +231,21 @@ def train_arguments(work_dir: Path, **changes: object) -> argparse.Namespace:
     return args
 
 
+def _average_on_two_ranks(rank: int, rendezvous: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    used, unused = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))
+    used.grad = torch.full((2, 3), float(rank))
+    recipe.average_gradients([used, unused], world_size=2)
+    torch.testing.assert_close(used.grad, torch.full((2, 3), 0.5))
+    assert torch.equal(unused.grad, torch.zeros(4))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_gradients_are_averaged_over_processes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_average_on_two_ranks, (str(tmp_path / "rendezvous"),), nprocs=2)
+
+
 def noisy_regression(module: nn.Module, stop_at: int | None = None) -> Callable[[int, torch.Generator], Tensor]:
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
         if step == stop_at:
