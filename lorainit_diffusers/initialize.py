@@ -175,7 +175,7 @@ def initialize(
         if method.observes == "inputs" and statistic is not None and statistic.num_rows < rank:
             solver = Kaiming()
             fallbacks[full_name] = f"only {statistic.num_rows} rows for rank {rank}: Kaiming A, zero B"
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{full_name}".encode()))
+        generator = torch.Generator().manual_seed(_derive_seed(seed, full_name))
         solutions[full_name] = solver.solve(
             layer.weight.detach().float(), statistic, caps[full_name], scaling=scaling, generator=generator
         )
@@ -252,7 +252,10 @@ def _collect(
 ) -> Collection:
     """The collection pass of this method, through the family's loss or the user's."""
     assert method.observes != "nothing"
-    generator = torch.Generator().manual_seed(seed)
+    # Every process draws its own noise and timesteps; the factors, which must agree, are seeded by layer instead.
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    pass_seed = _derive_seed(seed, "collect", torch.distributed.get_rank() if distributed else 0)
+    generator = torch.Generator().manual_seed(pass_seed)
     stratified: Any = nullcontext()
     token_mask = describe_step = None
     if family is not None:
@@ -279,7 +282,7 @@ def _collect(
         return method.statistic(layer.in_features, layer.out_features, caps[full_name])
 
     with torch.random.fork_rng(devices=_cuda_devices(modules)), adapters.adapters_disabled(modules), stratified:
-        torch.manual_seed(seed)
+        torch.manual_seed(pass_seed)
         return collect(
             modules,
             layers,
@@ -293,6 +296,10 @@ def _collect(
             describe_step=describe_step,
             progress=progress,
         )
+
+
+def _derive_seed(*parts: int | str) -> int:
+    return zlib.crc32("/".join(map(str, parts)).encode())
 
 
 def _cuda_devices(modules: Mapping[str, nn.Module]) -> list[int]:
