@@ -63,6 +63,13 @@ def run(random_sd: Path, image_dir: Path, tmp_path: Path) -> Run:
     return call
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a tiny run's time is its pictures; tests of weights do without."""
+    monkeypatch.setattr(train_sd_lora, "plot_loss", lambda *args: None)
+    monkeypatch.setattr(train_sd_lora, "draw_samples", lambda *args: [Image.new("RGB", (32, 32))])
+
+
 def weights(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / "pytorch_lora_weights.safetensors")
 
@@ -111,6 +118,7 @@ def test_writes_everything(run: Run) -> None:
     assert all(name.startswith("lora_unet_") for name in kohya)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("init", "more"),
     [
@@ -170,6 +178,7 @@ def test_same_seed_same_result(run: Run) -> None:
 # --------------------------------------------------------------------------------------------------------------- flags
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     "options",
     [
@@ -217,6 +226,7 @@ def default_weights(random_sd: Path, tmp_path_factory: pytest.TempPathFactory) -
     return weights(train_sd_lora.main([*argv, "--output_dir", str(folder / "out")]))
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     "options", [{"gradient_checkpointing": True}, {"dataloader_num_workers": 1}, {"checkpointing_steps": 1}]
 )
@@ -228,6 +238,7 @@ def test_flag_that_changes_only_the_way_there(
         torch.testing.assert_close(tensor, default_weights[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_text_encoder_gets_its_own_learning_rate(run: Run) -> None:
     frozen = weights(run("a", train_text_encoder=True, text_encoder_lr=0.0, init="kaiming", adam_weight_decay=0.0))
     trained = weights(run("b", train_text_encoder=True, init="kaiming"))
@@ -236,6 +247,7 @@ def test_text_encoder_gets_its_own_learning_rate(run: Run) -> None:
     assert any(t.any() for name, t in trained.items() if name.startswith("text_encoder.") and "lora_B" in name)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_lora_layers_chooses_the_layers(run: Run) -> None:
     names = weights(run(lora_layers="to_q, attn2.to_v"))
     assert {name.split(".lora_")[0].split(".", 1)[1].rsplit("attn", 1)[1] for name in names} == {
@@ -243,6 +255,7 @@ def test_lora_layers_chooses_the_layers(run: Run) -> None:
     }
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_variable_rank_keeps_the_budget_and_the_cap(run: Run) -> None:
     report = read_json(run(variable_rank=True, rank_budget=50, max_rank=3) / "init_report.json")
     ranks = [layer["rank"] for layer in report["layers"].values()]
@@ -251,6 +264,7 @@ def test_variable_rank_keeps_the_budget_and_the_cap(run: Run) -> None:
     assert len(set(ranks)) > 1
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_cache_latents_equals_encoding_every_time(run: Run) -> None:
     cached = run("a", cache_latents=True)
     assert read_json(cached / "config.json")["arguments"]["center_crop"] is True
@@ -266,6 +280,7 @@ def test_validation_prompts_and_images(run: Run) -> None:
         assert first.tobytes() != second.tobytes()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_caption_column_and_image_column(run: Run, image_dir: Path) -> None:
     for split in ("train", "heldout"):
         metadata = image_dir / split / "metadata.jsonl"
@@ -278,6 +293,7 @@ def test_caption_column_and_image_column(run: Run, image_dir: Path) -> None:
     assert run(image_column="image", caption_column="caption", max_train_steps=1).is_dir()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_report_to_tensorboard(run: Run) -> None:
     pytest.importorskip("tensorboard")
     out = run(report_to="tensorboard", logging_dir="events")
@@ -308,11 +324,13 @@ def test_resumed_run_equals_an_uninterrupted_one(run: Run, init: str) -> None:
     assert (out / "samples.png").read_bytes() == rows
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_checkpoints_are_pruned_to_the_limit(run: Run) -> None:
     out = run(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resuming_with_other_options_is_refused(run: Run) -> None:
     run(max_train_steps=1, checkpointing_steps=1)
     with pytest.raises(ValueError, match="--init is 'eva', but the checkpoint was written with 'cntlora'"):
