@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 
@@ -30,7 +35,8 @@ def largest_principal_angle(first: Tensor, second: Tensor) -> float:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of the expected value."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def run_as_processes(num_processes: int, work: Callable[[int, Callable[[Tensor], None]], None]) -> None:
@@ -143,3 +149,90 @@ def best_rank(matrix: Tensor, rank: int) -> Tensor:
 def product(factors: tuple[Tensor, Tensor], scaling: float = 1.0) -> Tensor:
     """scaling * B A in float64, from (A, B)."""
     return scaling * factors[1].double() @ factors[0].double()
+
+
+# Which random-base module gets adapters on which layers, by component.
+TARGETS = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
+ADAPTED_STATES = ("raw", "add_adapter", "get_peft_model")
+
+
+def adapted(module: nn.Module, state: str, targets: Sequence[str], **config: Any) -> nn.Module:
+    """The module in one of the three states in which a user may hand it over, frozen as scripts do it."""
+    module.requires_grad_(False)
+    if state == "raw":
+        return module
+    lora_config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": list(targets), **config})
+    if state == "add_adapter":
+        module.add_adapter(lora_config)
+        return module
+    return get_peft_model(module, lora_config)
+
+
+def small_unet() -> UNet2DConditionModel:
+    """A UNet with self- and cross-attention in its first down block and in its middle: 16 projections."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+
+
+@dataclass
+class RandomSD:
+    """Text encoder and UNet of a random pipeline, a training loss through both, and batches for it."""
+
+    unet: nn.Module
+    text_encoder: nn.Module
+
+    def copy(self) -> RandomSD:
+        return RandomSD(copy.deepcopy(self.unet), copy.deepcopy(self.text_encoder))
+
+    def batches(self, count: int = 3, seed: int = 0) -> list[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            {
+                "latents": torch.randn(2, 4, 8, 8, generator=generator),
+                "target": torch.randn(2, 4, 8, 8, generator=generator),
+                "timesteps": torch.randint(0, 1000, (2,), generator=generator),
+                "input_ids": torch.randint(0, 180, (2, 12), generator=generator),
+            }
+            for _ in range(count)
+        ]
+
+    def predict(self, batch: dict[str, Tensor]) -> Tensor:
+        prompt_embeds = self.text_encoder(batch["input_ids"])[0]
+        return self.unet(batch["latents"], batch["timesteps"], encoder_hidden_states=prompt_embeds).sample
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return (self.predict(batch) - batch["target"]).square().mean()
+
+    @torch.no_grad()
+    def output(self) -> Tensor:
+        """The prediction for a fixed batch, in evaluation mode."""
+        self.unet.eval()
+        self.text_encoder.eval()
+        return self.predict(self.batches(1, seed=99)[0])
+
+    def train(self, parameters: Sequence[nn.Parameter], steps: int = 3, learning_rate: float = 0.02) -> None:
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+        for batch in self.batches(steps, seed=5):
+            optimizer.zero_grad()
+            self.loss(batch).backward()
+            optimizer.step()
+
+
+def base_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the base model's tensors, under the names that they have without adapters."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): value.clone()
+        for name, value in module.state_dict().items()
+        if ".lora_" not in name
+    }
