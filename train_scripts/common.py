@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from accelerate import Accelerator
 from diffusers.optimization import SchedulerType
 from PIL import Image
@@ -29,6 +30,10 @@ from lorainit_diffusers.initialize import make_method
 from lorainit_diffusers.methods import METHODS, Initializer
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# transformers says at every start that torchvision is missing; nothing here needs it
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lorainit_diffusers import adapters_disabled
 from lorainit_diffusers.methods import METHODS
 
 Run = Callable[..., Path]
@@ -129,11 +130,11 @@ def test_writes_everything(run: Run) -> None:
 def test_every_method_trains_and_reloads_on_the_original_base(
     run: Run, random_sd: Path, init: str, more: dict[str, Any]
 ) -> None:
-    trained: dict[str, Tensor] = {}
+    trained: dict[str, Any] = {}
     options = {"num_inference_steps": 2, "output_type": "pt", "guidance_scale": 2.0}
 
     def remember(family: Any, prompts: Any, args: Any) -> list[Image.Image]:
-        pipeline = family.pipeline()
+        trained["family"], pipeline = family, family.pipeline()
         trained["images"] = pipeline("a cat", generator=torch.Generator().manual_seed(0), **options).images
         return [Image.new("RGB", (32, 32))]
 
@@ -147,6 +148,15 @@ def test_every_method_trains_and_reloads_on_the_original_base(
     reloaded = pipeline("a cat", generator=torch.Generator().manual_seed(0), **options).images
     torch.testing.assert_close(reloaded, trained["images"], rtol=0, atol=1e-4)
     assert (reloaded - before).abs().max() > 1e-4
+
+    family = trained["family"]
+    with adapters_disabled(family.adapted):
+        disabled = family.pipeline()("a cat", generator=torch.Generator().manual_seed(0), **options).images
+    assert torch.equal(disabled, before)
+    for part, weight_name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        live = {name.replace(".base_layer", ""): tensor for name, tensor in getattr(family, part).state_dict().items()}
+        for name, tensor in load_file(random_sd / part / f"{weight_name}.safetensors").items():
+            assert torch.equal(tensor, live.get(name, live.get(name.removeprefix("text_model."))))
     with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
         assert json.loads(file.metadata()["lorainit_diffusers"])["init"]["name"] == init
 
