@@ -332,11 +332,13 @@ def adapter_weights(module: nn.Module, adapter_name: str = "default") -> dict[st
     """Current weights by layer name (not copied), with the twin's as ``offset``.
 
     Raises:
-        ValueError: the module carries no such adapter.
+        ValueError: the module carries no such adapter, or one with DoRA's magnitudes, which would be lost.
     """
     layers = lora_layers(module, adapter_name)
     if not layers:
         raise ValueError(f"{type(module).__name__} carries no adapter {adapter_name!r}; run initialize() first")
+    if any(layer.use_dora.get(adapter_name, False) for layer in layers.values()):
+        raise ValueError(f"adapter {adapter_name!r} uses DoRA, whose magnitudes are not covered; save it with PEFT")
     twin = adapter_name + OFFSET_SUFFIX
     return {
         name: AdapterWeights(

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -156,10 +157,26 @@ def initialize(
         max_rank = rank
     caps = {full_name: min(max_rank, *shape) for full_name, shape in shapes.items()}
     for full_name, (out_features, in_features) in shapes.items():
-        try:
-            method.statistic(in_features, out_features, caps[full_name])
-        except ValueError as error:
-            raise ValueError(f"layer {full_name!r}: {error}") from None
+        # Under variable ranks the cap above `rank` is an offer, which a method may not be able to use in full.
+        smallest = min(rank, caps[full_name])
+        for cap in range(caps[full_name], smallest - 1, -1):
+            caps[full_name] = cap
+            try:
+                method.statistic(in_features, out_features, cap)
+                break
+            except ValueError as error:
+                if cap == smallest:
+                    raise ValueError(f"layer {full_name!r}: {error}") from None
+    allocate = partial(
+        allocate_ranks,
+        layers=shapes,
+        rank_budget=rank_budget,
+        parameter_budget=parameter_budget,
+        min_rank=min_rank,
+        max_rank=max_rank,
+    )
+    if variable_rank:  # a budget that cannot be met is refused now, not after the pass
+        allocate({full_name: torch.zeros(caps[full_name]) for full_name in layers})
 
     collection = Collection()
     if method.observes != "nothing":
@@ -185,14 +202,7 @@ def initialize(
             raise ValueError(f"init {name!r} gives no scores to allocate ranks by; drop --variable_rank")
         scored = {n: s for n, s in solutions.items() if s.scores is not None}
         scores = {n: scored[n].scores if n in scored else torch.zeros(caps[n]) for n in layers}
-        ranks = allocate_ranks(
-            {n: torch.nan_to_num(s) for n, s in scores.items() if s is not None},
-            shapes,
-            rank_budget=rank_budget,
-            parameter_budget=parameter_budget,
-            min_rank=min_rank,
-            max_rank=max_rank,
-        )
+        ranks = allocate({n: torch.nan_to_num(s) for n, s in scores.items() if s is not None})
     weights: dict[str, dict[str, adapters.AdapterWeights]] = {component: {} for component in modules}
     for full_name, solution in solutions.items():
         if ranks[full_name] == 0:
