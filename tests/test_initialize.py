@@ -1,0 +1,535 @@
+"""The one public call: what it sets up, what it reports, and what it refuses before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from core_fixtures import (
+    ADAPTED_STATES,
+    ATTENTION_LAYERS,
+    TinyAttention,
+    adapted,
+    relative_error,
+    squared_loss,
+    tiny_attention,
+    token_batches,
+)
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from lorainit_diffusers import METHODS, InitReport, adapter_state_dict, initialize, make_method, save_diffusers_lora
+from lorainit_diffusers.adapters import lora_layers, unwrap
+from lorainit_diffusers.families.base import StepRecord
+
+TARGETS = list(ATTENTION_LAYERS)
+PEFT_STATES = [state for state in ADAPTED_STATES if state != "add_adapter"]  # that one is a method of diffusers' models
+SCORELESS = ("olora", "milora", "orthonormal", "orthogonal", "gaussian", "kaiming")
+EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
+
+
+def run(module: nn.Module, method: Any = "eva", batches: Any = None, loss: Any = None, **kwargs: Any) -> InitReport:
+    options = {"rank": 4, "target_modules": TARGETS, "progress": False} | kwargs
+    return initialize(
+        module, method, token_batches() if batches is None else batches, loss or squared_loss(module), **options
+    )
+
+
+def factors(module: nn.Module) -> dict[str, Tensor]:
+    return adapter_state_dict({"": module})
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+# --- ranks, alphas, targets -----------------------------------------------------------------------------------------
+
+
+def test_a_raw_module_gets_rank_8_and_alpha_equal_to_it_by_default():
+    module = tiny_attention()
+    report = run(module, "gaussian", rank=None)
+    assert {layer.rank for layer in report.layers.values()} == {8}
+    assert {layer.alpha for layer in report.layers.values()} == {8.0}
+    assert {layer.scaling["default"] for layer in lora_layers(module).values()} == {1.0}
+
+
+def test_an_adapted_module_keeps_its_rank_its_alpha_and_its_targets():
+    module = adapted(tiny_attention(), "get_peft_model", ["to_q", "up"], r=2, lora_alpha=6)
+    report = run(module, "eva", rank=None, target_modules=None)
+    assert report.layers.keys() == {"to_q", "up"}
+    assert {(layer.rank, layer.alpha) for layer in report.layers.values()} == {(2, 6.0)}
+    assert {layer.scaling["default"] for layer in lora_layers(module).values()} == {3.0}
+
+
+@pytest.mark.parametrize("state", PEFT_STATES)
+def test_rank_and_alpha_can_be_changed(state):
+    module = adapted(tiny_attention(), state, TARGETS)
+    report = run(module, "eva", rank=3, alpha=12.0)
+    for name, layer in lora_layers(module).items():
+        assert layer.lora_A["default"].weight.shape[0] == report.layers[name].rank == 3
+        assert layer.scaling["default"] == 4.0
+        assert report.layers[name].alpha == 12.0
+
+
+def test_every_state_gets_the_same_factors():
+    results = []
+    for state in PEFT_STATES:
+        module = adapted(tiny_attention(), state, TARGETS, r=4, lora_alpha=4)
+        run(module, "cntlora")
+        results.append(factors(module))
+    assert_same(results[0], results[1])
+
+
+def test_targets_are_names_endings_or_a_regular_expression():
+    block = nn.ModuleDict({"a": tiny_attention(), "b": tiny_attention(1)})
+    for targets, expected in (
+        (["to_q"], {"a.to_q", "b.to_q"}),
+        (["a.to_q", "b.up"], {"a.to_q", "b.up"}),
+        (r"b\.to_[qk]", {"b.to_q", "b.to_k"}),
+    ):
+        module = nn.ModuleDict({key: TinyAttention() for key in block})
+        assert run(module, "gaussian", target_modules=targets).layers.keys() == expected
+
+
+def test_components_have_their_own_targets_and_their_names_in_the_report():
+    modules = {"first": tiny_attention(), "second": tiny_attention(1)}
+
+    def loss(batch: Tensor) -> Tensor:
+        return modules["second"](modules["first"](batch)).square().mean()
+
+    targets = {"first": ["to_q"], "second": ["up", "down"]}
+    report = initialize(modules, "eva", token_batches(), loss, rank=4, target_modules=targets, progress=False)
+    assert report.layers.keys() == {"first.to_q", "second.up", "second.down"}
+    assert lora_layers(modules["first"]).keys() == {"to_q"}
+    assert lora_layers(modules["second"]).keys() == {"up", "down"}
+
+
+# --- variable ranks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in SCORELESS])
+@pytest.mark.parametrize("state", PEFT_STATES)
+def test_variable_ranks_spend_the_budget_and_keep_the_scaling(name, state):
+    module = adapted(tiny_attention(), state, TARGETS, r=4, lora_alpha=6)
+    before = unwrap(module)(token_batches(1)[0]) if state == "raw" else None
+    report = run(module, name, alpha=6.0, variable_rank=True)
+    ranks = {key: layer.rank for key, layer in report.layers.items()}
+    assert sum(ranks.values()) == 4 * 6
+    assert all(1 <= rank <= 8 for rank in ranks.values())
+    assert len(set(ranks.values())) > 1
+    for key, layer in lora_layers(module).items():
+        assert layer.lora_A["default"].weight.shape[0] == ranks[key]
+        assert layer.scaling["default"] == pytest.approx(1.5)
+        assert report.layers[key].alpha == pytest.approx(1.5 * ranks[key])
+    if before is not None:
+        module.eval()
+        expected = tiny_attention().eval()(token_batches(1)[0])
+        assert relative_error(module(token_batches(1)[0]), expected) < 1e-5
+
+
+def test_ranks_follow_the_scores():
+    """Any kept component is worth at least as much as any component that was left out, up to the bounds."""
+    report = run(tiny_attention(), "eva", variable_rank=True, min_rank=1, max_rank=6, rank_budget=20)
+    kept, left = [], []
+    for layer in report.layers.values():
+        kept += layer.scores[1 : layer.rank]
+        left += layer.scores[layer.rank : 6]
+    assert min(kept) >= max(left)
+
+
+def test_budgets_and_bounds_are_respected():
+    report = run(tiny_attention(), "eva", variable_rank=True, rank_budget=13, min_rank=2, max_rank=3)
+    ranks = [layer.rank for layer in report.layers.values()]
+    assert sum(ranks) == 13
+    assert set(ranks) == {2, 3}
+    module = tiny_attention()
+    report = run(module, "eva", variable_rank=True, parameter_budget=600)
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert trainable <= 600
+    assert trainable > 600 - (16 + 24)
+
+
+def test_a_large_max_rank_is_capped_by_each_layer():
+    report = run(tiny_attention(), "eva", variable_rank=True, max_rank=1000, rank_budget=60)
+    assert max(layer.rank for layer in report.layers.values()) <= 16
+    assert sum(layer.rank for layer in report.layers.values()) == 60
+
+
+def test_variable_ranks_do_not_ask_lora_ga_for_more_than_its_2r_directions():
+    """rank 6 fits into 16 features (12 directions); the default cap of twice the rank must shrink to 8, not fail."""
+    report = run(tiny_attention(), "lora_ga", rank=6, variable_rank=True)
+    ranks = [layer.rank for layer in report.layers.values()]
+    assert sum(ranks) == 36
+    assert max(ranks) <= 8
+    report = run(tiny_attention(), "lora_ga", rank=6, variable_rank=True, max_rank=3, rank_budget=15)
+    assert max(layer.rank for layer in report.layers.values()) == 3
+
+
+# --- determinism and side effects -----------------------------------------------------------------------------------
+
+
+@EVERY_METHOD
+def test_the_seed_decides_everything(name):
+    results = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        state = torch.get_rng_state()
+        module = tiny_attention()
+        loss = squared_loss(module)
+        run(module, name, loss=lambda batch, loss=loss: loss(batch + 0.1 * torch.randn_like(batch)), seed=7)
+        assert torch.equal(torch.get_rng_state(), state)
+        results.append(factors(module))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "kaiming", "orthonormal", "orthogonal"])
+def test_random_methods_differ_by_seed_and_by_layer(name):
+    results = []
+    for seed in (0, 1):
+        module = tiny_attention()
+        run(module, name, seed=seed)
+        results.append(factors(module))
+    assert not torch.equal(results[0][".to_q.lora_A"], results[1][".to_q.lora_A"])
+    assert not torch.equal(results[0][".to_q.lora_A"], results[0][".to_k.lora_A"])
+
+
+@pytest.mark.parametrize("name", ["eva", "lora_ga", "corda", "cntlora"])
+def test_what_an_adapter_has_learned_does_not_enter_the_statistics(name):
+    fresh, trained = tiny_attention(), tiny_attention()
+    run(fresh, name)
+    run(trained, "gaussian")
+    for layer in lora_layers(trained).values():
+        layer.lora_B["default"].weight.data.normal_()
+    run(trained, name)
+    assert_same(factors(trained), factors(fresh))
+
+
+@pytest.mark.parametrize("state", PEFT_STATES)
+@pytest.mark.parametrize("name", ["eva", "lora_ga"])
+def test_a_loss_that_raises_leaves_the_module_as_it_was(state, name):
+    module = adapted(tiny_attention(), state, TARGETS).train()
+    names = [key for key, _ in module.named_modules()]
+    values = {key: value.clone() for key, value in module.state_dict().items()}
+    flags = {key: p.requires_grad for key, p in module.named_parameters()}
+    torch.manual_seed(0)
+    random_state = torch.get_rng_state()
+
+    def loss(batch: Tensor) -> Tensor:
+        squared_loss(module)(batch + torch.randn_like(batch))
+        raise RuntimeError("broken loss")
+
+    with pytest.raises(RuntimeError, match="broken loss"):
+        run(module, name, loss=loss)
+    assert [key for key, _ in module.named_modules()] == names
+    assert {key: p.requires_grad for key, p in module.named_parameters()} == flags
+    assert all(torch.equal(value, values[key]) for key, value in module.state_dict().items())
+    assert all(m.training for m in module.modules())
+    assert all(not m._forward_pre_hooks for m in module.modules())
+    assert all(p.grad is None for p in module.parameters())
+    assert all(not layer.disable_adapters for layer in lora_layers(module).values())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@EVERY_METHOD
+def test_training_mode_is_kept_and_gradients_are_clean(name):
+    module = tiny_attention().train()
+    run(module, name)
+    assert module.training
+    assert module.dropout.training
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_batches_are_drawn_once_up_to_the_cap():
+    drawn: list[int] = []
+
+    def batches() -> Iterator[Tensor]:
+        for index, batch in enumerate(token_batches(5)):
+            drawn.append(index)
+            yield batch
+
+    module = tiny_attention()
+    report = run(module, "eva", batches=batches(), num_batches=2)
+    assert drawn == [0, 1]
+    assert report.num_passes == 2
+    drawn.clear()
+    assert run(tiny_attention(), "gaussian", batches=batches()).num_passes == 0
+    assert not drawn  # a method that observes nothing draws nothing
+
+
+# --- few rows -------------------------------------------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """One layer sees a row a token, the other a row a sample, as time embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.pooled = nn.Linear(16, 16), nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pooled(self.tokens(x).mean(1))
+
+
+@pytest.mark.parametrize("name", ["eva", "cntlora", "corda"])
+@pytest.mark.parametrize("variable", [False, True])
+def test_a_layer_with_fewer_rows_than_rank_falls_back_and_says_so(name, variable):
+    module = Pooled()
+    batches = [batch[:1] for batch in token_batches(3)]
+    expected = module(batches[0]).detach()
+    report = run(
+        module,
+        name,
+        batches,
+        lambda b: module(b).square().mean(),
+        target_modules=["tokens", "pooled"],
+        variable_rank=variable,
+    )
+    layer = report.layers["pooled"]
+    assert layer.num_rows == 3
+    assert layer.scores is None
+    assert layer.captured is None
+    assert "3 rows" in layer.fallback
+    assert "Kaiming" in layer.fallback
+    assert report.layers["tokens"].fallback is None
+    assert "1 layers fell back, first pooled" in report.summary()
+    lora = lora_layers(module)["pooled"].requires_grad_(False)
+    assert float(lora.lora_B["default"].weight.abs().max()) == 0.0
+    bound = 16**-0.5
+    assert 0.8 * bound < float(lora.lora_A["default"].weight.abs().max()) <= bound
+    assert "default_offset" not in lora.lora_A
+    assert relative_error(module(batches[0]), expected) < 1e-5
+    if variable:
+        assert layer.rank >= 1
+
+
+def test_rows_accumulate_over_batches_before_a_layer_falls_back():
+    module = Pooled()
+    report = run(
+        module, "eva", [batch[:2] for batch in token_batches(3)], lambda b: module(b).mean(), target_modules=["pooled"]
+    )
+    assert report.layers["pooled"].num_rows == 6
+    assert report.layers["pooled"].fallback is None
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def test_the_report_of_a_data_driven_method():
+    report = run(tiny_attention(), "eva", variable_rank=True)
+    assert report.method == "eva"
+    assert report.step_zero == "equal"
+    assert report.options == {"centered": True, "whiten": "none", "scale": "paper", "sketch_columns": None}
+    assert report.num_passes == 3
+    groups = {name: layer.shared_group for name, layer in report.layers.items()}
+    assert groups == {"to_q": "to_q", "to_k": "to_q", "to_v": "to_q", "to_out": "to_out", "up": "up", "down": "down"}
+    assert {layer.num_rows for layer in report.layers.values()} == {240}
+    for layer in report.layers.values():
+        assert layer.captured == pytest.approx(sum(layer.scores[: layer.rank]), rel=1e-4)
+        assert 0 < layer.captured <= 1
+    assert min(report.forward_s, report.statistics_s, report.solve_s) > 0
+    assert report.overhead == pytest.approx((report.statistics_s + report.solve_s) / report.forward_s)
+
+
+def test_the_report_of_a_method_that_observes_nothing():
+    report = run(tiny_attention(), "pissa")
+    assert report.overhead is None
+    assert report.num_passes == 0
+    assert {layer.num_rows for layer in report.layers.values()} == {0}
+    report = run(tiny_attention(), "lora_ga")
+    assert {layer.num_rows for layer in report.layers.values()} == {3}  # gradients
+
+
+@EVERY_METHOD
+def test_the_report_is_plain_json(tmp_path, name):
+    report = run(tiny_attention(), name)
+    data = json.loads(report.save(tmp_path / "init_report.json").read_text())
+    assert data == json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert data["method"] == name
+    assert data["layers"].keys() == set(TARGETS)
+    assert data["totals"]["num_layers"] == 6
+    assert data["totals"]["sum_of_ranks"] == 24
+    assert data["totals"]["num_shared_groups"] == (4 if METHODS[name].observes == "inputs" else 6)
+    summary = report.summary()
+    assert f"init {name}" in summary
+    assert "6 x rank 4" in summary
+
+
+def test_a_configured_instance_reports_its_name_and_options():
+    report = run(tiny_attention(), make_method("cntlora", {"ridge": 0.5, "base": "down_only"}))
+    assert report.method == "cntlora"
+    assert report.options["ridge"] == 0.5
+    assert report.step_zero == "equal"
+
+
+def test_a_users_own_method_is_used_as_it_is():
+    class Mine(METHODS["gaussian"]):  # type: ignore[misc, name-defined]
+        pass
+
+    assert run(tiny_attention(), Mine()).method == "Mine"
+
+
+# --- a model family -------------------------------------------------------------------------------------------------
+
+
+class TinyFamily:
+    """The smallest model family: padded tokens, timesteps, and a module of its own."""
+
+    def __init__(self) -> None:
+        self.module = tiny_attention()
+        self.step = StepRecord()
+        self.strata: list[int] = []
+        self.poison = False
+
+    @property
+    def adapted(self) -> dict[str, nn.Module]:
+        return {"model": self.module}
+
+    def default_targets(self, component: str) -> list[str]:
+        return {"model": ["to_q", "up"]}[component]
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(batch.shape, generator=generator)
+        self.step.timesteps = torch.tensor([3, 7])
+        self.step.token_masks = {"model": torch.arange(batch.shape[1]).expand(batch.shape[:2]) < 5}
+        output = self.module(batch + 0.1 * noise)
+        return (output * (float("nan") if self.poison else 1.0)).mean()
+
+    @contextmanager
+    def stratified_timesteps(self, num_samples: int, generator: torch.Generator) -> Iterator[None]:
+        self.strata.append(num_samples)
+        yield
+
+
+def test_a_family_brings_its_loss_targets_masks_and_stratified_timesteps():
+    family = TinyFamily()
+    report = initialize(family, "eva", token_batches(3), rank=4, progress=False)
+    assert report.layers.keys() == {"model.to_q", "model.up"}
+    assert report.layers["model.to_q"].num_rows == 3 * 4 * 5  # the masked tokens are left out
+    assert family.strata == [3]
+    again = TinyFamily()
+    initialize(again, "eva", iter(token_batches(3)), rank=4, num_batches=3, progress=False)
+    assert_same(factors(again.module), factors(family.module))
+    other = TinyFamily()
+    initialize(other, "eva", token_batches(3), rank=4, seed=1, progress=False)
+    assert not torch.equal(factors(other.module)[".to_q.lora_A"], factors(family.module)[".to_q.lora_A"])
+
+
+def test_non_finite_values_in_a_family_name_layer_batch_and_timesteps():
+    family = TinyFamily()
+    with pytest.raises(ValueError, match=re.escape("layer 'model.to_q' in batch 0 (timesteps [3, 7])")):
+        initialize(family, "eva", [torch.full((2, 20, 16), float("nan"))], rank=4, progress=False)
+    family.poison = True
+    with pytest.raises(ValueError, match=r"weight gradient at layer 'model\.\w+' in batch 0 \(timesteps \[3, 7\]\)"):
+        initialize(family, "lora_ga", token_batches(1), rank=4, progress=False)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refused(module: nn.Module, message: str, *args: Any, **kwargs: Any) -> None:
+    """The call is refused with this message, without a forward pass and without a trace on the module."""
+    names = [key for key, _ in module.named_modules()]
+
+    def loss(batch: Tensor) -> Tensor:
+        raise AssertionError("the loss must not run")
+
+    with pytest.raises(ValueError, match=message) as error:
+        run(module, *args, loss=loss, **kwargs)
+    assert "\n" not in str(error.value)
+    assert [key for key, _ in module.named_modules()] == names
+
+
+def test_an_unknown_method_lists_the_known_ones():
+    refused(tiny_attention(), r"unknown init 'evva'; known: cntlora, eva, lora_ga.*kaiming", "evva")
+
+
+def test_targets_that_match_nothing_list_what_there_is():
+    refused(tiny_attention(), r"\['to_qq'\] match no layer of TinyAttention.*to_q", target_modules=["to_qq"])
+    refused(tiny_attention(), "no target_modules were given", target_modules=None)
+
+
+def test_targets_that_are_no_linear_layers_are_named():
+    module = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3), "linear": nn.Linear(4, 4)})
+    refused(module, "layer 'conv' is a Conv2d; only linear layers", target_modules=["conv", "linear"])
+
+
+def test_a_rank_that_does_not_fit_names_the_layer():
+    refused(tiny_attention(), r"rank 17 is larger than the smallest dimension of layer 'to_q'.*at most 16", rank=17)
+    refused(tiny_attention(), "rank is 0", rank=0)
+
+
+def test_limits_of_a_method_name_the_layer():
+    refused(tiny_attention(), r"layer 'to_q': init 'lora_ga'.*use rank 8", "lora_ga", rank=9)
+    refused(tiny_attention(), r"layer 'to_q': init 'orthogonal'.*rank 3", "orthogonal", rank=3)
+    refused(tiny_attention(), r"layer 'to_q': sketch_columns 2", make_method("eva", {"sketch_columns": 2}))
+
+
+@pytest.mark.parametrize("option", [{"rank_budget": 8}, {"parameter_budget": 800}, {"max_rank": 8}])
+def test_budgets_without_variable_ranks_are_refused(option):
+    refused(tiny_attention(), "need variable_rank=True", **option)
+
+
+@pytest.mark.parametrize("name", SCORELESS)
+def test_variable_ranks_without_scores_are_refused(name):
+    refused(tiny_attention(), f"'{name}' gives no scores", name, variable_rank=True)
+
+
+def test_impossible_budgets_are_refused_before_the_pass():
+    refused(tiny_attention(), "rank_budget 5 is too small", "eva", variable_rank=True, rank_budget=5)
+    refused(tiny_attention(), "exactly one", "eva", variable_rank=True, rank_budget=12, parameter_budget=900)
+    refused(tiny_attention(), "min_rank=5, max_rank=4", "eva", variable_rank=True, min_rank=5, max_rank=4)
+
+
+@pytest.mark.parametrize("name", ["eva", "lora_ga"])
+def test_no_batches_and_no_loss_are_refused(name):
+    module = tiny_attention()
+    refused(module, "no batches", name, batches=[])
+    refused(module, "no batches", name, num_batches=0)
+    with pytest.raises(ValueError, match="loss_fn is missing"):
+        initialize(module, name, token_batches(), rank=4, target_modules=TARGETS, progress=False)
+    assert not lora_layers(module)
+
+
+def test_compiled_modules_are_refused():
+    compiled = torch.compile(tiny_attention(), backend="eager")
+    with pytest.raises(ValueError, match=r"OptimizedModule.*before torch\.compile and accelerator\.prepare"):
+        run(compiled)
+
+
+def test_wrapped_modules_are_refused(tmp_path: Path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(tiny_attention())
+        with pytest.raises(ValueError, match=r"DistributedDataParallel.*\(component 'unet'\).*accelerator\.prepare"):
+            run({"unet": wrapped})  # type: ignore[arg-type]
+    finally:
+        torch.distributed.destroy_process_group()
+    with pytest.raises(ValueError, match="DataParallel"):
+        run(nn.DataParallel(tiny_attention()))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if make_method(name).step_zero == "offset"])
+def test_dora_with_an_offset_is_refused(name):
+    config = LoraConfig(r=4, target_modules=TARGETS, use_dora=True)
+    module = get_peft_model(tiny_attention(), config)
+    refused(module, f"'{name}'.*DoRA", name, target_modules=None)
+
+
+def test_dora_with_a_zero_delta_starts_as_the_base_and_is_not_exported_wrongly(tmp_path: Path):
+    module = get_peft_model(tiny_attention(), LoraConfig(r=4, target_modules=TARGETS, use_dora=True))
+    run(module, "eva", target_modules=None)
+    expected = tiny_attention().eval()(token_batches(1)[0])
+    assert relative_error(module.eval()(token_batches(1)[0]), expected) < 1e-5
+    with pytest.raises(ValueError, match="DoRA"):
+        save_diffusers_lora({"unet": module}, tmp_path)
+    with pytest.raises(ValueError, match="DoRA"):
+        adapter_state_dict({"unet": module})
