@@ -118,8 +118,8 @@ class StableDiffusionFamily:
         text_weights: dict[str, Any] = {**options, "variant": variant}
         any_revision: dict[str, Any] = {"revision": revision}
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **any_revision)
             noise_scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", revision=revision)
+            tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **any_revision)
             text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **text_weights)
             unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **weights)
             vae = AutoencoderKL.from_pretrained(
