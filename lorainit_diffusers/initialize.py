@@ -193,9 +193,15 @@ def initialize(
             solver = Kaiming()
             fallbacks[full_name] = f"only {statistic.num_rows} rows for rank {rank}: Kaiming A, zero B"
         generator = torch.Generator().manual_seed(_derive_seed(seed, full_name))
-        solutions[full_name] = solver.solve(
-            layer.weight.detach().float(), statistic, caps[full_name], scaling=scaling, generator=generator
-        )
+        try:
+            solutions[full_name] = solver.solve(
+                layer.weight.detach().float(), statistic, caps[full_name], scaling=scaling, generator=generator
+            )
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"layer {full_name!r} cannot be decomposed ({error}); look for non-finite values in its weight, "
+                "or for activations too large for float32 when squared"
+            ) from error
     if variable_rank:
         without = next((n for n, s in solutions.items() if s.scores is None and n not in fallbacks), None)
         if without is not None:

@@ -533,3 +533,16 @@ def test_dora_with_a_zero_delta_starts_as_the_base_and_is_not_exported_wrongly(t
         save_diffusers_lora({"unet": module}, tmp_path)
     with pytest.raises(ValueError, match="DoRA"):
         adapter_state_dict({"unet": module})
+
+
+@pytest.mark.parametrize("name", ["pissa", "cntlora", "milora"])
+def test_a_weight_that_is_not_finite_names_its_layer(name):
+    module = tiny_attention()
+    module.up.weight.data[0, 0] = float("nan")
+
+    def loss(batch: Tensor) -> Tensor:
+        return module.up(batch).nan_to_num().square().mean()
+
+    with pytest.raises(ValueError, match="layer 'up' cannot be decomposed"):
+        run(module, name, loss=loss, target_modules=["up"])
+    assert not lora_layers(module)
