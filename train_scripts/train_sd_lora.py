@@ -107,6 +107,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if args.resume_from_checkpoint is not None:
         checkpoint = checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint)
         state = checkpoints.load_training_state(checkpoint)
+    elif (known := checkpoints.list_checkpoints(output_dir)) and not args.init_only:
+        raise ValueError(
+            f"--output_dir {str(output_dir)!r} holds {known[-1].name} of an earlier run; continue it with "
+            "--resume_from_checkpoint latest, choose another directory, or delete its checkpoints"
+        )
     records, heldout = read_data(args)
 
     # ---- load
@@ -153,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     first_step = state.step if state is not None else 0
     prompts = choose_prompts(args, records, heldout)
     rows_dir = output_dir / "samples"
-    if is_main:
+    if is_main and not args.init_only:
         clear_sample_rows(rows_dir, state.step if state is not None else None)
 
     def add_sample_row(name: str) -> None:

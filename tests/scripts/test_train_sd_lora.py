@@ -165,7 +165,7 @@ def test_init_only_stops_after_the_initialisation(run: Run) -> None:
     out = run(init="eva", init_only=True)
     assert {path.name for path in out.iterdir()} == {
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"),
-        *("init_report.json", "config.json", "samples"),
+        *("init_report.json", "config.json"),
     }
     assert not any(tensor.any() for name, tensor in weights(out).items() if "lora_B" in name)
 
@@ -345,6 +345,13 @@ def test_resuming_with_other_options_is_refused(run: Run) -> None:
     run(max_train_steps=1, checkpointing_steps=1)
     with pytest.raises(ValueError, match="--init is 'eva', but the checkpoint was written with 'cntlora'"):
         run(init="eva", resume_from_checkpoint="latest")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_new_run_does_not_mix_with_the_checkpoints_of_an_old_one(run: Run) -> None:
+    run(max_train_steps=1, checkpointing_steps=1)
+    with pytest.raises(ValueError, match="holds checkpoint-1 of an earlier run"):
+        run()
 
 
 @pytest.mark.slow
