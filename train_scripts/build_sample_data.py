@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import emoji
@@ -48,30 +49,30 @@ LICENCE_TEXTS = {
 }
 
 
-def kind(name: str, group: str) -> str:
-    """The group of a concept, with the faces as a kind of their own."""
-    return "face" if group == "smileys-emotion" and "face" in name.split("-") else group
+def section(name: str, kind: emoji.Kind) -> str:
+    """The group of a concept, with the faces as a group of their own."""
+    return "face" if kind.group == "smileys-emotion" and "face" in name.split("-") else kind.group
 
 
-def choose(groups: dict[str, str], quotas: dict[str, int]) -> tuple[list[str], list[str]]:
-    """Draws disjoint training and held-out concepts, the same number of each kind in both.
+def choose(kinds: Mapping[str, emoji.Kind], quotas: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """Draws disjoint training and held-out concepts, the same number of each section in both.
 
     The order of drawing is that of a hash of the name: it depends neither on a random generator's version nor on
     which other concepts exist.
 
     Args:
-        groups: Emoji group by concept name, of the concepts that may be drawn.
-        quotas: Number of concepts per kind, for each of the two halves.
+        kinds: Kind of emoji by concept name, of the concepts that may be drawn.
+        quotas: Number of concepts per section, for each of the two halves.
 
     Raises:
-        ValueError: A kind has too few concepts.
+        ValueError: A section has too few concepts.
     """
     train: list[str] = []
     held_out: list[str] = []
     for wanted, count in quotas.items():
-        names = [name for name, group in groups.items() if kind(name, group) == wanted]
+        names = [name for name, kind in kinds.items() if section(name, kind) == wanted]
         if len(names) < 2 * count:
-            raise ValueError(f"{len(names)} concepts of kind {wanted!r}, {2 * count} are needed; lower the quota")
+            raise ValueError(f"{len(names)} concepts of section {wanted!r}, {2 * count} are needed; lower the quota")
         names.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
         train += names[:count]
         held_out += names[count : 2 * count]
@@ -108,13 +109,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=128, help="pixels")
     args = parser.parse_args(argv)
 
-    groups = emoji.emoji_groups(args.cache_dir)
-    base = {style: emoji.IconSet(style, args.cache_dir).names() for style in emoji.BASE_STYLES}
-    known = emoji.concepts(base, groups, min_styles=len(base))
+    kinds = emoji.emoji_kinds(args.cache_dir)
+    known = emoji.concepts({key: emoji.IconSet(key, args.cache_dir).names() for key in emoji.BASE_STYLES}, kinds)
     for style, quotas in QUOTAS.items():
         icons = emoji.IconSet(style, args.cache_dir)
         names = [name for name in known if name in icons.data["icons"]]
-        available = {name: groups[name] for name in names if not any(word in name for word in UNSUITABLE)}
+        available = {name: kinds[name] for name in names if not any(word in name for word in UNSUITABLE)}
         shutil.rmtree(args.output_dir / style, ignore_errors=True)
         for split, names in zip(("train", "heldout"), choose(available, quotas), strict=True):
             write_split(args.output_dir / style / split, icons, names, CAPTIONS[style], args.size)

@@ -118,8 +118,14 @@ HELD_OUT_STYLES = ("blobs", "high-contrast")  # never shown to its U-Net or text
 LINE_ICONS = ("lucide", "tabler", "phosphor")  # teach the autoencoder thin lines, nothing else
 
 # Groups of emojibase whose emoji are things. People, hands, symbols and flags are left out: each would need many
-# near-identical pictures (professions, skin tones) or text in the picture.
+# near-identical pictures (professions, skin tones) or text in the picture. Of the rest, these subgroups are left out:
+# scenes, paper, signs and series of nearly the same picture (phases of the moon, mailboxes, loudspeakers). A small
+# model draws few concepts well or many badly: what counts is how often it sees each picture.
 GROUPS = ("smileys-emotion", "animals-nature", "food-drink", "travel-places", "activities", "objects")
+EXCLUDED_SUBGROUPS = (
+    *("emotion", "sky-weather", "time", "place-map", "place-geographic", "place-religious", "place-other", "event"),
+    *("award-medal", "sound", "music", "phone", "book-paper", "money", "mail", "writing", "office", "lock"),
+)
 CAT_FACES = (
     "grinning-cat",
     "grinning-cat-with-smiling-eyes",
@@ -173,6 +179,13 @@ def read_json(key: str, member: str, cache_dir: Path = DEFAULT_CACHE) -> Any:
         return json.load(file)
 
 
+class Kind(NamedTuple):
+    """Where emojibase files an emoji."""
+
+    group: str
+    subgroup: str
+
+
 class IconSet:
     """The icons of one package, by concept name."""
 
@@ -214,32 +227,32 @@ def slug(label: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", ascii_label.lower()).strip("-")
 
 
-def is_concept(name: str, group: str) -> bool:
+def is_concept(name: str, kind: Kind) -> bool:
     """Whether an emoji is of the kind the base is trained on: a thing, a face or an animal, and not a cat."""
-    return group in GROUPS and _EXCLUDED.search(name) is None
+    return kind.group in GROUPS and kind.subgroup not in EXCLUDED_SUBGROUPS and _EXCLUDED.search(name) is None
 
 
-def concepts(styles: Mapping[str, Iterable[str]], groups: Mapping[str, str], min_styles: int = 3) -> list[str]:
-    """Names of the concepts to train on, sorted.
+def concepts(styles: Mapping[str, Iterable[str]], kinds: Mapping[str, Kind]) -> list[str]:
+    """Names of the concepts to train on, sorted: those that every style has, so that style and concept are independent.
 
     Args:
         styles: Icon names by style.
-        groups: Emoji group by icon name, as `emoji_groups` gives it.
-        min_styles: In how many styles a concept must exist, so that style and concept can be told apart.
+        kinds: Kind of emoji by icon name, as `emoji_kinds` gives it.
     """
     available = [set(names) for names in styles.values()]
     return sorted(
-        name
-        for name, group in groups.items()
-        if is_concept(name, group) and sum(name in names for names in available) >= min_styles
+        name for name, kind in kinds.items() if is_concept(name, kind) and all(name in names for names in available)
     )
 
 
-def emoji_groups(cache_dir: Path = DEFAULT_CACHE) -> dict[str, str]:
-    """Group (`"animals-nature"`, ...) of every emoji of emojibase, by icon name."""
-    group_names = read_json("emojibase", "meta/groups.json", cache_dir)["groups"]
-    entries = read_json("emojibase", "en/data.json", cache_dir)
-    return {slug(entry["label"]): group_names[str(entry["group"])] for entry in entries if "group" in entry}
+def emoji_kinds(cache_dir: Path = DEFAULT_CACHE) -> dict[str, Kind]:
+    """Kind of every emoji of emojibase, by icon name."""
+    names = read_json("emojibase", "meta/groups.json", cache_dir)
+    return {
+        slug(entry["label"]): Kind(names["groups"][str(entry["group"])], names["subgroups"][str(entry["subgroup"])])
+        for entry in read_json("emojibase", "en/data.json", cache_dir)
+        if "group" in entry
+    }
 
 
 def caption(style: str | None, name: str) -> str:
@@ -255,14 +268,9 @@ def render_training_set(work_dir: Path, cache_dir: Path, size: int, num_line_ico
     only; `valid` are pictures in the held-out styles, which nothing is trained on.
     """
     icon_sets = {style: IconSet(style, cache_dir) for style in BASE_STYLES}
-    groups = emoji_groups(cache_dir)
-    names = concepts({style: icons.names() for style, icons in icon_sets.items()}, groups)
-    records = [
-        {"style": style, "name": name}
-        for style, icons in icon_sets.items()
-        for name in names
-        if name in icons.data["icons"]
-    ]
+    kinds = emoji_kinds(cache_dir)
+    names = concepts({style: icons.names() for style, icons in icon_sets.items()}, kinds)
+    records = [{"style": style, "name": name} for style in icon_sets for name in names]
     progress = tqdm(records, desc="render base")
     base = [icon_sets[record["style"]].render(record["name"], size) for record in progress]
 
@@ -270,9 +278,9 @@ def render_training_set(work_dir: Path, cache_dir: Path, size: int, num_line_ico
     others = [
         (style, name)
         for style, icons in icon_sets.items()
-        for name, group in groups.items()
+        for name, kind in kinds.items()
         if name in icons.data["icons"] and (style, name) not in used
-        if group != "flags" and "cat" not in name.split("-")
+        if kind.group != "flags" and "cat" not in name.split("-")
     ]
     vae = [icon_sets[style].render(name, size) for style, name in tqdm(others, desc="render other emoji")]
     rng = np.random.default_rng(seed)

@@ -74,32 +74,31 @@ def test_missing_npm_names_the_remedy(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "group", "kept"),
+    ("name", "group", "subgroup", "kept"),
     [
-        ("red-apple", "food-drink", True),
-        ("identification-card", "objects", True),  # contains the letters of "cat"
-        ("grinning-cat", "smileys-emotion", False),
-        ("black-cat", "animals-nature", False),
-        ("triangular-flag", "objects", False),
-        ("three-oclock", "travel-places", False),
-        ("keycap-5", "symbols", False),
-        ("woman-singer", "people-body", False),
-        ("flag-france", "flags", False),
+        ("red-apple", "food-drink", "food-fruit", True),
+        ("delicate-vase", "objects", "household", True),  # contains the letters of "cat"
+        ("grinning-cat", "smileys-emotion", "cat-face", False),
+        ("black-cat", "animals-nature", "animal-mammal", False),
+        ("triangular-flag", "objects", "household", False),
+        ("full-moon", "travel-places", "sky-weather", False),
+        ("keycap-5", "symbols", "keycap", False),
+        ("woman-singer", "people-body", "person-role", False),
+        ("flag-france", "flags", "country-flag", False),
     ],
 )
-def test_filter(name: str, group: str, kept: bool) -> None:
-    assert emoji.is_concept(name, group) is kept
+def test_filter(name: str, group: str, subgroup: str, kept: bool) -> None:
+    assert emoji.is_concept(name, emoji.Kind(group, subgroup)) is kept
 
 
 def test_all_cat_faces_are_held_out() -> None:
-    assert not any(emoji.is_concept(name, "smileys-emotion") for name in emoji.CAT_FACES)
+    assert not any(emoji.is_concept(name, emoji.Kind("smileys-emotion", "face-smiling")) for name in emoji.CAT_FACES)
 
 
-def test_concepts_exist_in_enough_styles() -> None:
-    styles = {"a": ["pizza", "taco"], "b": ["pizza"], "c": ["pizza", "taco", "grinning-cat"]}
-    groups = {"pizza": "food-drink", "taco": "food-drink", "grinning-cat": "smileys-emotion"}
-    assert emoji.concepts(styles, groups, min_styles=3) == ["pizza"]
-    assert emoji.concepts(styles, groups, min_styles=2) == ["pizza", "taco"]
+def test_concepts_exist_in_every_style() -> None:
+    styles = {"a": ["pizza", "taco", "grinning-cat"], "b": ["pizza", "grinning-cat"]}
+    food, face = emoji.Kind("food-drink", "food-prepared"), emoji.Kind("smileys-emotion", "cat-face")
+    assert emoji.concepts(styles, {"pizza": food, "taco": food, "grinning-cat": face}) == ["pizza"]
 
 
 def test_captions_and_slugs() -> None:
@@ -110,12 +109,13 @@ def test_captions_and_slugs() -> None:
 
 
 def test_choice_of_sample_concepts_is_disjoint_and_follows_the_quotas() -> None:
-    groups = {f"face-{i}": "smileys-emotion" for i in range(9)} | {f"food-{i}": "food-drink" for i in range(5)}
-    train, held_out = build_sample_data.choose(groups, {"face": 3, "food-drink": 2})
+    face, food = emoji.Kind("smileys-emotion", "face-smiling"), emoji.Kind("food-drink", "food-fruit")
+    kinds = {f"face-{i}": face for i in range(9)} | {f"food-{i}": food for i in range(5)}
+    train, held_out = build_sample_data.choose(kinds, {"face": 3, "food-drink": 2})
     assert not set(train) & set(held_out)
     assert [sum(name.startswith("face") for name in names) for names in (train, held_out)] == [3, 3]
     with pytest.raises(ValueError, match="'food-drink', 6 are needed"):
-        build_sample_data.choose(groups, {"food-drink": 3})
+        build_sample_data.choose(kinds, {"food-drink": 3})
 
 
 @pytest.mark.parametrize(("name", "splits"), [("blobs", (40, 40)), ("high-contrast", (40, 40)), ("cats", (9,))])
@@ -331,9 +331,9 @@ def test_recipe_from_end_to_end(tokenizer_dir: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 def test_pinned_packages_are_what_the_registry_delivers(tmp_path: Path) -> None:
-    groups = emoji.emoji_groups(tmp_path)
+    kinds = emoji.emoji_kinds(tmp_path)
     icons = emoji.IconSet("noto", tmp_path)
-    assert groups["red-apple"] == "food-drink"
+    assert kinds["red-apple"] == ("food-drink", "food-fruit")
     assert set(emoji.CAT_FACES) <= set(icons.names())
     pytest.importorskip("resvg_py")
     picture = icons.render("red-apple", 32)
