@@ -257,6 +257,21 @@ def test_text_encoder_gets_its_own_learning_rate(run: Run) -> None:
     assert any(t.any() for name, t in trained.items() if name.startswith("text_encoder.") and "lora_B" in name)
 
 
+def test_mixed_precision_trains_float32_adapters_on_a_half_base(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: dict[str, set[torch.dtype]] = {}
+
+    def look(family: Any, prompts: Any, args: Any) -> list[Image.Image]:
+        parameters = list(family.unet.parameters())
+        dtypes["trained"] = {parameter.dtype for parameter in parameters if parameter.requires_grad}
+        dtypes["frozen"] = {parameter.dtype for parameter in parameters if not parameter.requires_grad}
+        dtypes["vae"] = {parameter.dtype for parameter in family.vae.parameters()}
+        return [Image.new("RGB", (32, 32))]
+
+    monkeypatch.setattr(train_sd_lora, "draw_samples", look)
+    run(mixed_precision="bf16")
+    assert dtypes == {"trained": {torch.float32}, "frozen": {torch.bfloat16}, "vae": {torch.float32}}
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_lora_layers_chooses_the_layers(run: Run) -> None:
     names = weights(run(lora_layers="to_q, attn2.to_v"))
