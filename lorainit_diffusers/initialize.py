@@ -208,7 +208,7 @@ def initialize(
             raise ValueError(f"init {name!r} gives no scores to allocate ranks by; drop --variable_rank")
         scored = {n: s for n, s in solutions.items() if s.scores is not None}
         scores = {n: scored[n].scores if n in scored else torch.zeros(caps[n]) for n in layers}
-        ranks = allocate({n: torch.nan_to_num(s) for n, s in scores.items() if s is not None})
+        ranks = allocate({n: s for n, s in scores.items() if s is not None})
     weights: dict[str, dict[str, adapters.AdapterWeights]] = {component: {} for component in modules}
     for full_name, solution in solutions.items():
         if ranks[full_name] == 0:
