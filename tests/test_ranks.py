@@ -100,6 +100,14 @@ def test_a_parameter_budget_prefers_cheap_layers_at_equal_scores():
     assert allocate_ranks(scores, layers, parameter_budget=40, min_rank=0, max_rank=2) == {"wide": 0, "narrow": 2}
 
 
+def test_a_parameter_budget_competes_by_score_per_parameter():
+    """The wide layer's component scores highest, but the narrow layer's two give more for fewer parameters."""
+    scores = {"wide": torch.tensor([0.6, 0.5]), "narrow": torch.tensor([0.5, 0.4])}
+    layers = {"wide": (64, 64), "narrow": (8, 8)}
+    assert allocate_ranks(scores, layers, parameter_budget=128, min_rank=0, max_rank=2) == {"wide": 0, "narrow": 2}
+    assert allocate_ranks(scores, layers, parameter_budget=160, min_rank=0, max_rank=2) == {"wide": 1, "narrow": 2}
+
+
 def test_equal_shapes_make_the_two_budgets_agree():
     scores = random_scores(9, names=("q", "k"))
     layers = dict.fromkeys(scores, (16, 16))
