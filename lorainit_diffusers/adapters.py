@@ -133,6 +133,14 @@ def target_layers(
     adapted = lora_layers(module, adapter_name)
     if adapted:
         candidates = {name: layer.get_base_layer() for name, layer in adapted.items()}
+        for name, layer in unwrap(module).named_modules():
+            linear = isinstance(layer, (nn.Linear, LoraLayer)) and not re.search(r"\.(base_layer|lora_[AB])", name)
+            if target_modules is not None and linear and _matches(name, target_modules) != (name in adapted):
+                raise ValueError(
+                    f"{type(module).__name__} already carries an adapter {adapter_name!r}, and target modules "
+                    f"{target_modules!r} disagree with it about layer {name!r}; leave target_modules out, or choose the "
+                    "layers when the adapter is added"
+                )
     else:
         if target_modules is None:
             raise ValueError(
@@ -503,6 +511,7 @@ def save_kohya_lora(
     *,
     adapter_name: str = "default",
     prefixes: Mapping[str, str] | None = None,
+    pad_rank: int | None = None,
 ) -> Path:
     """Write the kohya format that ComfyUI, A1111 and sd-scripts read: ``lora_down``, ``lora_up`` and ``alpha``.
 
@@ -511,9 +520,11 @@ def save_kohya_lora(
         path: of the ``.safetensors`` file.
         adapter_name: which adapter.
         prefixes: component -> key prefix; ``lora_unet`` and ``lora_te`` when left out.
+        pad_rank: zero-pad every layer to this rank. diffusers' own converter (0.42.1) takes one alpha for all layers
+            and so needs it for variable ranks; ComfyUI, A1111 and sd-scripts do not.
 
     Raises:
-        ValueError: a component without a prefix.
+        ValueError: a component without a prefix; ``pad_rank`` is smaller than a layer's exported rank.
     """
     prefixes = prefixes if prefixes is not None else {"unet": "lora_unet", "text_encoder": "lora_te"}
     tensors: dict[str, Tensor] = {}
@@ -523,6 +534,7 @@ def save_kohya_lora(
         for name, factors in exported_factors(module, adapter_name).items():
             name = _text_model_name(name) if component.startswith("text_encoder") else name
             key = f"{prefixes[component]}_{name.replace('.', '_')}"
+            factors = factors if pad_rank is None else _pad(name, factors, pad_rank)
             tensors |= {
                 f"{key}.lora_down.weight": factors.lora_A,
                 f"{key}.lora_up.weight": factors.lora_B,

@@ -76,7 +76,8 @@ def initialize(
 
     where ``loss_fn(batch)`` is one training loss. Call it before ``accelerator.prepare``, ``torch.compile`` and the
     creation of the optimiser. Afterwards the adapter is active and trainable in float32; the base weights are
-    untouched. Save with :func:`~lorainit_diffusers.adapters.save_diffusers_lora`, which folds the frozen offset of
+    untouched. Offset methods need both of their adapters active: a later ``set_adapter`` takes
+    ``["default", "default_offset"]``. Save with :func:`~lorainit_diffusers.adapters.save_diffusers_lora`, which folds the frozen offset of
     methods such as CNTLoRA, LoRA-GA and PiSSA into the file; PEFT's own saving does not know of it.
 
     Args:
@@ -139,7 +140,7 @@ def initialize(
     location: dict[str, tuple[str, str]] = {}
     for component, module in modules.items():
         targets = target_modules.get(component) if isinstance(target_modules, Mapping) else target_modules
-        if targets is None and family is not None:
+        if targets is None and family is not None and existing[component] is None:
             targets = family.default_targets(component)
         for layer_name, layer in adapters.target_layers(module, targets, adapter_name).items():
             full_name = f"{component}.{layer_name}" if component else layer_name

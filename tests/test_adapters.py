@@ -447,6 +447,15 @@ def test_the_kohya_file_reproduces_every_weight(pipeline, base, tmp_path, name):
         assert float((stock(pipeline, path).output() - base.output()).abs().max()) < 1e-4
 
 
+def test_a_padded_kohya_file_with_variable_ranks_loads_through_diffusers(pipeline, base, tmp_path):
+    modules = run(base, "eva", variable_rank=True)
+    base.train(all_trainable(modules))
+    rank = max(ranks_of(base.unet).values())
+    path = save_kohya_lora(modules, tmp_path / "kohya.safetensors", pad_rank=rank)
+    assert {float(value) for key, value in load_file(path).items() if key.endswith(".alpha")} == {float(rank)}
+    assert float((stock(pipeline, path).output() - base.output()).abs().max()) < 1e-4
+
+
 def test_a_kohya_component_without_a_prefix_is_refused(base, tmp_path):
     modules = run(base, "gaussian")
     with pytest.raises(ValueError, match="'transformer' has no kohya key prefix"):

@@ -457,6 +457,16 @@ def test_targets_that_match_nothing_list_what_there_is():
     refused(tiny_attention(), "no target_modules were given", target_modules=None)
 
 
+def test_targets_that_disagree_with_the_adapter_are_refused():
+    module = tiny_attention()
+    run(module, target_modules=["to_q"])
+    with pytest.raises(ValueError, match="disagree with it about layer 'to_k'"):
+        run(module, target_modules=["to_q", "to_k"])
+    with pytest.raises(ValueError, match="disagree with it about layer 'to_q'"):
+        run(module, target_modules=["to_k"])
+    assert run(module, target_modules=["to_q"]).layers.keys() == run(module, target_modules=None).layers.keys()
+
+
 def test_targets_that_are_no_linear_layers_are_named():
     module = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3), "linear": nn.Linear(4, 4)})
     refused(module, "layer 'conv' is a Conv2d; only linear layers", target_modules=["conv", "linear"])
