@@ -138,8 +138,8 @@ def target_layers(
             if target_modules is not None and linear and _matches(name, target_modules) != (name in adapted):
                 raise ValueError(
                     f"{type(module).__name__} already carries an adapter {adapter_name!r}, and target modules "
-                    f"{target_modules!r} disagree with it about layer {name!r}; leave target_modules out, or choose the "
-                    "layers when the adapter is added"
+                    f"{target_modules!r} disagree with it about layer {name!r}; leave target_modules out, or choose "
+                    "the layers when the adapter is added"
                 )
     else:
         if target_modules is None:

@@ -76,9 +76,12 @@ def initialize(
 
     where ``loss_fn(batch)`` is one training loss. Call it before ``accelerator.prepare``, ``torch.compile`` and the
     creation of the optimiser. Afterwards the adapter is active and trainable in float32; the base weights are
-    untouched. Offset methods need both of their adapters active: a later ``set_adapter`` takes
-    ``["default", "default_offset"]``. Save with :func:`~lorainit_diffusers.adapters.save_diffusers_lora`, which folds the frozen offset of
-    methods such as CNTLoRA, LoRA-GA and PiSSA into the file; PEFT's own saving does not know of it.
+    untouched.
+
+    Methods such as CNTLoRA, LoRA-GA and PiSSA add a frozen twin adapter, which must stay active with the trainable one
+    (a later ``set_adapter`` takes ``["default", "default_offset"]``). Save with
+    :func:`~lorainit_diffusers.adapters.save_diffusers_lora`, which folds it into the file; PEFT's own saving does not
+    know of it.
 
     Args:
         target: a module, named components, or a model family (whose own loss is used).
