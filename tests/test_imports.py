@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from sd_fixtures import ROOT
 
 LIBRARY = ROOT / "lorainit_diffusers"
 SCRIPTS = ROOT / "train_scripts"

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_random_sd
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import compute_snr
+from sd_fixtures import write_random_sd
 from torch import Tensor
 
 from lorainit_diffusers.families import ModelFamily, UniformDraws

@@ -10,8 +10,8 @@ import torch
 from common import build_method, derive_seed
 from common_data import CaptionedImages, DataOrder, ImageRecord, find_splits, image_to_tensor, load_image
 from common_data import read_image_folder as read_folder
-from conftest import write_images
 from PIL import Image
+from sd_fixtures import write_images
 
 from lorainit_diffusers.methods.cntlora import CNTLoRA
 

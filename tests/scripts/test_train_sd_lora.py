@@ -14,11 +14,11 @@ import pytest
 import torch
 import train_sd_lora
 from accelerate.state import AcceleratorState
-from conftest import ROOT, write_images
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from sd_fixtures import ROOT, write_images
 from torch import Tensor
 
 from lorainit_diffusers import adapters_disabled
