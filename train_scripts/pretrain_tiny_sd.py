@@ -491,7 +491,7 @@ def sample_grid(pipeline: Model, path: Path, names: Sequence[str], num_steps: in
 
 MODEL_CARD = """# tiny-sd
 
-A complete Stable Diffusion of {size_mb:.0f} MB that draws 64x64 emoji on a CPU in a second or two. It exists so that
+A complete Stable Diffusion of {size_mib:.0f} MiB that draws 64x64 emoji on a CPU in a second or two. It exists so that
 code for latent diffusion can be developed, tested and compared without a download or a GPU; not to make pictures.
 
 ![samples](samples.png)
@@ -514,10 +514,10 @@ pipeline("a noto emoji of red apple", num_inference_steps=25, guidance_scale=4.0
 
 ## Training
 
-- **Data**: {num_images} pictures of {num_concepts} concepts (faces, animals, plants, food, places, vehicles,
-  activities, objects), each in three or four of the styles {styles}; captions `a {{style}} emoji of {{name}}`, 10 %
-  `an emoji of {{name}}`, 10 % empty. All cats, and the styles Noto version 1 ("blobs") and Fluent high-contrast, were
-  held out. The autoencoder alone also saw the other emoji of these styles and line icons.
+- **Data**: {num_images} pictures of {num_concepts} concepts (faces, animals, plants, food, vehicles, buildings, clothes,
+  objects), each in the styles {styles}; captions `a {{style}} emoji of {{name}}`, 10 % `an emoji of {{name}}`, 10 %
+  empty. All cats, and the styles Noto version 1 ("blobs") and Fluent high-contrast, were held out. The autoencoder alone
+  also saw the other emoji of these styles and line icons.
 - **Result**: {result}
 - **Hardware**: {hardware}.
 - **Command** (budgets in minutes of wall time; a rerun continues from the last checkpoint):
@@ -575,7 +575,7 @@ def write_model_card(directory: Path, pipeline: Model, args: argparse.Namespace,
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
     card = MODEL_CARD.format(
         **sizes,
-        size_mb=sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) / 1e6,
+        size_mib=sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) / 2**20,
         styles=", ".join(emoji.BASE_STYLES),
         names=", ".join(name.replace("-", " ") for name in GRID_NAMES),
         sample_steps=args.sample_steps,
