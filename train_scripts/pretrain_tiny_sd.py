@@ -514,10 +514,10 @@ pipeline("a noto emoji of red apple", num_inference_steps=25, guidance_scale=4.0
 
 ## Training
 
-- **Data**: {num_images} pictures of {num_concepts} concepts (faces, animals, plants, food, vehicles, buildings, clothes,
-  objects), each in the styles {styles}; captions `a {{style}} emoji of {{name}}`, 10 % `an emoji of {{name}}`, 10 %
-  empty. All cats, and the styles Noto version 1 ("blobs") and Fluent high-contrast, were held out. The autoencoder alone
-  also saw the other emoji of these styles and line icons.
+- **Data**: {num_images} pictures of {num_concepts} concepts (faces, animals, plants, food, vehicles, buildings,
+  clothes, objects), each in the styles {styles}; captions `a {{style}} emoji of {{name}}`, 10 % `an emoji of {{name}}`,
+  10 % empty. All cats, and the styles Noto version 1 ("blobs") and Fluent high-contrast, were held out. The autoencoder
+  alone also saw the other emoji of these styles and line icons.
 - **Result**: {result}
 - **Hardware**: {hardware}.
 - **Command** (budgets in minutes of wall time; a rerun continues from the last checkpoint):
@@ -605,11 +605,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vae_batch_size", type=int, default=16, help="per process")
     parser.add_argument("--vae_lr", type=float, default=2e-3)
     parser.add_argument("--kl_weight", type=float, default=1e-3)
-    parser.add_argument("--unet_minutes", type=float, default=70.0)
+    parser.add_argument("--unet_minutes", type=float, default=72.0)
     parser.add_argument("--unet_steps", type=int, default=0)
     parser.add_argument("--unet_batch_size", type=int, default=32, help="per process")
     parser.add_argument("--unet_lr", type=float, default=8e-4)
-    parser.add_argument("--decoder_minutes", type=float, default=8.0)
+    parser.add_argument("--decoder_minutes", type=float, default=6.0)
     parser.add_argument("--decoder_steps", type=int, default=0)
     parser.add_argument("--decoder_lr", type=float, default=1e-3)
     parser.add_argument("--ema_decay", type=float, default=0.998)
