@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--model", choices=("tiny-sd", "sd15"), default="tiny-sd")
     parser.add_argument("--pretrained_model_name_or_path", default=str(BUNDLED_BASE), help="base for --model tiny-sd")
     parser.add_argument("--init", nargs="+", default=list(METHODS_TO_TIME), help="methods to time")
-    parser.add_argument("--num_batches", type=int, default=32)
+    parser.add_argument("--num_batches", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=None, help="default 8 for tiny-sd, 4 for sd15")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")

@@ -225,11 +225,13 @@ def initialize(
             scaling,
             offset=factors if offset else None,
         )
+    solve_s = time.perf_counter() - start
+    start = time.perf_counter()
     for component, module in modules.items():
         adapters.attach(
             module, weights[component], adapter_name=adapter_name, use_rslora=use_rslora, lora_dropout=lora_dropout
         )
-    solve_s = time.perf_counter() - start
+    attach_s = time.perf_counter() - start
 
     def report_layer(full_name: str) -> LayerReport:
         scores, kept = solutions[full_name].scores, ranks[full_name]
@@ -253,6 +255,7 @@ def initialize(
         forward_s=collection.forward_s,
         statistics_s=collection.statistics_s,
         solve_s=solve_s,
+        attach_s=attach_s,
     )
 
 

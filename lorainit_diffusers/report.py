@@ -41,7 +41,8 @@ class InitReport:
         num_passes: forward passes of the collection.
         forward_s: seconds in the loss itself, statistics not counted.
         statistics_s: seconds in the statistics.
-        solve_s: seconds in decompositions, rank allocation and writing the factors.
+        solve_s: seconds in decompositions, rank allocation and factors.
+        attach_s: seconds in which PEFT builds the adapters, as it does for any LoRA; not part of ``overhead``.
     """
 
     method: str
@@ -52,6 +53,7 @@ class InitReport:
     forward_s: float
     statistics_s: float
     solve_s: float
+    attach_s: float
 
     @property
     def overhead(self) -> float | None:

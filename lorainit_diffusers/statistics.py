@@ -16,13 +16,16 @@ squared, so a float16 activation of 1e4 does not overflow.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lorainit_diffusers.linalg import Eigen, eigh_descending, solve_dtype
+
+# Updates that are summed in float32 before they are added to a float64 scatter.
+UPDATES_PER_FLUSH = 8
 
 SumAcrossProcesses = Callable[[Tensor], None]
 
@@ -79,17 +82,22 @@ class InputStatistic(Statistic, Protocol):
 
 
 @contextmanager
-def full_float32(device: torch.device) -> Generator[None, None, None]:
-    """Matrix products in true float32: autocast off, TF32 and bf16 shortcuts off; restored on exit."""
+def _full_float32(device: torch.device) -> Generator[None, None, None]:
     precision = torch.get_float32_matmul_precision()
     with torch.autocast(device.type, enabled=False):
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision("highest")
         try:
             yield
         finally:
-            if precision != "highest":
-                torch.set_float32_matmul_precision(precision)
+            torch.set_float32_matmul_precision(precision)
+
+
+def full_float32(device: torch.device) -> AbstractContextManager[None]:
+    """Matrix products in true float32: autocast off, TF32 and bf16 shortcuts off; restored on exit."""
+    # Entering contexts costs as much as a small product: only where there is something to switch off.
+    if not torch.is_autocast_enabled(device.type) and torch.get_float32_matmul_precision() == "highest":
+        return nullcontext()
+    return _full_float32(device)
 
 
 class _MeanAndCount:
@@ -99,7 +107,6 @@ class _MeanAndCount:
         self._features = features
         self._num_rows = 0
         self._mean: Tensor | None = None
-        self._finite: Tensor | None = None
 
     @property
     def features(self) -> int:
@@ -114,7 +121,8 @@ class _MeanAndCount:
     @property
     def is_finite(self) -> Tensor:
         """0-d boolean tensor: all rows so far were finite."""
-        return torch.tensor(True) if self._finite is None else self._finite
+        # One infinite or NaN entry stays in its column's mean for good: n times cheaper than checking every row.
+        return torch.tensor(True) if self._mean is None else torch.isfinite(self._mean).all()
 
     def mean(self) -> Tensor:
         """(features,) mean row.
@@ -130,26 +138,23 @@ class _MeanAndCount:
         if rows.ndim != 2 or rows.shape[1] != self._features:
             raise ValueError(f"rows have shape {tuple(rows.shape)}, expected (n, {self._features})")
 
-    def _shift(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Centre float32 ``rows`` on their own mean and fold that mean in; returns (centred, step, weight).
+    def _fold(self, rows: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Fold the mean of float32 ``rows`` into the running one; returns (batch mean, step, weight).
 
         ``step`` is the new batch's mean minus the old mean and ``weight`` = n m / (n + m), so that
         ``weight * step step'`` is what the scatter gains between the two groups.
         """
         batch_mean = rows.mean(0)
-        # One infinite or NaN entry makes its column's mean non-finite: n times cheaper than checking every row.
-        finite = torch.isfinite(batch_mean).all()
-        self._finite = finite if self._finite is None else self._finite & finite
         accumulator = batch_mean.to(solve_dtype(self._features, rows.device))
         if self._mean is None:
             self._mean = torch.zeros_like(accumulator)
         step = accumulator - self._mean
         num_rows = rows.shape[0]
         total = self._num_rows + num_rows
-        weight = torch.tensor(self._num_rows * num_rows / total, dtype=step.dtype, device=step.device)
-        self._mean = self._mean + step * (num_rows / total)
+        weight = self._num_rows * num_rows / total
+        self._mean.add_(step, alpha=num_rows / total)
         self._num_rows = total
-        return rows - batch_mean, step, weight
+        return batch_mean, step, weight
 
     def _reduce_mean(self, sum_across_processes: SumAcrossProcesses) -> tuple[Tensor, int]:
         """Make count and mean global; returns (own mean minus global mean, own count)."""
@@ -175,7 +180,18 @@ class SecondMoment(_MeanAndCount):
     def __init__(self, features: int) -> None:
         super().__init__(features)
         self._scatter: Tensor | None = None
+        # Products of the latest updates, float32: a pass over a float64 scatter costs as much as a small product.
+        # Where the scatter itself is float32 (large layers), this is the same tensor.
+        self._recent: Tensor | None = None
+        self._num_recent = 0
         self._eigen: dict[bool, Eigen] = {}
+
+    def _flush(self) -> None:
+        """Move what the latest updates added into the scatter."""
+        if self._scatter is not None and self._recent is not None and self._recent is not self._scatter:
+            self._scatter += self._recent
+            self._recent.zero_()
+        self._num_recent = 0
 
     def update(self, rows: Tensor) -> None:
         """Add rows: (n, features), any floating dtype; products in float32, sums in float64 where that is cheap.
@@ -187,21 +203,30 @@ class SecondMoment(_MeanAndCount):
         if rows.shape[0] == 0:
             return
         self._eigen.clear()
-        with torch.no_grad(), full_float32(rows.device):
-            centred, step, weight = self._shift(rows.detach().float())
+        with full_float32(rows.device):
+            rows = rows.detach().float()
+            batch_mean, step, weight = self._fold(rows)
+            # The rank-one term between the old rows and the new ones rides along in the product as one more row.
+            centred = rows.new_empty(len(rows) + 1, self._features)
+            torch.sub(rows, batch_mean, out=centred[:-1])
+            torch.mul(step, weight**0.5, out=centred[-1])
             if self._scatter is None:
-                self._scatter = (centred.mT @ centred).to(step.dtype)
-            else:
-                # The rank-one term between the old rows and the new ones rides along in the product as one more row.
-                between = (step * weight.sqrt()).to(centred.dtype)
-                extended = torch.cat([centred, between[None]])
-                if self._scatter.dtype == extended.dtype:  # large layers: add inside the product, no temporary
-                    self._scatter.addmm_(extended.mT, extended)
-                else:
-                    self._scatter += extended.mT @ extended
+                self._scatter = torch.zeros(self._features, self._features, dtype=step.dtype, device=step.device)
+                self._recent = (
+                    self._scatter
+                    if step.dtype == centred.dtype
+                    else torch.zeros_like(self._scatter, dtype=centred.dtype)
+                )
+            assert self._recent is not None
+            self._recent.addmm_(centred.mT, centred)  # adding inside the product makes no temporary
+            self._num_recent += 1
+            if self._num_recent == UPDATES_PER_FLUSH:
+                self._flush()
 
     def merge(self, other: SecondMoment) -> None:
         """Add everything that ``other`` has seen."""
+        self._flush()
+        other._flush()
         if other._mean is None or other._scatter is None:
             return
         if self._mean is None or self._scatter is None:
@@ -213,7 +238,6 @@ class SecondMoment(_MeanAndCount):
         self._scatter += other._scatter + torch.outer(step, step) * (self._num_rows * other._num_rows / total)
         self._mean = self._mean + step * (other._num_rows / total)
         self._num_rows = total
-        self._finite = self.is_finite & other.is_finite
 
     def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
         """Join with the other processes' statistics (exact: each scatter is moved to the global mean, then summed)."""
@@ -244,6 +268,7 @@ class SecondMoment(_MeanAndCount):
 
     def state_dict(self) -> dict[str, Tensor]:
         """``num_rows``, ``mean`` (features,) and ``scatter`` (features, features); empty before the first row."""
+        self._flush()
         if self._mean is None or self._scatter is None:
             return {}
         return {
@@ -258,10 +283,14 @@ class SecondMoment(_MeanAndCount):
         self._num_rows = int(state["num_rows"]) if state else 0
         self._mean = state["mean"].clone() if state else None
         self._scatter = state["scatter"].clone() if state else None
-        self._finite = torch.isfinite(self._mean).all() if self._mean is not None else None
+        self._recent, self._num_recent = None, 0
+        if self._scatter is not None:
+            float32 = self._scatter.dtype == torch.float32
+            self._recent = self._scatter if float32 else torch.zeros_like(self._scatter, dtype=torch.float32)
 
     def _require_scatter(self) -> Tensor:
         self.mean()  # raises when empty
+        self._flush()
         assert self._scatter is not None
         return self._scatter
 
@@ -300,8 +329,10 @@ class SketchedSecondMoment(_MeanAndCount):
         self._check(rows)
         if rows.shape[0] == 0:
             return
-        with torch.no_grad(), full_float32(rows.device):
-            centred, step, weight = self._shift(rows.detach().float())
+        with full_float32(rows.device):
+            rows = rows.detach().float()
+            batch_mean, step, weight = self._fold(rows)
+            centred = rows - batch_mean
             omega = self._omega_like(step)
             sketch = (centred.mT @ (centred @ self._omega_like(centred))).to(step.dtype)
             sketch += torch.outer(step * weight, step @ omega)
@@ -329,7 +360,6 @@ class SketchedSecondMoment(_MeanAndCount):
         self._trace = self._trace + other._trace + weight * step.square().sum()
         self._mean = self._mean + step * (other._num_rows / total)
         self._num_rows = total
-        self._finite = self.is_finite & other.is_finite
 
     def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
         """Join with the other processes' sketches."""
@@ -383,7 +413,6 @@ class SketchedSecondMoment(_MeanAndCount):
         self._mean = state["mean"].clone() if state else None
         self._sketch = state["sketch"].clone() if state else None
         self._trace = state["trace"].clone() if state else None
-        self._finite = torch.isfinite(self._mean).all() if self._mean is not None else None
 
     def _require_sketch(self) -> tuple[Tensor, Tensor]:
         self.mean()  # raises when empty
@@ -403,7 +432,6 @@ class GradientMean:
         self._shape = shape
         self._num_batches = 0
         self._sum: Tensor | None = None
-        self._finite: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -413,7 +441,7 @@ class GradientMean:
     @property
     def is_finite(self) -> Tensor:
         """0-d boolean tensor: all gradients so far were finite."""
-        return torch.tensor(True) if self._finite is None else self._finite
+        return torch.tensor(True) if self._sum is None else torch.isfinite(self._sum.sum())
 
     def update(self, rows: Tensor) -> None:
         """Add one batch's gradient: (out_features, in_features).
@@ -424,8 +452,6 @@ class GradientMean:
         if tuple(rows.shape) != self._shape:
             raise ValueError(f"the gradient has shape {tuple(rows.shape)}, expected {self._shape}")
         gradient = rows.detach().float()
-        finite = torch.isfinite(gradient.sum())
-        self._finite = finite if self._finite is None else self._finite & finite
         self._sum = gradient.clone() if self._sum is None else self._sum.add_(gradient)
         self._num_batches += 1
 
@@ -445,7 +471,6 @@ class GradientMean:
             return
         self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
         self._num_batches += other._num_batches
-        self._finite = self.is_finite & other.is_finite
 
     def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
         """Join with the other processes' gradients."""
@@ -466,4 +491,3 @@ class GradientMean:
         """Inverse of :meth:`state_dict`."""
         self._num_batches = int(state["num_batches"]) if state else 0
         self._sum = state["sum"].clone() if state else None
-        self._finite = torch.isfinite(self._sum).all() if self._sum is not None else None

@@ -54,7 +54,7 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
     """How the LoRA starts."""
     add = parser.add_argument_group("initialisation").add_argument
     add("--init", default="cntlora", help=f"one of {', '.join(METHODS)} (default cntlora)")
-    add("--init_num_batches", type=int, default=32, help="batches that the collection pass sees (default 32)")
+    add("--init_num_batches", type=int, default=64, help="batches that the collection pass sees (default 64)")
     add("--init_batch_size", type=int, help="their size (default: train_batch_size)")
     add("--init_seed", type=int, help="seed of the collection pass and of random initialisations (default: seed)")
     add("--init_option", action="append", default=[], metavar="KEY=VALUE", help="hyper-parameter of the method")
