@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from core_fixtures import ATTENTION_LAYERS, relative_error, squared_loss, tiny_attention, token_batches
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorainit_diffusers.collect import Collection, collect
@@ -498,7 +499,7 @@ def _collect_in_process(process: int, folder: str) -> None:
         result = {f"{name}.covariance": inputs[name].covariance() for name in ATTENTION_LAYERS}
         result |= {f"{name}.num_rows": torch.tensor(inputs[name].num_rows) for name in ATTENTION_LAYERS}
         result |= {f"{name}.gradient": gradients[name].mean() for name in ATTENTION_LAYERS}
-        torch.save(result, f"{folder}/{process}.pt")
+        save_file(result, f"{folder}/{process}.safetensors")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -517,7 +518,7 @@ def test_two_processes_end_with_the_statistics_of_all_batches(tmp_path: Path):
     module, batches = tiny_attention(), token_batches(5)
     inputs = run(module, batches).statistics
     gradients = run(module, batches, observes="gradients").statistics
-    first, second = (torch.load(tmp_path / f"{process}.pt") for process in range(2))
+    first, second = (load_file(tmp_path / f"{process}.safetensors") for process in range(2))
     for key, value in first.items():
         assert torch.equal(value, second[key]), key  # every process would initialise alike, bit for bit
     for name in ATTENTION_LAYERS:
