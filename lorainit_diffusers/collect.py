@@ -79,6 +79,7 @@ def collect(
     *,
     observes: Literal["inputs", "gradients"],
     num_batches: int | None = None,
+    seed: int | None = None,
     share_inputs: bool = True,
     token_mask: Callable[[str], Tensor | None] | None = None,
     describe_step: Callable[[], str] | None = None,
@@ -97,6 +98,7 @@ def collect(
         make_statistic: (name, layer) -> empty statistic.
         observes: layer inputs (no backward pass) or weight gradients (forward and backward).
         num_batches: cap on the batches; ``None`` means all of them, which must then be finite.
+        seed: of torch's global generators during the pass; they are as before after it.
         share_inputs: one statistic for all layers that one tensor feeds.
         token_mask: layer -> (batch, tokens) boolean mask of the current batch, or ``None``; rows outside are left out.
         describe_step: says what the current step was (its timesteps), for error messages.
@@ -106,7 +108,7 @@ def collect(
         ValueError: no batches; non-finite activations or gradients (names layer, batch and timesteps); a layer that
             the loss never reached; layers that share their input in one batch and not in another.
     """
-    total = num_batches if num_batches is not None else _length(batches)
+    total = num_batches if num_batches is not None else known_length(batches)
     result = Collection()
     if observes == "gradients":
         result.leaders = {name: name for name in layers}
@@ -140,6 +142,8 @@ def collect(
 
     ran_before: set[str] = set()
     with model_state_preserved(modules):
+        if seed is not None:
+            torch.manual_seed(seed)
         for module in modules.values():
             module.eval()
             for parameter in module.parameters():
@@ -200,7 +204,8 @@ def _now(tensor: Tensor) -> float:
     return time.perf_counter()
 
 
-def _length(batches: Iterable[Any]) -> int | None:
+def known_length(batches: Iterable[Any]) -> int | None:
+    """Number of batches, or ``None`` where it is not known (a loader over a stream has a ``len`` that raises)."""
     try:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:
@@ -230,7 +235,8 @@ def _check_finite(
     if not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()):  # one device sync a batch
         return
     culprit = next(name for name, flag in zip(own, flags, strict=True) if not bool(flag))
-    step = f" ({describe_step()})" if describe_step is not None and describe_step() else ""
+    description = describe_step() if describe_step is not None else ""
+    step = f" ({description})" if description else ""
     what = "input activations" if observes == "inputs" else "weight gradient"
     raise ValueError(
         f"non-finite {what} at layer {culprit!r} in batch {batch}{step}; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, is_dataclass
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorainit_diffusers import adapters
-from lorainit_diffusers.collect import Collection, collect
+from lorainit_diffusers.collect import Collection, collect, known_length
 from lorainit_diffusers.methods import METHODS, Initializer
 from lorainit_diffusers.methods.kaiming import Kaiming
 from lorainit_diffusers.ranks import allocate_ranks, uniform_ranks
@@ -207,12 +207,13 @@ def initialize(
                 "or for activations too large for float32 when squared"
             ) from error
     if variable_rank:
-        without = next((n for n, s in solutions.items() if s.scores is None and n not in fallbacks), None)
-        if without is not None:
-            raise ValueError(f"init {name!r} gives no scores to allocate ranks by; drop --variable_rank")
-        scored = {n: s for n, s in solutions.items() if s.scores is not None}
-        scores = {n: scored[n].scores if n in scored else torch.zeros(caps[n]) for n in layers}
-        ranks = allocate({n: s for n, s in scores.items() if s is not None})
+        scores: dict[str, Tensor] = {}
+        for full_name, solution in solutions.items():
+            if solution.scores is None and full_name not in fallbacks:
+                raise ValueError(f"init {name!r} gives no scores to allocate ranks by; drop --variable_rank")
+            # A layer that fell back competes for nothing beyond min_rank.
+            scores[full_name] = torch.zeros(caps[full_name]) if solution.scores is None else solution.scores
+        ranks = allocate(scores)
     weights: dict[str, dict[str, adapters.AdapterWeights]] = {component: {} for component in modules}
     for full_name, solution in solutions.items():
         if ranks[full_name] == 0:
@@ -296,16 +297,15 @@ def _collect(
 
         loss_fn, token_mask, describe_step = loss_fn or family_loss, family_token_mask, family_step
         # One stratum a batch: every sample position then walks through the whole timestep distribution once.
-        strata = num_batches or (len(batches) if isinstance(batches, Sized) else DEFAULT_NUM_STRATA)
-        stratified = owner.stratified_timesteps(max(strata, 1), generator)
+        strata = num_batches or known_length(batches) or DEFAULT_NUM_STRATA
+        stratified = owner.stratified_timesteps(strata, generator)
     if loss_fn is None:
         raise ValueError("loss_fn is missing: pass the function that computes one training loss from a batch")
 
     def make_statistic(full_name: str, layer: nn.Linear) -> Any:
         return method.statistic(layer.in_features, layer.out_features, caps[full_name])
 
-    with torch.random.fork_rng(devices=_cuda_devices(modules)), adapters.adapters_disabled(modules), stratified:
-        torch.manual_seed(pass_seed)
+    with adapters.adapters_disabled(modules), stratified:
         return collect(
             modules,
             layers,
@@ -314,6 +314,7 @@ def _collect(
             make_statistic,
             observes=method.observes,
             num_batches=num_batches,
+            seed=pass_seed,
             share_inputs=share_inputs,
             token_mask=token_mask,
             describe_step=describe_step,
@@ -323,11 +324,6 @@ def _collect(
 
 def _derive_seed(*parts: int | str) -> int:
     return zlib.crc32("/".join(map(str, parts)).encode())
-
-
-def _cuda_devices(modules: Mapping[str, nn.Module]) -> list[int]:
-    devices = {p.device for module in modules.values() for p in module.parameters()}
-    return sorted({device.index or 0 for device in devices if device.type == "cuda"})
 
 
 def _name_of(method: Initializer) -> str:

@@ -15,7 +15,7 @@ from core_fixtures import ATTENTION_LAYERS, relative_error, squared_loss, tiny_a
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorainit_diffusers.collect import Collection, collect
+from lorainit_diffusers.collect import Collection, collect, known_length
 from lorainit_diffusers.statistics import GradientMean, SecondMoment
 
 
@@ -482,6 +482,16 @@ def test_the_gradient_pass_touches_no_gradient_outside_the_target_layers():
     assert other.bias.grad is None
     assert all(parameter.grad is None for parameter in module.parameters())
     assert collection.statistics["to_q"].num_rows == 2
+
+
+def test_a_loader_over_a_stream_has_no_known_length():
+    class Stream(torch.utils.data.IterableDataset[int]):
+        def __iter__(self) -> Any:
+            return iter(range(3))
+
+    assert known_length(torch.utils.data.DataLoader(Stream())) is None
+    assert known_length(iter(range(3))) is None
+    assert known_length(range(3)) == 3
 
 
 # --- two real processes ---------------------------------------------------------------------------------------------
