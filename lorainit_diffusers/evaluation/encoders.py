@@ -12,6 +12,7 @@ depend on what else is in the environment.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -296,6 +297,9 @@ def _check_folder(source: str) -> None:
             )
         return
     _check_any(folder, ("config.json",), "its configuration; a folder in the transformers layout is needed")
+    # without it transformers 4 guesses the type from the name of the folder
+    if "model_type" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        raise ValueError(f"encoder {source!r} is not a model of transformers: its config.json names no model_type")
     _check_any(
         folder,
         ("model.safetensors", "model.safetensors.index.json"),
