@@ -10,16 +10,17 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lorainit_diffusers.hooks import model_state_preserved, observe_inputs, observe_weight_gradients
-from lorainit_diffusers.statistics import Statistic
+from lorainit_diffusers.statistics import InputsAndGradient, Statistic
 
 # float16 gradients of a mean loss underflow; a power of two scales them exactly and is divided out in float32.
 FLOAT16_LOSS_SCALE = 1024.0
@@ -30,14 +31,14 @@ class Collection:
     """What a collection pass gathered.
 
     Attributes:
-        statistics: layer -> statistic; layers fed by the same tensor hold the same object.
+        statistics: layer -> statistic; layers fed by the same tensor hold the same object, or the same ``inputs``.
         leaders: layer -> the first layer of its group of shared inputs (itself when it shares with none).
         num_passes: forward passes made on this process.
         forward_s: seconds in the loss (and backward), statistics not counted.
         statistics_s: seconds in the statistics.
     """
 
-    statistics: dict[str, Statistic] = field(default_factory=dict)
+    statistics: dict[str, Statistic | InputsAndGradient] = field(default_factory=dict)
     leaders: dict[str, str] = field(default_factory=dict)
     num_passes: int = 0
     forward_s: float = 0.0
@@ -75,9 +76,9 @@ def collect(
     layers: Mapping[str, nn.Linear],
     batches: Iterable[Any],
     loss_fn: Callable[[Any], Tensor],
-    make_statistic: Callable[[str, nn.Linear], Statistic],
+    make_statistic: Callable[[str, nn.Linear], Statistic | InputsAndGradient],
     *,
-    observes: Literal["inputs", "gradients"],
+    observes: Literal["inputs", "gradients", "inputs and gradients"],
     num_batches: int | None = None,
     seed: int | None = None,
     share_inputs: bool = True,
@@ -95,8 +96,8 @@ def collect(
         layers: name -> linear layer inside them.
         batches: what ``loss_fn`` takes; at most ``num_batches`` are drawn.
         loss_fn: one training loss: batch -> 0-d tensor.
-        make_statistic: (name, layer) -> empty statistic.
-        observes: layer inputs (no backward pass) or weight gradients (forward and backward).
+        make_statistic: (name, layer) -> empty statistic; an ``InputsAndGradient`` where both are observed.
+        observes: layer inputs (no backward pass), weight gradients (forward and backward), or both in one pass.
         num_batches: cap on the batches; ``None`` means all of them, which must then be finite.
         seed: of torch's global generators during the pass; they are as before after it.
         share_inputs: one statistic for all layers that one tensor feeds.
@@ -110,13 +111,16 @@ def collect(
     """
     total = num_batches if num_batches is not None else known_length(batches)
     result = Collection()
+    inputs: dict[str, Statistic] = {}
+    gradients: dict[str, Statistic] = {}
+    if observes != "inputs":
+        gradients = {name: _part(make_statistic(name, layer), "gradient") for name, layer in layers.items()}
     if observes == "gradients":
         result.leaders = {name: name for name in layers}
-        result.statistics = {name: make_statistic(name, layer) for name, layer in layers.items()}
 
     # 16-bit losses are scaled only where the weights, and so their gradients, are float16.
     scale = 1.0
-    if observes == "gradients" and any(layer.weight.dtype == torch.float16 for layer in layers.values()):
+    if gradients and any(layer.weight.dtype == torch.float16 for layer in layers.values()):
         scale = FLOAT16_LOSS_SCALE
     shared = _SharedInputs()
     statistics_s = 0.0
@@ -127,17 +131,15 @@ def collect(
         leader = shared.leader(name, tensor) if share_inputs else name
         if name not in result.leaders:
             result.leaders[name] = leader
-            result.statistics[name] = (
-                make_statistic(name, layers[name]) if leader == name else result.statistics[leader]
-            )
+            inputs[name] = _part(make_statistic(name, layers[name]), "inputs") if leader == name else inputs[leader]
         if result.leaders[name] == name:
-            result.statistics[name].update(_rows(tensor, token_mask(name) if token_mask else None))
+            inputs[name].update(_rows(tensor.detach(), token_mask(name) if token_mask else None))
         statistics_s += _now(tensor) - start
 
     def on_gradient(name: str, gradient: Tensor) -> None:
         nonlocal statistics_s
         start = _now(gradient)
-        result.statistics[name].update(gradient.float() / scale if scale != 1.0 else gradient)
+        gradients[name].update(gradient.float() / scale if scale != 1.0 else gradient)
         statistics_s += _now(gradient) - start
 
     ran_before: set[str] = set()
@@ -148,15 +150,14 @@ def collect(
             module.eval()
             for parameter in module.parameters():
                 parameter.requires_grad_(False)
-        observer = (
-            observe_inputs(layers, on_input) if observes == "inputs" else observe_weight_gradients(layers, on_gradient)
-        )
+        watch_inputs = observe_inputs(layers, on_input) if observes != "gradients" else nullcontext()
+        watch_gradients = observe_weight_gradients(layers, on_gradient) if gradients else nullcontext()
         bar = tqdm(total=total, desc=f"collecting {observes}", unit="batch", disable=not progress, leave=True)
-        with observer, bar:
+        with watch_inputs, watch_gradients, bar:
             for index, batch in enumerate(islice(batches, num_batches)):
                 shared = _SharedInputs()
                 before, start = statistics_s, time.perf_counter()
-                if observes == "inputs":
+                if not gradients:
                     with torch.no_grad():
                         loss = loss_fn(batch)
                 else:
@@ -171,10 +172,12 @@ def collect(
                         (loss * scale).backward(inputs=[layer.weight for layer in layers.values()])
                 _now(loss)
                 result.forward_s += time.perf_counter() - start - (statistics_s - before)
-                if share_inputs and observes == "inputs":
+                if share_inputs and observes != "gradients":
                     _check_sharing(ran_before, shared.trace, result.leaders)
                     ran_before |= shared.trace.keys()
-                _check_finite(result.statistics, result.leaders, index, observes, describe_step)
+                own = {name: inputs[name] for name, leader in result.leaders.items() if leader == name and inputs}
+                _check_finite(own, "input activations", index, describe_step)
+                _check_finite(gradients, "weight gradient", index, describe_step)
                 result.num_passes += 1
                 bar.update()
 
@@ -184,8 +187,17 @@ def collect(
             "or num_batches is 0; pass at least one batch"
         )
     start = time.perf_counter()
-    _check_reached(layers, result)
-    _all_reduce(result.statistics.values())
+    if observes != "gradients":
+        _check_reached(layers, inputs)
+    if observes != "inputs":
+        _check_reached(layers, gradients)
+    _all_reduce([*inputs.values(), *gradients.values()])
+    for name in layers:
+        result.statistics[name] = (
+            InputsAndGradient(cast(Any, inputs[name]), cast(Any, gradients[name]))
+            if inputs and gradients
+            else (inputs or gradients)[name]
+        )
     result.statistics_s = statistics_s + time.perf_counter() - start
     return result
 
@@ -223,29 +235,27 @@ def _check_sharing(ran_before: set[str], trace: Mapping[str, list[str]], leaders
             )
 
 
+def _part(statistic: Statistic | InputsAndGradient, part: Literal["inputs", "gradient"]) -> Statistic:
+    return getattr(statistic, part) if isinstance(statistic, InputsAndGradient) else statistic
+
+
 def _check_finite(
-    statistics: Mapping[str, Statistic],
-    leaders: Mapping[str, str],
-    batch: int,
-    observes: str,
-    describe_step: Callable[[], str] | None,
+    statistics: Mapping[str, Statistic], what: str, batch: int, describe_step: Callable[[], str] | None
 ) -> None:
-    own = [name for name in statistics if leaders[name] == name]
-    flags = [statistics[name].is_finite for name in own]
+    flags = [statistic.is_finite for statistic in statistics.values()]
     if not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()):  # one device sync a batch
         return
-    culprit = next(name for name, flag in zip(own, flags, strict=True) if not bool(flag))
+    culprit = next(name for name, flag in zip(statistics, flags, strict=True) if not bool(flag))
     description = describe_step() if describe_step is not None else ""
     step = f" ({description})" if description else ""
-    what = "input activations" if observes == "inputs" else "weight gradient"
     raise ValueError(
         f"non-finite {what} at layer {culprit!r} in batch {batch}{step}; "
         "try float32 or bf16 instead of fp16, and look for a broken image or VAE"
     )
 
 
-def _check_reached(layers: Mapping[str, nn.Linear], result: Collection) -> None:
-    missing = [name for name in layers if name not in result.statistics or result.statistics[name].num_rows == 0]
+def _check_reached(layers: Mapping[str, nn.Linear], statistics: Mapping[str, Statistic]) -> None:
+    missing = [name for name in layers if name not in statistics or statistics[name].num_rows == 0]
     if missing:
         raise ValueError(
             f"the loss never reached layer {missing[0]!r}"

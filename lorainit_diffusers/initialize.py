@@ -193,7 +193,7 @@ def initialize(
     for full_name, layer in layers.items():
         statistic = collection.statistics.get(full_name)
         solver: Initializer = method
-        if method.observes == "inputs" and statistic is not None and statistic.num_rows < rank:
+        if method.observes.startswith("inputs") and statistic is not None and statistic.num_rows < rank:
             solver = Kaiming()
             fallbacks[full_name] = f"only {statistic.num_rows} rows for rank {rank}: Kaiming A, zero B"
         generator = torch.Generator().manual_seed(_derive_seed(seed, full_name))

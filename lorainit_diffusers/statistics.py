@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -491,3 +492,21 @@ class GradientMean:
         """Inverse of :meth:`state_dict`."""
         self._num_batches = int(state["num_batches"]) if state else 0
         self._sum = state["sum"].clone() if state else None
+
+
+@dataclass(frozen=True)
+class InputsAndGradient:
+    """Two statistics of one layer, for methods that need both.
+
+    Attributes:
+        inputs: filled by the forward passes; layers fed by one tensor hold the same object.
+        gradient: filled by the backward passes.
+    """
+
+    inputs: SecondMoment
+    gradient: GradientMean
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of inputs seen so far."""
+        return self.inputs.num_rows

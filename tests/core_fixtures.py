@@ -140,6 +140,16 @@ def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
     return vectors * values**exponent @ vectors.mT
 
 
+def feed(statistic: Any, observed: Any) -> None:
+    """Update a method's statistic: with rows, with a list of gradients, or with a pair of both."""
+    if isinstance(observed, tuple):
+        feed(statistic.inputs, observed[0])
+        feed(statistic.gradient, observed[1])
+        return
+    for part in observed.tensor_split(3) if isinstance(observed, Tensor) else observed:
+        statistic.update(part)
+
+
 def best_rank(matrix: Tensor, rank: int) -> Tensor:
     """The best approximation of that rank in the Frobenius norm, by a full float64 SVD."""
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)

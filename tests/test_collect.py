@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorainit_diffusers.collect import Collection, collect, known_length
-from lorainit_diffusers.statistics import GradientMean, SecondMoment
+from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, SecondMoment
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -31,6 +31,13 @@ def gradient_mean(name: str, layer: nn.Linear) -> GradientMean:
     return GradientMean((layer.out_features, layer.in_features))
 
 
+def both_statistics(name: str, layer: nn.Linear) -> InputsAndGradient:
+    return InputsAndGradient(second_moment(name, layer), gradient_mean(name, layer))
+
+
+MAKE_STATISTIC = {"inputs": second_moment, "gradients": gradient_mean, "inputs and gradients": both_statistics}
+
+
 def run(
     module: nn.Module,
     batches: Any,
@@ -43,7 +50,7 @@ def run(
         kwargs.pop("layers", linear_layers(module)),
         batches,
         loss or squared_loss(module),
-        kwargs.pop("make_statistic", second_moment if observes == "inputs" else gradient_mean),
+        kwargs.pop("make_statistic", MAKE_STATISTIC[observes]),
         observes=observes,  # type: ignore[arg-type]
         progress=False,
         **kwargs,
@@ -137,6 +144,21 @@ def test_gradients_equal_autograd_of_the_mean_loss():
     for (name, statistic), gradient in zip(collection.statistics.items(), expected, strict=True):
         assert relative_error(statistic.mean(), gradient) < 1e-5, name
         assert statistic.num_rows == 3
+
+
+def test_one_pass_for_both_gathers_what_two_passes_do():
+    module, batches = tiny_attention(), token_batches()
+    both = run(module, batches, observes="inputs and gradients")
+    inputs, gradients = run(module, batches), run(module, batches, observes="gradients")
+    assert both.leaders == inputs.leaders
+    assert both.num_passes == 3
+    for name, statistic in both.statistics.items():
+        assert isinstance(statistic, InputsAndGradient)
+        assert statistic.inputs is both.statistics[both.leaders[name]].inputs  # type: ignore[union-attr]
+        assert statistic.num_rows == inputs.statistics[name].num_rows
+        assert torch.equal(statistic.inputs.covariance(), inputs.statistics[name].covariance())
+        assert torch.equal(statistic.gradient.mean(), gradients.statistics[name].mean())
+    assert all(weight.grad is None for weight in module.parameters())
 
 
 def test_gradients_of_float16_weights_do_not_underflow():
@@ -357,7 +379,7 @@ def test_a_mask_may_cover_some_layers_only_and_change_by_batch():
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("observes", ["inputs", "gradients"])
+@pytest.mark.parametrize("observes", MAKE_STATISTIC)
 @pytest.mark.parametrize("batches", ["none", "capped to none", "used up"])
 def test_zero_batches_are_an_error(observes, batches):
     module, used_up = tiny_attention(), iter(token_batches(1))
@@ -392,7 +414,7 @@ def test_non_finite_gradients_name_layer_and_batch():
         run(module, batches, loss, observes="gradients")
 
 
-@pytest.mark.parametrize("observes", ["inputs", "gradients"])
+@pytest.mark.parametrize("observes", MAKE_STATISTIC)
 def test_a_layer_that_the_loss_never_reaches_is_named(observes):
     module = TwoLayers(lambda x: x)
     with pytest.raises(ValueError, match="never reached layer 'second'"):
@@ -410,7 +432,7 @@ def test_a_loss_without_gradient_is_an_error():
         run(module, token_batches(1), loss, observes="gradients")
 
 
-@pytest.mark.parametrize("observes", ["inputs", "gradients"])
+@pytest.mark.parametrize("observes", MAKE_STATISTIC)
 @pytest.mark.parametrize("cap", [1, 3])
 def test_the_cap_is_respected_and_the_iterator_not_drawn_further(observes, cap):
     module, drawn = tiny_attention(), []
@@ -428,7 +450,7 @@ def test_the_cap_is_respected_and_the_iterator_not_drawn_further(observes, cap):
 # --- nothing is left behind -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("observes", ["inputs", "gradients"])
+@pytest.mark.parametrize("observes", MAKE_STATISTIC)
 @pytest.mark.parametrize("failure", ["none", "in the loss", "in a layer", "in the batches", "in the statistic"])
 def test_the_model_leaves_the_pass_as_it_entered_it(observes, failure):
     module = tiny_attention().train()
@@ -506,9 +528,12 @@ def _collect_in_process(process: int, folder: str) -> None:
         own = batches[:2] if process == 0 else batches[2:]  # unequal shares
         inputs = run(module, own).statistics
         gradients = run(module, own, observes="gradients").statistics
+        both = run(module, own, observes="inputs and gradients").statistics
         result = {f"{name}.covariance": inputs[name].covariance() for name in ATTENTION_LAYERS}
         result |= {f"{name}.num_rows": torch.tensor(inputs[name].num_rows) for name in ATTENTION_LAYERS}
         result |= {f"{name}.gradient": gradients[name].mean() for name in ATTENTION_LAYERS}
+        result |= {f"{name}.both.inputs": both[name].inputs.covariance() for name in ATTENTION_LAYERS}
+        result |= {f"{name}.both.gradient": both[name].gradient.mean() for name in ATTENTION_LAYERS}
         save_file(result, f"{folder}/{process}.safetensors")
     finally:
         torch.distributed.destroy_process_group()
@@ -535,3 +560,5 @@ def test_two_processes_end_with_the_statistics_of_all_batches(tmp_path: Path):
         assert int(first[f"{name}.num_rows"]) == 5 * 80
         assert relative_error(first[f"{name}.covariance"], inputs[name].covariance()) < 1e-5
         assert relative_error(first[f"{name}.gradient"], gradients[name].mean()) < 1e-5
+        assert relative_error(first[f"{name}.both.inputs"], inputs[name].covariance()) < 1e-5
+        assert relative_error(first[f"{name}.both.gradient"], gradients[name].mean()) < 1e-5

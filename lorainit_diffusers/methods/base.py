@@ -9,10 +9,12 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, get_args, get_origin
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.statistics import InputStatistic, Statistic
+from lorainit_diffusers.statistics import InputsAndGradient, InputStatistic, Statistic
 
-Observes = Literal["nothing", "inputs", "gradients"]
+Observes = Literal["nothing", "inputs", "gradients", "inputs and gradients"]
 StepZero = Literal["equal", "offset", "moved"]
+# What a collection pass gathers of one layer.
+Observed = Statistic | InputsAndGradient
 
 
 class LoraFactors(NamedTuple):
@@ -61,14 +63,14 @@ class Initializer(Protocol):
         """
         ...
 
-    def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
+    def statistic(self, in_features: int, out_features: int, rank: int) -> Observed | None:
         """An empty statistic for one layer, or ``None`` when the method observes nothing."""
         ...
 
     def solve(
         self,
         weight: Tensor,
-        statistic: Statistic | None,
+        statistic: Observed | None,
         max_rank: int,
         *,
         scaling: float,
@@ -103,7 +105,7 @@ def one_if_zero(value: Tensor) -> Tensor:
     return torch.where(value > 0, value, torch.ones_like(value))
 
 
-def input_statistic(statistic: Statistic | None) -> InputStatistic:
+def input_statistic(statistic: Observed | None) -> InputStatistic:
     """Narrow to the statistic of inputs that a method asked for."""
     if statistic is None or not hasattr(statistic, "eigh"):
         raise ValueError("this method needs the layer's input statistic; run the collection pass with it")

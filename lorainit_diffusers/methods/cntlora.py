@@ -27,6 +27,7 @@ from torch import Tensor
 from lorainit_diffusers.linalg import top_svd
 from lorainit_diffusers.methods.base import (
     LoraFactors,
+    Observed,
     Observes,
     Solution,
     StepZero,
@@ -86,7 +87,7 @@ class CNTLoRA:
         return SecondMoment(in_features)
 
     def solve(
-        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+        self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """Scores are the shares of ||D S_l^(1/2)||_F^2 (``truncation="weight"``: of ||D||_F^2)."""
         inputs = input_statistic(statistic)

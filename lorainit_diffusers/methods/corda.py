@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.linalg import top_svd
-from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero, input_statistic, one_if_zero
+from lorainit_diffusers.methods.base import (
+    LoraFactors,
+    Observed,
+    Observes,
+    Solution,
+    StepZero,
+    input_statistic,
+    one_if_zero,
+)
 from lorainit_diffusers.statistics import SecondMoment, Statistic
 
 
@@ -40,7 +48,7 @@ class CorDA:
         return SecondMoment(in_features)
 
     def solve(
-        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+        self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """Scores are the shares of ||W0 S||_F^2."""
         values, vectors = input_statistic(statistic).eigh(centered=False)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorainit_diffusers.methods.base import (
     LoraFactors,
+    Observed,
     Observes,
     Solution,
     StepZero,
@@ -67,7 +68,7 @@ class EVA:
         return SketchedSecondMoment(in_features, min(self.sketch_columns, in_features))
 
     def solve(
-        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+        self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """Scores are explained-variance ratios."""
         inputs = input_statistic(statistic)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero, zeros_like_output
+from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, zeros_like_output
 from lorainit_diffusers.statistics import Statistic
 
 
@@ -28,7 +28,7 @@ class Gaussian:
         return None
 
     def solve(
-        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+        self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """Draw A; there are no scores."""
 

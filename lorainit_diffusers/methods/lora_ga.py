@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.linalg import top_svd
-from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero, check_choices
+from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, check_choices
 from lorainit_diffusers.statistics import GradientMean, Statistic
 
 
@@ -59,7 +59,7 @@ class LoraGA:
         return GradientMean((out_features, in_features))
 
     def solve(
-        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+        self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """Scores are the shares of ||G||_F^2.
 

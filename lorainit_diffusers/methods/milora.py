@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.linalg import SVD, solve_dtype
-from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero
+from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero
 from lorainit_diffusers.methods.pissa import balanced_factors
 from lorainit_diffusers.statistics import Statistic
 
@@ -30,7 +30,7 @@ class MiLoRA:
         return None
 
     def solve(
-        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+        self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """No scores: a component is chosen for being small, which is no reason to give its layer rank."""
         # The smallest triplets need the whole decomposition; randomised methods find only the largest.

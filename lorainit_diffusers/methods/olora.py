@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.linalg import solve_dtype
-from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero
+from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero
 from lorainit_diffusers.statistics import Statistic
 
 
@@ -32,7 +32,7 @@ class OLoRA:
         return None
 
     def solve(
-        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+        self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """No scores: QR without pivoting does not order its components."""
         q, r = torch.linalg.qr(weight.to(solve_dtype(max(weight.shape), weight.device)))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero
+from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero
 from lorainit_diffusers.statistics import Statistic
 
 
@@ -37,7 +37,7 @@ class Orthogonal:
         return None
 
     def solve(
-        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+        self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """Draw A and B; there are no scores."""
 

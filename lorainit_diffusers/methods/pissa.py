@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.linalg import SVD, top_svd
-from lorainit_diffusers.methods.base import LoraFactors, Observes, Solution, StepZero, one_if_zero
+from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, one_if_zero
 from lorainit_diffusers.statistics import Statistic
 
 
@@ -38,7 +38,7 @@ class PiSSA:
         return None
 
     def solve(
-        self, weight: Tensor, statistic: Statistic | None, max_rank: int, *, scaling: float, generator: torch.Generator
+        self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """Scores are the shares of ||W0||_F^2."""
         svd = top_svd(weight, max_rank)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from core_fixtures import feed
 from torch import Tensor
 
 from lorainit_diffusers.initialize import make_method
@@ -17,13 +18,13 @@ from lorainit_diffusers.methods import Solution
 def solve() -> Callable[..., Solution]:
     """solve(name, weight, observed, max_rank, scaling=, seed=, **options): the method's solution for one layer.
 
-    `observed` are rows of inputs, or a list of gradients, fed to the method's own statistic in three batches.
+    `observed` are rows of inputs, a list of gradients, or a pair of both, fed to the method's own statistic in batches.
     """
 
     def run(
         name: str,
         weight: Tensor,
-        observed: Tensor | list[Tensor] | None = None,
+        observed: Any = None,
         max_rank: int = 4,
         *,
         scaling: float = 1.0,
@@ -34,8 +35,7 @@ def solve() -> Callable[..., Solution]:
         statistic = method.statistic(weight.shape[1], weight.shape[0], max_rank)
         if statistic is not None:
             assert observed is not None
-            for part in observed.tensor_split(3) if isinstance(observed, Tensor) else observed:
-                statistic.update(part)
+            feed(statistic, observed)
         generator = torch.Generator().manual_seed(seed)
         return method.solve(weight, statistic, max_rank, scaling=scaling, generator=generator)
 

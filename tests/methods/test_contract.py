@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from core_fixtures import draw_weight, rows_with_spectrum
+from core_fixtures import draw_weight, feed, rows_with_spectrum
 from torch import Tensor
 
 from lorainit_diffusers.initialize import make_method
@@ -38,8 +40,20 @@ VARIANTS = [
         for direction in ("ArB2r", "A2rBr", "ArBr", "random")
         for scale in ("stable", "gd", "unit")
     ),
+    *(
+        ("gradient_whitened", {"whiten": whiten, "scale": scale, "step": step})
+        for whiten in (True, False)
+        for scale in ("matched", "unit")
+        for step in (0.0, 0.1)
+    ),
 ]
-VARIANTS_OF_INPUTS = [(name, options) for name, options in VARIANTS if METHODS[name].observes == "inputs"]
+VARIANTS_OF_INPUTS = [(name, options) for name, options in VARIANTS if METHODS[name].observes.startswith("inputs")]
+
+
+def states(statistic: Any) -> list[dict[str, Tensor]]:
+    """The state of a statistic, or of each of its two parts."""
+    parts = [statistic.inputs, statistic.gradient] if hasattr(statistic, "gradient") else [statistic]
+    return [part.state_dict() for part in parts]
 
 
 def _identify(value: object) -> str:
@@ -50,13 +64,14 @@ EVERY_VARIANT = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=_iden
 EVERY_VARIANT_OF_INPUTS = pytest.mark.parametrize(("name", "options"), VARIANTS_OF_INPUTS, ids=_identify)
 
 
-def observations(name: str, shape: tuple[int, int]) -> Tensor | list[Tensor] | None:
+def observations(name: str, shape: tuple[int, int], rows: Tensor | None = None) -> Any:
+    if rows is None:
+        rows = rows_with_spectrum(150, [0.8**index for index in range(shape[1])], mean=0.3)
+    gradients = [draw_weight(*shape, seed=seed) for seed in (5, 6)]
     observes = METHODS[name].observes
-    if observes == "inputs":
-        return rows_with_spectrum(150, [0.8**index for index in range(shape[1])], mean=0.3)
-    if observes == "gradients":
-        return [draw_weight(*shape, seed=seed) for seed in (5, 6)]
-    return None
+    return {"nothing": None, "inputs": rows, "gradients": gradients, "inputs and gradients": (rows, gradients)}[
+        observes
+    ]
 
 
 def assert_valid(factors: LoraFactors, shape: tuple[int, int], rank: int) -> None:
@@ -73,6 +88,7 @@ def test_the_names_of_the_issue_are_all_there():
         "cntlora",
         "eva",
         "lora_ga",
+        "gradient_whitened",
         "pissa",
         "olora",
         "milora",
@@ -90,7 +106,7 @@ def test_a_method_is_a_frozen_dataclass(name):
     method = make_method(name)
     assert dataclasses.is_dataclass(method)
     assert type(method).__dataclass_params__.frozen
-    assert method.observes in {"nothing", "inputs", "gradients"}
+    assert method.observes in {"nothing", "inputs", "gradients", "inputs and gradients"}
     assert method.step_zero in {"equal", "offset", "moved"}
     assert (method.statistic(16, 16, RANK) is None) == (method.observes == "nothing")
 
@@ -137,16 +153,15 @@ def test_neither_weight_nor_statistic_is_changed(name):
     weight, method = draw_weight(*shape), make_method(name)
     statistic = method.statistic(shape[1], shape[0], RANK)
     if statistic is not None:
-        observed = observations(name, shape)
-        for part in [observed] if isinstance(observed, Tensor) else observed:
-            statistic.update(part)
-        state = {key: value.clone() for key, value in statistic.state_dict().items()}
-    copy = weight.clone()
+        feed(statistic, observations(name, shape))
+        state = copy.deepcopy(states(statistic))
+    original = weight.clone()
     method.solve(weight, statistic, RANK, scaling=0.5, generator=torch.Generator()).factors(RANK)
-    assert torch.equal(weight, copy)
+    assert torch.equal(weight, original)
     if statistic is not None:
-        for key, value in statistic.state_dict().items():
-            assert torch.equal(value, state[key])
+        for before, after in zip(state, states(statistic), strict=True):
+            for key, value in after.items():
+                assert torch.equal(value, before[key])
 
 
 @EVERY_METHOD
@@ -183,9 +198,9 @@ def test_a_zero_weight_gives_finite_factors_and_scores(solve, name):
 @EVERY_VARIANT
 def test_dead_inputs_and_zero_gradients_give_finite_factors_and_scores(solve, name, options):
     shape = (24, 16)
-    observed = observations(name, shape)
-    dead = torch.zeros_like(observed) if isinstance(observed, Tensor) else [torch.zeros(shape)]
-    solution = solve(name, draw_weight(*shape), dead, **options)
+    rows, gradients = torch.zeros(150, shape[1]), [torch.zeros(shape)]
+    dead = {"inputs": rows, "gradients": gradients, "inputs and gradients": (rows, gradients)}
+    solution = solve(name, draw_weight(*shape), dead.get(METHODS[name].observes), **options)
     assert_valid(solution.factors(RANK), shape, RANK)
     if solution.scores is not None:
         assert torch.isfinite(solution.scores).all()
@@ -196,7 +211,7 @@ def test_constant_rows_give_finite_factors_and_scores(solve, name, options):
     """One row a sample, all the same: a pooled unconditional embedding, say."""
     shape = (24, 16)
     rows = torch.linspace(-1, 2, shape[1]).expand(40, -1)
-    solution = solve(name, draw_weight(*shape), rows, **options)
+    solution = solve(name, draw_weight(*shape), observations(name, shape, rows), **options)
     assert_valid(solution.factors(RANK), shape, RANK)
     assert solution.scores is not None
     assert torch.isfinite(solution.scores).all()
@@ -222,6 +237,8 @@ def test_unknown_names_and_options_list_the_known_ones():
         ("cntlora", {"ridge": -0.1}, "ridge is -0.1"),
         ("corda", {"ridge": 0.0}, "ridge is 0.0"),
         ("lora_ga", {"gamma": 0.0}, "gamma is 0.0"),
+        ("gradient_whitened", {"ridge": 0.0}, "ridge is 0.0"),
+        ("gradient_whitened", {"step": -0.1}, "step is -0.1"),
     ],
 )
 def test_hyper_parameters_that_cannot_work_are_refused(name, options, message):
@@ -241,6 +258,7 @@ def test_hyper_parameters_that_cannot_work_are_refused(name, options, message):
         ("eva", {"scale": "match"}),
         ("lora_ga", {"direction": "ArB"}),
         ("lora_ga", {"scale": "stabel"}),
+        ("gradient_whitened", {"scale": "paper"}),
     ],
 )
 def test_a_misspelt_choice_is_refused_and_the_choices_are_listed(name, options):
