@@ -1,6 +1,8 @@
 """What a run is judged by: curves and sample grids (metrics and the comparison report build on the same files)."""
 
+from lorainit_diffusers.evaluation.comparison import Comparison
 from lorainit_diffusers.evaluation.encoders import ImageEncoder, ImageTextEncoder, load_encoder, require_text_encoder
+from lorainit_diffusers.evaluation.html_report import write_report
 from lorainit_diffusers.evaluation.metrics import (
     METRICS,
     KidEstimate,
@@ -19,6 +21,7 @@ from lorainit_diffusers.evaluation.validation import fixed_noise_loss
 
 __all__ = [
     "METRICS",
+    "Comparison",
     "ImageEncoder",
     "ImageTextEncoder",
     "KidEstimate",
@@ -37,4 +40,5 @@ __all__ = [
     "sample_grid",
     "smooth",
     "text_alignment",
+    "write_report",
 ]

@@ -1,0 +1,599 @@
+"""What the runs of a comparison say: best learning rates, differences with intervals, speed, robustness.
+
+Everything is computed from `results.csv`, `timings.csv` and `config.json`, which `compare_inits.py` leaves.
+
+Definitions, for one initialisation and one baseline (`gaussian`, `orthonormal`):
+
+- **best learning rate**: the best mean over seeds of the primary metric at the last step. Of an unfinished grid, only
+  the learning rates with the most finished seeds are candidates.
+- **difference**: mean over seeds of (initialisation - baseline), each at its own best learning rate.
+- **target**: what the baseline, at its best learning rate, has at the last step; one target a seed. Steps to the target
+  are those of the first crossing, linear between evaluated steps, and infinite where a run never gets there.
+- **share of the budget**: steps to the target / last step. It flatters: a baseline that has converged was at its final
+  score long before the end, too.
+- **ratio**: steps of the initialisation / steps of the baseline, both to the same, slightly easier target, 98 % of the
+  way that the baseline goes from step 0 to the end (`TOLERANCE`). The fair one. The same in seconds is the time of the
+  initialisation plus that of the training steps; evaluation is not counted.
+- **robustness**: mean over the learning rates that all initialisations share, at a fixed step, and the worst of them.
+
+Intervals are 95 % paired percentile bootstraps over seeds. A difference is called better or worse when its interval
+excludes 0, a ratio when it excludes 1. Of few seeds such intervals are too narrow: see `chance_of_verdict`.
+
+A run that diverged (a score that is missing or not finite) is as bad as can be, not absent: its score is infinitely
+bad, and in the mean over learning rates it counts as the worst score that any run had at any step.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorainit_diffusers.evaluation.metrics import METRICS
+
+NUM_RESAMPLES = 10_000
+# Share of the baseline's way that the target of the ratio leaves out.
+TOLERANCE = 0.02
+EARLY_FRACTION = 0.25
+_KEYS = ("run", "init", "learning_rate", "seed", "rank", "num_parameters", "step")
+# How often the interval of n seeds excludes 0 where there is no difference, from 4,000 draws of n normal differences
+# each. Of 2 and 3 seeds the interval is their range, so these two are exact: the chances that all have one sign.
+_CHANCE = {2: 0.50, 3: 0.25, 4: 0.20, 5: 0.16, 6: 0.14, 7: 0.12, 8: 0.11, 9: 0.10, 10: 0.10}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the grid.
+
+    Attributes:
+        name: of its folder in `runs/`.
+        curves: column of the results -> step -> value, where measured; infinitely bad where the run had diverged.
+        seconds: step -> seconds of initialisation and training up to there; empty without timings.
+    """
+
+    name: str
+    init: str
+    learning_rate: float
+    seed: int
+    rank: int
+    num_parameters: int
+    curves: dict[str, dict[int, float]]
+    seconds: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean or a ratio over seeds with its bootstrap interval.
+
+    Attributes:
+        value: of all seeds.
+        low: lower end of the 95 % interval; equal to `value` for a single seed.
+        high: upper end.
+        num_seeds: the interval is over so few values.
+        verdict: `better`, `worse` or `tied` by the interval, `one seed` without one; empty where nothing is compared.
+    """
+
+    value: float
+    low: float
+    high: float
+    num_seeds: int
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast an initialisation gets to the final score of a baseline; see the definitions of the module.
+
+    Attributes:
+        steps: mean steps to the target over seeds; infinite when one seed never reaches it.
+        num_reached: seeds that reach the target, of `num_seeds`.
+        share_of_budget: steps to the target / last step.
+        ratio: steps to 98 % of the baseline's way / the baseline's own; `None` where the baseline needs none.
+        seconds: mean seconds to the target; `None` without timings, as the two below.
+        seconds_share: seconds to the target / the baseline's seconds to the end.
+        seconds_ratio: as `ratio`.
+    """
+
+    steps: float
+    num_reached: int
+    num_seeds: int
+    share_of_budget: Estimate
+    ratio: Estimate | None
+    seconds: float | None
+    seconds_share: Estimate | None
+    seconds_ratio: Estimate | None
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """What an untuned learning rate gives at a fixed step.
+
+    Attributes:
+        mean: over the shared learning rates.
+        worst: the worst learning rate's mean over seeds; infinitely bad where a run diverged.
+        num_diverged: runs, of `num_runs`.
+        differences: baseline -> difference of the means.
+    """
+
+    mean: Estimate
+    worst: float
+    num_diverged: int
+    num_runs: int
+    differences: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class InitSummary:
+    """One row of the report.
+
+    Attributes:
+        final: primary metric at the last step, mean over seeds, with `final_sd` (`nan` for one seed).
+        best_over_steps: mean over seeds of the best score at any step.
+        init_s: mean seconds of the initialisation; `None` without timings.
+        differences: baseline -> difference of the final scores.
+        speeds: baseline -> speed; without baselines that diverged.
+        early: robustness at the early step, `None` where no seed has the whole shared grid; `late`: at the last step.
+    """
+
+    init: str
+    learning_rate: float
+    num_seeds: int
+    rank: int
+    num_parameters: int
+    final: float
+    final_sd: float
+    best_over_steps: float
+    init_s: float | None
+    differences: dict[str, Estimate]
+    speeds: dict[str, Speed]
+    early: Robustness | None
+    late: Robustness | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of a comparison.
+
+    Attributes:
+        directory: where they lie.
+        config: the content of `config.json`.
+        runs: those with results, in the order of the file.
+        columns: metrics in the results besides the primary one.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    runs: tuple[Run, ...]
+    columns: tuple[str, ...]
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Comparison:
+        """Read the results of a finished or interrupted comparison.
+
+        Args:
+            directory: with `config.json` and `results.csv`; `timings.csv` may be missing.
+
+        Raises:
+            FileNotFoundError: without one of the two files.
+            ValueError: when the results have no rows, lack a column, or hold a metric of unknown direction.
+        """
+        directory = Path(directory)
+        for name in ("config.json", "results.csv"):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(f"{directory / name} is missing; run train_scripts/compare_inits.py first")
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        rows = _read_csv(directory / "results.csv")
+        if not rows:
+            raise ValueError(f"{directory / 'results.csv'} has no rows: no run has finished yet")
+        primary = config["primary_metric"]
+        for name in (*_KEYS, primary):
+            if name not in rows[0]:
+                raise ValueError(f"{directory / 'results.csv'} has no column {name!r}")
+        columns = [name for name in rows[0] if name not in (*_KEYS, primary)]
+        worst = {name: -math.inf if higher_is_better(name) else math.inf for name in (primary, *columns)}
+        seconds: dict[str, dict[int, float]] = {}
+        if (directory / "timings.csv").is_file():
+            for row in _read_csv(directory / "timings.csv"):
+                seconds.setdefault(row["run"], {})[int(row["step"])] = float(row["init_s"]) + float(row["train_s"])
+        runs: dict[str, Run] = {}
+        for row in rows:
+            name, step = row["run"], int(row["step"])
+            if name not in runs:
+                runs[name] = Run(
+                    *(name, row["init"], float(row["learning_rate"]), int(row["seed"])),
+                    *(int(row["rank"]), int(row["num_parameters"]), {primary: {}}, seconds.get(name, {})),
+                )
+            measured = {column: _number(row[column], worst[column]) for column in columns if row[column]}
+            # a step of image metrics alone has no primary score; any other row without one is of a run that diverged
+            if row[primary] or not measured:
+                measured[primary] = _number(row[primary], worst[primary])
+            for column, value in measured.items():
+                runs[name].curves.setdefault(column, {})[step] = value
+        return cls(directory, config, tuple(run for run in runs.values() if run.curves[primary]), tuple(columns))
+
+    @property
+    def primary(self) -> str:
+        """The metric that learning rates are chosen by."""
+        return self.config["primary_metric"]
+
+    @cached_property
+    def last_step(self) -> int:
+        """The last evaluated step of any run; a run without it has not finished, unless it diverged."""
+        return max(max(run.curves[self.primary]) for run in self.runs)
+
+    @cached_property
+    def early_step(self) -> int | None:
+        """The step nearest to a quarter of the budget that every finished run was evaluated at."""
+        shared = set[int].intersection(*(set(run.curves[self.primary]) for run in self.runs if self.finished(run)))
+        shared -= {0, self.last_step}
+        aim = EARLY_FRACTION * self.last_step
+        return min(sorted(shared), key=lambda step: abs(step - aim), default=None)
+
+    @cached_property
+    def inits(self) -> list[str]:
+        """Labels with at least one finished run, in the order of the configuration."""
+        found = dict.fromkeys(run.init for run in self.runs if self.finished(run))
+        return [init for init in dict.fromkeys([*self.config["learning_rates"], *found]) if init in found]
+
+    @cached_property
+    def baselines(self) -> list[str]:
+        """Baselines with results."""
+        return [init for init in self.config["baselines"] if init in self.inits]
+
+    @cached_property
+    def missing(self) -> list[tuple[str, float, int]]:
+        """Cells of the grid without a finished run: (init, learning rate, seed)."""
+        done = {(run.init, run.learning_rate, run.seed) for run in self.runs if self.finished(run)}
+        grid = [
+            (init, float(rate), seed)
+            for init, rates in self.config["learning_rates"].items()
+            for rate in rates
+            for seed in self.config["seeds"]
+        ]
+        return [cell for cell in grid if cell not in done]
+
+    def finished(self, run: Run) -> bool:
+        """Whether a run got to the last step or diverged on the way."""
+        return self.score(run, self.last_step) is not None
+
+    def score(self, run: Run, step: int, column: str | None = None) -> float | None:
+        """A run's score at a step; infinitely bad after it diverged, `None` where it was not measured."""
+        curve = run.curves.get(column or self.primary, {})
+        if step not in curve and curve and step > max(curve) and math.isinf(curve[max(curve)]):
+            return curve[max(curve)]
+        return curve.get(step)
+
+    def grid(self, init: str) -> dict[float, dict[int, Run]]:
+        """Finished runs of an initialisation by learning rate, ascending, and seed."""
+        runs = [run for run in self.runs if run.init == init and self.finished(run)]
+        rates = sorted({run.learning_rate for run in runs})
+        return {rate: {run.seed: run for run in runs if run.learning_rate == rate} for rate in rates}
+
+    def best_learning_rates(self) -> dict[str, float]:
+        """The best learning rate of each initialisation that has one; of equally good ones the lowest."""
+        return dict(self._best)
+
+    @cached_property
+    def _best(self) -> dict[str, float]:
+        best: dict[str, float] = {}
+        for init in self.inits:
+            grid = self.grid(init)
+            most = max(len(runs) for runs in grid.values())
+            costs = {
+                rate: [self._cost(self._final(run), self.primary) for run in runs.values()]
+                for rate, runs in grid.items()
+                if len(runs) == most
+            }
+            # where every learning rate diverged on some seed, the one that did so least often
+            best[init] = min(costs, key=lambda rate: (np.mean(costs[rate]), costs[rate].count(math.inf), rate))
+        return best
+
+    def best_runs(self, init: str) -> dict[int, Run]:
+        """Finished runs at the best learning rate by seed, ascending."""
+        runs = self.grid(init)[self._best[init]]
+        return {seed: runs[seed] for seed in sorted(runs)}
+
+    def summary(self) -> list[InitSummary]:
+        """Everything about every initialisation, in the order of the configuration."""
+        return [self._summary(init) for init in self.inits]
+
+    def difference(self, init: str, baseline: str, column: str | None = None, step: int | None = None) -> Estimate:
+        """Mean over shared seeds of (init - baseline) at a step, each at its best learning rate.
+
+        Raises:
+            ValueError: when the two share no seed with a score.
+        """
+        column = column or self.primary
+        step = self.last_step if step is None else step
+        ours, theirs = self.best_runs(init), self.best_runs(baseline)
+        pairs = [
+            (a, b)
+            for seed in ours
+            if seed in theirs
+            and (a := self.score(ours[seed], step, column)) is not None
+            and (b := self.score(theirs[seed], step, column)) is not None
+        ]
+        if not pairs:
+            raise ValueError(f"{init!r} and {baseline!r} share no seed with a score of {column!r} at step {step}")
+        return _difference(pairs, higher_is_better(column))
+
+    def speed(self, init: str, baseline: str, column: str | None = None) -> Speed | None:
+        """How fast an initialisation gets to what a baseline has at the end, each at its best learning rate.
+
+        Seeds on which the baseline diverged, or that only one of the two has, give no target.
+
+        Args:
+            init: its label.
+            baseline: its label.
+            column: the metric; by default the primary one. Its own last measured step is the end then.
+
+        Returns:
+            `None` when no seed gives a target.
+        """
+        column = column or self.primary
+        ours, theirs = self.best_runs(init), self.best_runs(baseline)
+        reached: list[_Reached] = []
+        for seed in ours:
+            if seed not in theirs or not (ours[seed].curves.get(column) and theirs[seed].curves.get(column)):
+                continue
+            curve = self._cost_curve(theirs[seed], column)
+            end = max(curve)
+            if math.isfinite(curve[end]):
+                easier = curve[end] + TOLERANCE * max(0.0, curve[min(curve)] - curve[end])
+                reached.append(
+                    _Reached(
+                        end=(end, theirs[seed].seconds.get(end, math.nan)),
+                        ours=self._first_reach(ours[seed], column, curve[end]),
+                        ours_easier=self._first_reach(ours[seed], column, easier),
+                        theirs_easier=self._first_reach(theirs[seed], column, easier),
+                    )
+                )
+        if not reached:
+            return None
+        timed = all(math.isfinite(r.end[1]) and not math.isnan(r.ours[1] + r.ours_easier[1]) for r in reached)
+
+        def ratio(numerators: Iterable[float], denominators: Iterable[float]) -> Estimate | None:
+            a, b = list(numerators), list(denominators)
+            return bootstrap(a, b, null=1.0) if sum(b) > 0 else None
+
+        def over_end(axis: int) -> Estimate:
+            return bootstrap([r.ours[axis] for r in reached], [r.end[axis] for r in reached], null=1.0)
+
+        def over_theirs(axis: int) -> Estimate | None:
+            return ratio((r.ours_easier[axis] for r in reached), (r.theirs_easier[axis] for r in reached))
+
+        return Speed(
+            steps=_mean([r.ours[0] for r in reached]),
+            num_reached=sum(math.isfinite(r.ours[0]) for r in reached),
+            num_seeds=len(reached),
+            share_of_budget=over_end(0),
+            ratio=over_theirs(0),
+            seconds=_mean([r.ours[1] for r in reached]) if timed else None,
+            seconds_share=over_end(1) if timed else None,
+            seconds_ratio=over_theirs(1) if timed else None,
+        )
+
+    @cached_property
+    def shared_learning_rates(self) -> list[float]:
+        """Learning rates that the configuration gives to every initialisation with results."""
+        grids = [{float(r) for r in self.config["learning_rates"].get(i, self.grid(i))} for i in self.inits]
+        return sorted(set[float].intersection(*grids))
+
+    def robustness(self, init: str, step: int) -> Robustness | None:
+        """Scores over the shared learning rates at a step; `None` where no seed has all of them."""
+        ours = self._means_over_rates(init, step)
+        if not ours:
+            return None
+        higher = higher_is_better(self.primary)
+        differences: dict[str, Estimate] = {}
+        for baseline in self.baselines:
+            theirs = self._means_over_rates(baseline, step)
+            pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+            if baseline != init and pairs:
+                differences[baseline] = _difference(pairs, higher)
+        grid = self.grid(init)
+        scores = [[self._score_at(grid[rate][seed], step) for seed in ours] for rate in self.shared_learning_rates]
+        means = [_mean(of_rate) for of_rate in scores]
+        return Robustness(
+            mean=bootstrap(list(ours.values())),
+            worst=min(means) if higher else max(means),
+            num_diverged=sum(math.isinf(score) for of_rate in scores for score in of_rate),
+            num_runs=len(ours) * len(scores),
+            differences=differences,
+        )
+
+    def _summary(self, init: str) -> InitSummary:
+        runs = self.best_runs(init)
+        finals = [self._final(run) for run in runs.values()]
+        best = [self._sign(self.primary) * min(self._cost_curve(run).values()) for run in runs.values()]
+        others = [baseline for baseline in self.baselines if baseline != init]
+        shared = [baseline for baseline in others if set(self.best_runs(baseline)) & set(runs)]
+        speeds = {baseline: self.speed(init, baseline) for baseline in self.baselines}
+        first = next(iter(runs.values()))
+        timed = [run.seconds[0] for run in runs.values() if 0 in run.seconds]
+        return InitSummary(
+            init=init,
+            learning_rate=self._best[init],
+            num_seeds=len(runs),
+            rank=first.rank,
+            num_parameters=first.num_parameters,
+            final=_mean(finals),
+            final_sd=sd(finals),
+            best_over_steps=_mean(best),
+            init_s=_mean(timed) if timed else None,
+            differences={baseline: self.difference(init, baseline) for baseline in shared},
+            speeds={baseline: speed for baseline, speed in speeds.items() if speed is not None},
+            early=None if self.early_step is None else self.robustness(init, self.early_step),
+            late=self.robustness(init, self.last_step),
+        )
+
+    def _sign(self, column: str) -> int:
+        return -1 if higher_is_better(column) else 1
+
+    def _cost(self, value: float, column: str) -> float:
+        """A score turned so that lower is better."""
+        return self._sign(column) * value
+
+    def _cost_curve(self, run: Run, column: str | None = None) -> dict[int, float]:
+        column = column or self.primary
+        return {step: self._cost(value, column) for step, value in sorted(run.curves[column].items())}
+
+    def _score_at(self, run: Run, step: int) -> float:
+        score = self.score(run, step)
+        if score is None:
+            raise ValueError(f"run {run.name!r} was not evaluated at step {step}")
+        return score
+
+    def _final(self, run: Run) -> float:
+        return self._score_at(run, self.last_step)
+
+    def _first_reach(self, run: Run, column: str, target: float) -> tuple[float, float]:
+        """(steps, seconds) to the target; seconds are `nan` without timings."""
+        curve = self._cost_curve(run, column)
+        steps = first_reach(list(curve), list(curve.values()), target)
+        if not all(step in run.seconds for step in curve):
+            return steps, math.nan
+        return steps, first_reach([run.seconds[step] for step in curve], list(curve.values()), target)
+
+    def _means_over_rates(self, init: str, step: int) -> dict[int, float]:
+        """Mean over the shared learning rates by seed; a diverged run counts as the worst score of the comparison."""
+        grid, rates = self.grid(init), self.shared_learning_rates
+        if not rates or any(rate not in grid for rate in rates):
+            return {}
+        means: dict[int, float] = {}
+        for seed in sorted(set[int].intersection(*(set(grid[rate]) for rate in rates))):
+            scores = [self._score_at(grid[rate][seed], step) for rate in rates]
+            means[seed] = _mean([self._worst_finite if math.isinf(score) else score for score in scores])
+        return means
+
+    @cached_property
+    def _worst_finite(self) -> float:
+        values = [value for run in self.runs for value in run.curves[self.primary].values() if math.isfinite(value)]
+        return min(values, default=math.nan) if higher_is_better(self.primary) else max(values, default=math.nan)
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """(steps, seconds) of one seed: the baseline's end, and to the target and the easier target."""
+
+    end: tuple[float, float]
+    ours: tuple[float, float]
+    ours_easier: tuple[float, float]
+    theirs_easier: tuple[float, float]
+
+
+def higher_is_better(column: str) -> bool:
+    """Direction of a column `metric` or `metric@encoder`.
+
+    Raises:
+        ValueError: when the metric is not in `METRICS`.
+    """
+    metric = column.partition("@")[0]
+    if metric not in METRICS:
+        raise ValueError(f"column {column!r}: add {metric!r} to METRICS, which says whether higher is better")
+    return METRICS[metric].higher_is_better
+
+
+def first_reach(positions: Sequence[float], costs: Sequence[float], target: float) -> float:
+    """Where a curve first is at or below a target, linear between its points; infinite where it never is.
+
+    Args:
+        positions: ascending steps or seconds.
+        costs: lower is better; infinite where the run had diverged.
+        target: the cost to reach.
+    """
+    for index, cost in enumerate(costs):
+        if cost > target:
+            continue
+        before = costs[index - 1] if index else math.inf
+        if math.isinf(before):
+            return positions[index]
+        share = (before - target) / (before - cost)
+        return positions[index - 1] + share * (positions[index] - positions[index - 1])
+    return math.inf
+
+
+def bootstrap(
+    numerators: Sequence[float],
+    denominators: Sequence[float] | None = None,
+    *,
+    null: float | None = None,
+    higher: bool = False,
+) -> Estimate:
+    """sum(numerators) / sum(denominators) with a paired percentile bootstrap over seeds (Efron 1979).
+
+    10,000 resamples from a fixed seed; the ends are the outer order statistics, which infinite values do not disturb.
+
+    Args:
+        numerators: one value a seed.
+        denominators: those of the same seeds; 1 by default, which gives the mean.
+        null: what the interval has to exclude for a verdict; by default there is no verdict.
+        higher: whether above `null` is better.
+
+    Raises:
+        ValueError: without values, or with other numbers of them.
+    """
+    a = np.asarray(numerators, dtype=np.float64)
+    b = np.ones_like(a) if denominators is None else np.asarray(denominators, dtype=np.float64)
+    if a.size == 0 or a.shape != b.shape:
+        raise ValueError(f"{a.size} numerators and {b.size} denominators; a bootstrap needs one each a seed")
+    rows = np.random.default_rng(0).integers(a.size, size=(NUM_RESAMPLES, a.size))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = float(a.sum() / b.sum())
+        resampled = a[rows].sum(axis=1) / b[rows].sum(axis=1)
+    low = float(np.percentile(resampled, 2.5, method="lower"))
+    high = float(np.percentile(resampled, 97.5, method="higher"))
+    verdict = ""
+    if null is not None:
+        below, above = ("worse", "better") if higher else ("better", "worse")
+        # a mean that is infinite has a seed that diverged or never got there: no resample without it undoes that
+        if a.size < 2 and math.isfinite(value):
+            verdict = "one seed"
+        elif high < null or value == -math.inf:
+            verdict = below
+        elif low > null or value == math.inf:
+            verdict = above
+        else:
+            verdict = "tied"
+    return Estimate(value, low, high, a.size, verdict)
+
+
+def chance_of_verdict(num_seeds: int) -> float | None:
+    """How often two equal initialisations get a verdict other than tied; `None` for one seed or more than ten.
+
+    The percentile bootstrap of n values is too narrow for small n: nominally this is 0.05.
+    """
+    return _CHANCE.get(num_seeds)
+
+
+def sd(values: Sequence[float]) -> float:
+    """Standard deviation with n - 1; `nan` for a single value or infinite ones."""
+    finite = all(math.isfinite(value) for value in values)
+    return float(np.std(values, ddof=1)) if len(values) > 1 and finite else math.nan
+
+
+def _difference(pairs: Sequence[tuple[float, float]], higher: bool) -> Estimate:
+    # both diverged: no difference, where inf - inf is none
+    return bootstrap([0.0 if a == b else a - b for a, b in pairs], null=0.0, higher=higher)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def _number(text: str, worst: float) -> float:
+    value = float(text) if text else math.nan
+    return value if math.isfinite(value) else worst
+
+
+def _read_csv(path: Path) -> list[Mapping[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

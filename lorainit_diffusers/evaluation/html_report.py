@@ -1,0 +1,671 @@
+"""The report of a comparison that a person reads: `report.html` in one file, `summary.md`, and the figures beside them.
+
+What the report says is a list of blocks; the two renderers at the end write the same blocks as HTML and as Markdown.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lorainit_diffusers.evaluation.comparison import (
+    NUM_RESAMPLES,
+    TOLERANCE,
+    Comparison,
+    Estimate,
+    InitSummary,
+    Robustness,
+    Speed,
+    chance_of_verdict,
+    higher_is_better,
+    sd,
+)
+from lorainit_diffusers.evaluation.comparison_plots import (
+    column_label,
+    curves_figure,
+    lr_sweep_figure,
+    ranks_figure,
+    samples_image,
+)
+
+_BUNDLED_ENCODER = "tiny-clip"
+_MAX_INLINE_WIDTH = 1800
+_DPI = 110
+_FIGURES = ("curves.png", "lr_sweep.png", "ranks.png", "grid.png")
+
+
+class Heading(NamedTuple):
+    """Title of a section."""
+
+    text: str
+
+
+class Text(NamedTuple):
+    """A paragraph; the first one of a report is its result and stands out."""
+
+    text: str
+    lead: bool = False
+
+
+class Bullets(NamedTuple):
+    """A list of sentences."""
+
+    items: list[str]
+
+
+class Code(NamedTuple):
+    """Lines to copy."""
+
+    text: str
+
+
+class Picture(NamedTuple):
+    """A figure that lies beside the report."""
+
+    path: Path
+    alt: str
+
+
+class Cell(NamedTuple):
+    """A cell of a table; the verdict colours it."""
+
+    text: str
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a heading; the first column names the row."""
+
+    header: list[str]
+    rows: list[list[Cell]]
+
+
+Block = Heading | Text | Bullets | Code | Picture | Table
+
+
+def write_report(directory: str | os.PathLike[str]) -> list[Path]:
+    """Write `summary.md`, `curves.png`, `lr_sweep.png`, `ranks.png`, `grid.png` and `report.html` from the results.
+
+    The grid of runs may be incomplete; the report then says what is missing. A figure without inputs is left out, and
+    an older one removed. The same results give the same files.
+
+    Args:
+        directory: what `compare_inits.py` wrote; see `Comparison.load`.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        FileNotFoundError: without results.
+        ValueError: when the results hold no finished run or cannot be read.
+    """
+    comparison = Comparison.load(directory)
+    if not comparison.inits:
+        raise ValueError(f"{comparison.directory / 'results.csv'} has no finished run to report on")
+    figures = _write_figures(comparison)
+    blocks = report_blocks(comparison, figures)
+    title = f"LoRA initialisations on {Path(comparison.config['dataset']).name}"
+    summary, report = comparison.directory / "summary.md", comparison.directory / "report.html"
+    summary.write_text(to_markdown(title, blocks), encoding="utf-8")
+    report.write_text(to_html(title, blocks), encoding="utf-8")
+    return [summary, *figures.values(), report]
+
+
+def report_blocks(comparison: Comparison, figures: dict[str, Path]) -> list[Block]:
+    """Everything that the report says.
+
+    Args:
+        comparison: the results.
+        figures: file name -> path of those that exist.
+    """
+    rows = comparison.summary()
+    better = "higher" if higher_is_better(comparison.primary) else "lower"
+    metric = column_label(comparison.primary)
+    blocks: list[Block] = [Text(sentence, lead=index == 0) for index, sentence in enumerate(headline(comparison, rows))]
+    blocks += [Heading("Summary"), _summary_table(comparison, rows)]
+    sign = "Positive" if better == "higher" else "Negative"
+    blocks.append(
+        Text(
+            f"{metric.capitalize()}, {better} is better, at step {comparison.last_step}: mean ± standard deviation "
+            f"over seeds, at the best learning rate of each initialisation. {sign} differences are better. In "
+            "brackets: 95 % intervals."
+        )
+    )
+    blocks += [Heading("Curves"), *_figure_blocks("curves.png", figures, comparison)]
+    if comparison.baselines:
+        blocks += [Heading("Speed"), *_speed_blocks(comparison, rows)]
+    blocks += [Heading("Learning rates"), *_robustness_blocks(comparison, rows)]
+    blocks += _figure_blocks("lr_sweep.png", figures, comparison)
+    blocks += [Heading("Samples"), *_figure_blocks("grid.png", figures, comparison)]
+    blocks += [Heading("Image metrics"), *_image_metric_blocks(comparison)]
+    blocks += [Heading("Ranks"), *_figure_blocks("ranks.png", figures, comparison)]
+    blocks += [Heading("How to read this"), Bullets(_how_to_read(comparison, rows))]
+    blocks += [Heading("How it was made"), *_provenance_blocks(comparison)]
+    return blocks
+
+
+def headline(comparison: Comparison, rows: Sequence[InitSummary]) -> list[str]:
+    """The result in sentences, from the numbers alone: final scores, speed, untuned learning rates, reservations."""
+    sentences: list[str] = []
+    if not comparison.baselines:
+        sentences.append("None of the baselines has finished a run, so nothing can be compared yet.")
+    first: list[str] = []
+    for baseline in comparison.baselines:
+        verdicts = {row.init: d.verdict for row in rows if (d := row.differences.get(baseline)) is not None}
+        better = [init for init, verdict in verdicts.items() if verdict == "better"]
+        worse = [init for init, verdict in verdicts.items() if verdict == "worse"]
+        if not verdicts or set(verdicts.values()) == {"one seed"}:
+            first.append(f"One seed gives no interval, so nothing is said of final scores against {baseline}.")
+        elif better:
+            others = f"; {len(worse)} of the other {len(verdicts) - len(better)} end worse" if worse else ""
+            first.append(
+                f"{_listed(better)} {_verb(better)} better than {baseline}, each at its best learning rate{others}."
+            )
+        else:
+            others = f"; {len(worse)} of {len(verdicts)} end worse, the others are tied" if worse else "; all are tied"
+            first.append(f"No initialisation is better than {baseline} at its best learning rate{others}.")
+    if first:
+        sentences.append(" ".join(first))
+    speed: list[str] = []
+    for baseline in comparison.baselines:
+        ratios = {
+            row.init: s.ratio for row in rows if row.init != baseline and (s := row.speeds.get(baseline)) is not None
+        }
+        faster = {init: ratio for init, ratio in ratios.items() if ratio is not None and ratio.verdict == "better"}
+        if faster:
+            best = min(faster, key=lambda init: faster[init].value)
+            speed.append(
+                f"To what {baseline} has at the end, {best} needs {_ratio(faster[best])} of {baseline}'s own steps"
+                + (f"; {len(faster)} initialisations are faster." if len(faster) > 1 else ".")
+            )
+        elif any(ratio is not None and ratio.verdict != "one seed" for ratio in ratios.values()):
+            speed.append(f"None gets to what {baseline} has at the end in fewer steps.")
+    untuned: list[str] = []
+    for baseline in comparison.baselines:
+        pairs = {
+            row.init: row.late.differences[baseline] for row in rows if row.late and baseline in row.late.differences
+        }
+        better = [init for init, difference in pairs.items() if difference.verdict == "better"]
+        if better and len(comparison.shared_learning_rates) > 1:
+            untuned.append(f"{_listed(better)} {_verb(better)} better than {baseline}")
+    if speed:
+        sentences.append(" ".join(speed))
+    if len(comparison.shared_learning_rates) > 1 and comparison.baselines:
+        grid = f"Averaged over the {len(comparison.shared_learning_rates)} learning rates, as an untuned one would do"
+        sentences.append(f"{grid}, {'; '.join(untuned) if untuned else 'none ends better than a baseline'}.")
+    return [*sentences, *_reservations(comparison, rows)]
+
+
+def _reservations(comparison: Comparison, rows: Sequence[InitSummary]) -> list[str]:
+    sentences: list[str] = []
+    num_seeds = min(row.num_seeds for row in rows)
+    chance = chance_of_verdict(num_seeds)
+    if chance is not None:
+        sentences.append(
+            f"The intervals are over {num_seeds} seeds: between two equal initialisations, chance alone gives a "
+            f"verdict other than tied in about {100 * chance:.0f} % of comparisons, and there are {len(rows) - 1} with "
+            "each baseline."
+        )
+    elif num_seeds == 1:
+        sentences.append("There is one seed, at least for some: differences of that size may be chance.")
+    total = len(comparison.missing) + sum(comparison.finished(run) for run in comparison.runs)
+    if comparison.missing:
+        unfinished = sorted({init for init, _, _ in comparison.missing})
+        sentences.append(
+            f"The grid is incomplete: {len(comparison.missing)} of {total} runs are missing (of "
+            f"{_listed(unfinished)}). What is said here is of the others."
+        )
+    if comparison.last_step < comparison.config["max_train_steps"]:
+        sentences.append(f"Runs end at step {comparison.last_step} of {comparison.config['max_train_steps']}.")
+    diverged = [run.name for run in comparison.runs if any(map(math.isinf, run.curves[comparison.primary].values()))]
+    if diverged:
+        sentences.append(f"{len(diverged)} of {total} runs diverged, and count as worst: {', '.join(diverged)}.")
+    return sentences
+
+
+def _summary_table(comparison: Comparison, rows: Sequence[InitSummary]) -> Table:
+    baselines = comparison.baselines
+    header = ["initialisation", "best lr", "seeds", "final", "best step's"]
+    header += [f"difference to {baseline}" for baseline in baselines]
+    header += [column for b in baselines[:1] for column in (f"steps to {b}'s final", "× its steps", "seconds to it")]
+    header += ["mean over lrs"] if len(comparison.shared_learning_rates) > 1 else []
+    table: list[list[Cell]] = []
+    for row in rows:
+        final = number(row.final) + (f" ± {number(row.final_sd)}" if math.isfinite(row.final_sd) else "")
+        cells = [Cell(row.init), Cell(f"{row.learning_rate:g}"), Cell(str(row.num_seeds)), Cell(final)]
+        cells.append(Cell(number(row.best_over_steps)))
+        cells += [_estimate_cell(row.differences.get(baseline)) for baseline in baselines]
+        for baseline in baselines[:1]:
+            speed = row.speeds.get(baseline)
+            cells += [_steps_cell(speed), _own_ratio_cell(row.init, baseline, speed), _seconds_cell(speed)]
+        if len(comparison.shared_learning_rates) > 1:
+            cells.append(Cell(number(row.late.mean.value) if row.late else "–"))
+        table.append(cells)
+    return Table(header, table)
+
+
+def _speed_blocks(comparison: Comparison, rows: Sequence[InitSummary]) -> list[Block]:
+    blocks: list[Block] = []
+    for baseline in comparison.baselines:
+        header = [f"to {baseline}'s final score", "seeds that get there", "steps", "share of the budget"]
+        header += [f"× {baseline}'s own steps", "seconds", f"× {baseline}'s seconds to the end", "× its own seconds"]
+        table: list[list[Cell]] = []
+        for row in rows:
+            speed = row.speeds.get(baseline)
+            if speed is None:
+                continue
+            table.append(
+                [
+                    *(Cell(row.init), Cell(f"{speed.num_reached} of {speed.num_seeds}"), _steps_cell(speed)),
+                    *(Cell(_ratio(speed.share_of_budget)), _own_ratio_cell(row.init, baseline, speed)),
+                    *(_seconds_cell(speed), Cell(_ratio(speed.seconds_share))),
+                    _own_ratio_cell(row.init, baseline, speed, seconds=True),
+                ]
+            )
+        blocks.append(
+            Table(header, table)
+            if table
+            else Text(f"{baseline} diverged on every seed, so there is no score to reach.")
+        )
+    blocks.append(
+        Text(
+            "The share of the budget flatters, because a baseline that has converged was at its final score before "
+            f"the end, too. Fair is the ratio to the baseline's own steps, both to {100 * (1 - TOLERANCE):.0f} % of "
+            "the way that the baseline goes. Below 1 is faster. Seconds are those of the initialisation and the "
+            "training steps."
+        )
+    )
+    return blocks
+
+
+def _robustness_blocks(comparison: Comparison, rows: Sequence[InitSummary]) -> list[Block]:
+    rates = comparison.shared_learning_rates
+    if len(rates) < 2:
+        return [Text("The initialisations share fewer than two learning rates: nothing is said of an untuned one.")]
+    grid = ", ".join(f"{rate:g}" for rate in rates)
+    blocks: list[Block] = [Text(f"What an untuned learning rate gives: means over {grid}, and the worst of them.")]
+    steps = [("early", comparison.early_step), ("late", comparison.last_step)]
+    for attribute, step in steps:
+        if step is None:
+            continue
+        table: list[list[Cell]] = []
+        for row in rows:
+            robustness: Robustness | None = getattr(row, attribute)
+            if robustness is None:
+                table.append([Cell(row.init), *[Cell("–")] * (3 + len(comparison.baselines))])
+                continue
+            table.append(
+                [
+                    *(Cell(row.init), Cell(_with_interval(robustness.mean))),
+                    *(_estimate_cell(robustness.differences.get(baseline)) for baseline in comparison.baselines),
+                    Cell(number(robustness.worst)),
+                    Cell(f"{robustness.num_diverged} of {robustness.num_runs}"),
+                ]
+            )
+        differences = [f"difference to {baseline}" for baseline in comparison.baselines]
+        blocks.append(Table([f"at step {step}", "mean over lrs", *differences, "worst lr", "diverged"], table))
+    return blocks
+
+
+def _image_metric_blocks(comparison: Comparison) -> list[Block]:
+    columns = [c for c in comparison.columns if any(c in run.curves for run in comparison.runs)]
+    if not columns:
+        return [Text("No image metrics were measured.")]
+    last = {
+        column: max(max(run.curves[column]) for run in comparison.runs if column in run.curves) for column in columns
+    }
+    header = ["initialisation", *(f"{column_label(c)} {'↑' if higher_is_better(c) else '↓'}" for c in columns)]
+    table: list[list[Cell]] = []
+    start = _start_row(comparison, columns)
+    if start:
+        table.append(start)
+    for init in comparison.inits:
+        runs = comparison.best_runs(init).values()
+        cells = [Cell(init)]
+        for column in columns:
+            values = [v for run in runs if (v := run.curves.get(column, {}).get(last[column])) is not None]
+            spread = f" ± {number(sd(values))}" if math.isfinite(sd(values)) else ""
+            cells.append(Cell(number(float(np.mean(values))) + spread if values else "–"))
+        table.append(cells)
+    steps = sorted(set(last.values()))
+    encoders = sorted({column.partition("@")[2] for column in columns} - {""})
+    note = f"At step {' and '.join(map(str, steps))}, mean ± standard deviation over seeds, at the best learning rate."
+    if encoders:
+        note += f" Encoder: {', '.join(encoders)}."
+    if any(_BUNDLED_ENCODER in encoder for encoder in encoders):
+        note += (
+            f" {_BUNDLED_ENCODER} is the small encoder bundled with this project: its scores are not comparable to "
+            "those in the literature, nor to those of any other encoder."
+        )
+    return [Table(header, table), Text(note)]
+
+
+def _start_row(comparison: Comparison, columns: Sequence[str]) -> list[Cell]:
+    """The base model, which is what a baseline is at step 0."""
+    for baseline in comparison.baselines:
+        curves = [run.curves for run in comparison.best_runs(baseline).values()]
+        means: list[float | None] = []
+        for column in columns:
+            values = [curve[column][0] for curve in curves if 0 in curve.get(column, {})]
+            means.append(float(np.mean(values)) if values else None)
+        if any(mean is not None for mean in means):
+            label = f"before training (step 0 of {baseline})"
+            return [Cell(label), *(Cell("–" if mean is None else number(mean)) for mean in means)]
+    return []
+
+
+_FIGURE_TEXTS = {
+    "curves.png": (
+        "Over training steps and over seconds, each initialisation at its best learning rate. Lines are means over "
+        "seeds; bands go from the lowest to the highest seed.",
+        "Line chart: {metric} of {inits} over training steps and over seconds",
+        "There are no curves to draw.",
+    ),
+    "lr_sweep.png": (
+        "Each point is a mean over seeds, bars go from the lowest to the highest seed. A flat curve is a method that "
+        "needs no tuning.",
+        "Line chart: {metric} of {inits} over the learning rate, early and at the end",
+        "There is no learning-rate sweep to draw.",
+    ),
+    "grid.png": (
+        "The same prompts and seed down the initialisations and along the steps, the base model first. Each at its "
+        "best learning rate; grey cells have no sample.",
+        "Grid of generated images: {inits} down, prompts and steps along",
+        "No run has samples.",
+    ),
+    "ranks.png": (
+        "Rank of every layer, of the first seed at the best learning rate; Σ is the sum. White is the nominal rank, "
+        "red above it, blue below. Beside it, where the method scores its components, the share that the kept ones "
+        "capture.",
+        "Heat map: rank of every layer for {inits}",
+        "No run has an init_report.json to take ranks from.",
+    ),
+}
+
+
+def _figure_blocks(name: str, figures: dict[str, Path], comparison: Comparison) -> list[Block]:
+    caption, alt, missing = _FIGURE_TEXTS[name]
+    if name not in figures:
+        return [Text(missing)]
+    metric, inits = column_label(comparison.primary), _listed(comparison.inits)
+    return [Picture(figures[name], alt.format(metric=metric, inits=inits)), Text(caption)]
+
+
+def _how_to_read(comparison: Comparison, rows: Sequence[InitSummary]) -> list[str]:
+    config = comparison.config
+    counts = sorted({row.num_parameters for row in rows})
+    equal = f"{counts[0]:,} each" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    return [
+        f"Every run trains on the same {config['num_images']} images and is scored on {config['num_heldout_images']} "
+        f"held-out ones. Trained parameters: {equal}.",
+        "The best learning rate is the best mean over seeds of the primary metric at the last step. It is chosen on "
+        "the scores that are shown, for every initialisation alike, so all of them are slightly too good.",
+        f"Intervals are paired percentile bootstraps over seeds ({NUM_RESAMPLES:,} resamples of the differences seed "
+        "by seed). Better or worse says that the interval excludes no difference, tied that it does not. Of few "
+        "seeds the intervals are too narrow, and a list of many comparisons will hold some verdicts by chance.",
+        "Steps to a final score are those to the first crossing, linear between evaluated steps, seed by seed. A run "
+        "that never gets there makes the mean infinite: never.",
+        "A run that diverged has an infinitely bad score; in a mean over learning rates it counts as the worst score "
+        "that any run had at any step.",
+        "Seconds are of one machine and of runs that may have shared it; compare them only with one another.",
+    ]
+
+
+def _provenance_blocks(comparison: Comparison) -> list[Block]:
+    config = comparison.config
+    versions = ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
+    facts = [
+        ("base model", config["base_model"]),
+        ("data", f"{config['dataset']} ({config['num_images']} images, {config['num_heldout_images']} held out)"),
+        ("steps", str(config["max_train_steps"])),
+        ("seeds", ", ".join(map(str, config["seeds"]))),
+        ("encoder", config.get("encoder") or "none"),
+        ("hardware", config["hardware"]),
+        ("versions", versions),
+        ("date", config["date"]),
+    ]
+    arguments = json.dumps(config.get("arguments", {}), sort_keys=True)
+    return [
+        Code(config["command"]),
+        Table(["what", "value"], [[Cell(name), Cell(value)] for name, value in facts]),
+        Text(f"All arguments: {arguments}"),
+    ]
+
+
+def number(value: float) -> str:
+    """A score for reading: four significant places after the point, a true minus sign, words for infinities."""
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "diverged"
+    return f"{value:.4f}".replace("-", "−") if abs(value) < 100 else f"{value:.4g}".replace("-", "−")
+
+
+def _signed(value: float) -> str:
+    if math.isinf(value):
+        return "+∞" if value > 0 else "−∞"
+    return ("+" if value > 0 else "") + number(value)
+
+
+def _with_interval(estimate: Estimate) -> str:
+    if estimate.num_seeds < 2:
+        return number(estimate.value)
+    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
+
+
+def _estimate_cell(estimate: Estimate | None) -> Cell:
+    """A difference with its interval and its verdict in words."""
+    if estimate is None:
+        return Cell("–")
+    if math.isinf(estimate.value) or estimate.num_seeds < 2:
+        return Cell(f"{_signed(estimate.value)} {estimate.verdict}", estimate.verdict)
+    interval = f"[{_signed(estimate.low)}, {_signed(estimate.high)}]"
+    return Cell(f"{_signed(estimate.value)} {interval} {estimate.verdict}", estimate.verdict)
+
+
+def _ratio(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+
+    def text(value: float) -> str:
+        return f"{value:.2f}" if math.isfinite(value) else "never"
+
+    if estimate.num_seeds < 2 or math.isinf(estimate.low):
+        return text(estimate.value)
+    return f"{text(estimate.value)} [{text(estimate.low)}, {text(estimate.high)}]"
+
+
+def _own_ratio_cell(init: str, baseline: str, speed: Speed | None, *, seconds: bool = False) -> Cell:
+    ratio = None if speed is None else speed.seconds_ratio if seconds else speed.ratio
+    if ratio is None or init == baseline:
+        return Cell("–" if ratio is None else "1")
+    return Cell(f"{_ratio(ratio)} {_FASTER[ratio.verdict]}", ratio.verdict)
+
+
+_FASTER = {"better": "faster", "worse": "slower", "tied": "tied", "one seed": "one seed"}
+
+
+def _steps_cell(speed: Speed | None) -> Cell:
+    if speed is None:
+        return Cell("–")
+    if math.isfinite(speed.steps):
+        return Cell(f"{speed.steps:.0f}")
+    some = f" on {speed.num_seeds - speed.num_reached} of {speed.num_seeds} seeds" if speed.num_reached else ""
+    return Cell(f"never{some}")
+
+
+def _seconds_cell(speed: Speed | None) -> Cell:
+    if speed is None or speed.seconds is None:
+        return Cell("–")
+    return Cell(f"{speed.seconds:.1f}" if math.isfinite(speed.seconds) else "never")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
+
+
+def _verb(names: Sequence[str]) -> str:
+    return "ends" if len(names) == 1 else "end"
+
+
+def _write_figures(comparison: Comparison) -> dict[str, Path]:
+    """Draw what has inputs; file name -> path."""
+    written: dict[str, Path] = {}
+    drawn = {
+        "curves.png": curves_figure(comparison),
+        "lr_sweep.png": lr_sweep_figure(comparison),
+        "ranks.png": ranks_figure(comparison),
+    }
+    for name in _FIGURES:
+        path = comparison.directory / name
+        path.unlink(missing_ok=True)
+        figure = samples_image(comparison) if name == "grid.png" else drawn[name]
+        if figure is None:
+            continue
+        if isinstance(figure, Image.Image):
+            figure.save(path)
+        else:
+            figure.savefig(path, dpi=_DPI)
+        written[name] = path
+    return written
+
+
+def to_markdown(title: str, blocks: Sequence[Block]) -> str:
+    """The blocks as GitHub Markdown; pictures are links to the files beside it."""
+
+    def escape(text: str) -> str:
+        return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text)
+
+    parts = [f"# {escape(title)}"]
+    for block in blocks:
+        match block:
+            case Heading(text):
+                parts.append(f"## {escape(text)}")
+            case Text(text, lead):
+                parts.append(f"**{escape(text)}**" if lead else escape(text))
+            case Bullets(items):
+                parts.append("\n".join(f"- {escape(item)}" for item in items))
+            case Code(text):
+                parts.append(f"```bash\n{text}\n```")
+            case Picture(path, alt):
+                parts.append(f"![{escape(alt)}]({path.name})")
+            case Table(header, rows):
+                lines = [header, ["---"] * len(header), *([cell.text for cell in row] for row in rows)]
+                texts = [[cell if cell == "---" else escape(cell) for cell in line] for line in lines]
+                parts.append("\n".join(f"| {' | '.join(line)} |" for line in texts))
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(title: str, blocks: Sequence[Block]) -> str:
+    """The blocks as one HTML file with its style and pictures in it: nothing is loaded from anywhere."""
+    parts: list[str] = []
+    for block in blocks:
+        match block:
+            case Heading(text):
+                parts.append(f"<h2>{html.escape(text)}</h2>")
+            case Text(text, lead):
+                parts.append(f'<p class="lead">{html.escape(text)}</p>' if lead else f"<p>{html.escape(text)}</p>")
+            case Bullets(items):
+                parts.append("<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>")
+            case Code(text):
+                parts.append(f"<pre><code>{html.escape(text)}</code></pre>")
+            case Picture(path, alt):
+                source = _data_uri(path)
+                parts.append(f'<div class="box picture"><img src="{source}" alt="{html.escape(alt)}"></div>')
+            case Table():
+                parts.append(_html_table(block))
+    body = "\n".join(parts)
+    name = html.escape(title)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{name}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in table.header)
+    lines: list[str] = []
+    for first, *rest in table.rows:
+        cells = [f'<th scope="row">{html.escape(first.text)}</th>']
+        for cell in rest:
+            kind = f' class="{html.escape(cell.verdict)}"' if cell.verdict in ("better", "worse") else ""
+            cells.append(f"<td{kind}>{html.escape(cell.text)}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        '<div class="box" tabindex="0"><table>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody>\n</table></div>"
+    )
+
+
+def _data_uri(path: Path) -> str:
+    """A picture as text; photographs, which are large as PNG, as JPEG."""
+    with Image.open(path) as image:
+        picture = image.convert("RGB")
+    if picture.width > _MAX_INLINE_WIDTH:
+        height = round(picture.height * _MAX_INLINE_WIDTH / picture.width)
+        picture = picture.resize((_MAX_INLINE_WIDTH, height), Image.Resampling.LANCZOS)
+    encoded: dict[str, bytes] = {}
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 90})):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        encoded[kind] = buffer.getvalue()
+    # charts are sharper and about as small as PNG
+    kind = "jpeg" if len(encoded["png"]) > 3 * len(encoded["jpeg"]) else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode('ascii')}"
+
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1c1e21; --soft: #5d636b; --page: #ffffff; --panel: #f5f6f8; --line: #dcdfe4;
+  --good: #0b6b34; --good-back: #e3f4e9; --bad: #a3261d; --bad-back: #fbe7e5; --accent: #1f5fae; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e4e6ea; --soft: #a3a9b3; --page: #15171a; --panel: #1f2226; --line: #363b42;
+    --good: #7fd6a0; --good-back: #173524; --bad: #f3a199; --bad-back: #42211f; --accent: #7fb2ee; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
+  Roboto, "Liberation Sans", sans-serif; -webkit-text-size-adjust: 100%; }
+main { max-width: 1240px; margin: 0 auto; padding: 32px 20px 80px; }
+h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 16px; }
+h2 { font-size: 1.25rem; margin: 44px 0 12px; padding-bottom: 6px; border-bottom: 1px solid var(--line); }
+p, ul { max-width: 78ch; margin: 10px 0; overflow-wrap: anywhere; }
+ul { padding-left: 1.2em; }
+li { margin: 4px 0; }
+.lead { font-size: 1.15rem; font-weight: 600; border-left: 4px solid var(--accent); padding-left: 14px; }
+.box { overflow-x: auto; margin: 14px 0; border: 1px solid var(--line); border-radius: 8px; }
+table { border-collapse: collapse; width: 100%; font-size: 0.86rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 7px 12px; text-align: left; border-bottom: 1px solid var(--line); }
+td { white-space: nowrap; }
+thead th { background: var(--panel); color: var(--soft); font-weight: 600; vertical-align: bottom; }
+tbody tr:last-child > * { border-bottom: 0; }
+tbody th { font-weight: 600; position: sticky; left: 0; background: var(--page); min-width: 7em; max-width: 16em;
+  overflow-wrap: anywhere; }
+.better { color: var(--good); background: var(--good-back); }
+.worse { color: var(--bad); background: var(--bad-back); }
+.picture { background: #ffffff; padding: 8px; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; overflow-x: auto;
+  font-size: 0.86rem; }
+@media (max-width: 700px) {
+  body { font-size: 15px; }
+  main { padding: 20px 14px 60px; }
+  h1 { font-size: 1.4rem; }
+  .lead { font-size: 1.05rem; }
+  th, td { padding: 6px 9px; }
+  tbody th { max-width: 9.5em; }
+  .picture img { max-width: none; width: 760px; }
+}
+"""
