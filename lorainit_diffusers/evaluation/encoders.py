@@ -216,7 +216,7 @@ def load_encoder(
             f"the checkpoint of encoder {source!r} lacks {len(loading['missing_keys'])} weights of its "
             f"{type(model).__name__}, such as {min(loading['missing_keys'])!r}; its features would be random"
         )
-    model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+    model.to(device=device, dtype=torch.float32).requires_grad_(False)
     if not is_clip:
         return VisionEncoder(name, model, image_processor, batch_size)
     end = config.text_config.eos_token_id

@@ -196,13 +196,15 @@ def test_transformers_4_returns_tensors(clip: ClipEncoder, monkeypatch: pytest.M
     assert torch.allclose(clip.encode_texts(["a"]), given / 5)
 
 
-def test_images_of_other_modes_are_read_as_rgb(dino: VisionEncoder) -> None:
+@pytest.mark.parametrize("name", ["clip", "dinov2", "vit"])  # not every image processor converts by itself
+def test_images_of_other_modes_are_read_as_rgb(name: str, bases: dict[str, Path]) -> None:
+    encoder = load_encoder(bases[name])
     grey = PHOTOS[0].convert("L")
-    expected = dino.encode_images([grey.convert("RGB")])
-    assert torch.equal(dino.encode_images([grey]), expected)
+    expected = encoder.encode_images([grey.convert("RGB")])
+    assert torch.equal(encoder.encode_images([grey]), expected)
     opaque = PHOTOS[0].copy()
     opaque.putalpha(255)
-    assert torch.equal(dino.encode_images([opaque]), dino.encode_images(PHOTOS[:1]))
+    assert torch.equal(encoder.encode_images([opaque]), encoder.encode_images(PHOTOS[:1]))
 
 
 # patch features
@@ -300,6 +302,20 @@ def test_pickled_weights_are_not_read(copy: Callable[[str], Path]) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="convert pickled ones"):
         load_encoder(folder)
+
+
+def test_weights_of_the_hub_must_be_safetensors(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def record(*_: object, **options: object) -> None:
+        asked.update(options)
+        raise OSError("no file named model.safetensors")
+
+    monkeypatch.setattr(encoders.AutoModel, "from_pretrained", record)
+    with pytest.raises(FileNotFoundError, match=r"no file named model\.safetensors"):
+        load_encoder(bases["dinov2"], revision="v2")
+    assert asked["use_safetensors"] is True
+    assert asked["revision"] == "v2"
 
 
 def test_missing_weights_are_not_made_up(copy: Callable[[str], Path]) -> None:
