@@ -11,7 +11,7 @@ from lorainit_diffusers.methods.cntlora import CNTLoRA
 from lorainit_diffusers.methods.corda import CorDA
 from lorainit_diffusers.methods.eva import EVA
 from lorainit_diffusers.methods.gaussian import Gaussian
-from lorainit_diffusers.methods.gradient_whitened import GradientWhitened
+from lorainit_diffusers.methods.gradient_step import GradientStep, GradientWhitened
 from lorainit_diffusers.methods.kaiming import Kaiming
 from lorainit_diffusers.methods.lora_ga import LoraGA
 from lorainit_diffusers.methods.milora import MiLoRA
@@ -24,6 +24,7 @@ METHODS: dict[str, type[Initializer]] = {
     "cntlora": CNTLoRA,
     "eva": EVA,
     "lora_ga": LoraGA,
+    "gradient_step": GradientStep,
     "gradient_whitened": GradientWhitened,
     "corda": CorDA,
     "pissa": PiSSA,

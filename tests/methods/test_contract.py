@@ -41,8 +41,8 @@ VARIANTS = [
         for scale in ("stable", "gd", "unit")
     ),
     *(
-        ("gradient_whitened", {"whiten": whiten, "scale": scale, "step": step})
-        for whiten in (True, False)
+        ("gradient_step", {"directions": directions, "scale": scale, "step": step})
+        for directions in ("inputs", "gradient", "whitened gradient")
         for scale in ("matched", "unit")
         for step in (0.0, 0.1)
     ),
@@ -88,6 +88,7 @@ def test_the_names_of_the_issue_are_all_there():
         "cntlora",
         "eva",
         "lora_ga",
+        "gradient_step",
         "gradient_whitened",
         "pissa",
         "olora",
@@ -238,7 +239,7 @@ def test_unknown_names_and_options_list_the_known_ones():
         ("corda", {"ridge": 0.0}, "ridge is 0.0"),
         ("lora_ga", {"gamma": 0.0}, "gamma is 0.0"),
         ("gradient_whitened", {"ridge": 0.0}, "ridge is 0.0"),
-        ("gradient_whitened", {"step": -0.1}, "step is -0.1"),
+        ("gradient_step", {"step": -0.1}, "step is -0.1"),
     ],
 )
 def test_hyper_parameters_that_cannot_work_are_refused(name, options, message):
@@ -259,6 +260,7 @@ def test_hyper_parameters_that_cannot_work_are_refused(name, options, message):
         ("lora_ga", {"direction": "ArB"}),
         ("lora_ga", {"scale": "stabel"}),
         ("gradient_whitened", {"scale": "paper"}),
+        ("gradient_step", {"directions": "input"}),
     ],
 )
 def test_a_misspelt_choice_is_refused_and_the_choices_are_listed(name, options):

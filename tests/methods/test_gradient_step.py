@@ -12,7 +12,6 @@ from core_fixtures import (
     relative_error,
     ridged,
     rows_with_spectrum,
-    second_moment_of,
     symmetric_power,
 )
 
@@ -51,8 +50,8 @@ def test_no_white_a_gives_b_a_larger_first_gradient(solve):
         assert float((MEAN_GRADIENT @ other.mT).norm()) < own
 
 
-def test_without_whitening_it_is_the_row_space_of_the_gradient(solve):
-    lora_A = solve("gradient_whitened", WEIGHT, (ROWS, GRADIENTS), RANK, whiten=False).factors(RANK).lora_A
+def test_the_row_space_of_the_gradient(solve):
+    lora_A = solve("gradient_step", WEIGHT, (ROWS, GRADIENTS), RANK, directions="gradient").factors(RANK).lora_A
     assert largest_principal_angle(lora_A, torch.linalg.svd(MEAN_GRADIENT).Vh[:RANK]) < 1e-4
 
 
@@ -67,14 +66,24 @@ def test_unit_scale(solve):
     assert float(lora_A.norm()) == pytest.approx(RANK**0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize("scale", ["unit", "matched"])
+def test_a_of_the_inputs_is_that_of_eva(solve, scale):
+    own = solve("gradient_step", WEIGHT, (ROWS, GRADIENTS), RANK, scale=scale)
+    eva = solve("eva", WEIGHT, ROWS, RANK, scale="paper" if scale == "unit" else "matched")
+    assert relative_error(own.factors(RANK).lora_A, eva.factors(RANK).lora_A) < 1e-4
+    assert relative_error(own.scores, eva.scores[:RANK]) < 1e-4
+
+
+@pytest.mark.parametrize("directions", ["inputs", "gradient", "whitened gradient"])
 @pytest.mark.parametrize("scaling", [1.0, 0.25])
-def test_a_step_descends_by_the_asked_fraction_of_the_outputs(solve, whiten, scaling):
-    solution = solve("gradient_whitened", WEIGHT, (ROWS, GRADIENTS), RANK, scaling=scaling, whiten=whiten, step=0.05)
-    change = product(solution.factors(RANK), scaling)
-    rows = ROWS.double()
+def test_a_step_descends_by_the_asked_fraction_of_the_outputs(solve, directions, scaling):
+    options = {"scaling": scaling, "directions": directions, "step": 0.07}
+    factors = solve("gradient_step", WEIGHT, (ROWS, GRADIENTS), RANK, **options).factors(RANK)
+    change, rows = product(factors, scaling), ROWS.double()
     ratio = float((rows @ change.mT).norm() / (rows @ WEIGHT.double().mT).norm())
-    assert ratio == pytest.approx(0.05, rel=1e-4)
+    assert ratio == pytest.approx(0.07, rel=1e-4)
+    expected = -MEAN_GRADIENT @ factors.lora_A.double().mT
+    assert relative_error(factors.lora_B / factors.lora_B.norm(), expected / expected.norm()) < 1e-4
     assert float((change * MEAN_GRADIENT).sum()) < 0  # to first order, the loss falls
 
 
@@ -91,11 +100,10 @@ def test_scores_are_the_shares_of_the_whitened_gradient(solve):
     assert relative_error(scores, (values / values.sum())[: len(scores)]) < 1e-4
 
 
-def test_uneven_inputs_change_the_directions(solve):
-    """Otherwise the second moment would be collected for nothing."""
-    white, plain = (
-        solve("gradient_whitened", WEIGHT, (ROWS, GRADIENTS), RANK, whiten=whiten).factors(RANK).lora_A
-        for whiten in (True, False)
-    )
-    assert largest_principal_angle(white, plain) > 0.1
-    assert second_moment_of(ROWS).diagonal().std() > 0
+def test_the_three_kinds_of_directions_differ(solve):
+    found = [
+        solve("gradient_step", WEIGHT, (ROWS, GRADIENTS), RANK, directions=directions).factors(RANK).lora_A
+        for directions in ("inputs", "gradient", "whitened gradient")
+    ]
+    for index in range(3):
+        assert largest_principal_angle(found[index], found[index - 1]) > 0.1
