@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -28,12 +29,11 @@ _COLORS = (
     *("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf"),
     *("#8c564b", "#e377c2", "#bcbd22", "#003f88", "#7a0045", "#00734d"),
 )
-# With more initialisations than this, bands in one panel cover one another: each gets a small panel of its own.
+# With more initialisations than this, bands in one panel cover one another.
 _MAX_BANDS = 5
 _MAX_GRID_COLUMNS = 8
 _MAX_LAYER_LABELS = 80
 _PLACEHOLDER = (222, 222, 222)
-_CURVES_NOTE = "Lines are means over seeds, bands go from the lowest to the highest seed."
 
 
 def init_colors(comparison: Comparison) -> dict[str, str]:
@@ -54,37 +54,44 @@ def column_label(column: str) -> str:
 
 
 def curves_figure(comparison: Comparison) -> Figure:
-    """Primary metric over steps and over seconds, each initialisation at its best learning rate."""
+    """Primary metric over steps and over seconds, and each initialisation's difference to the first baseline.
+
+    Each at its best learning rate. The differences are paired by seed: they show what the curves are too steep for.
+    """
     colors, inits = init_colors(comparison), _drawing_order(comparison)
-    others = [init for init in inits if init not in comparison.baselines]
-    crowded = len(inits) > _MAX_BANDS and len(others) > 0
-    num_rows = math.ceil(len(others) / 4) if crowded else 0
-    figure = _figure(11, 4.9 + 2.1 * num_rows)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[4.9, 2.1 * num_rows]) if crowded else [figure]
+    compared = (
+        [init for init in comparison.inits if init not in comparison.baselines[:1]] if comparison.baselines else []
+    )
+    num_columns = min(4, max(1, len(compared)))
+    num_rows = math.ceil(len(compared) / num_columns)
+    heights = [4.9, 2.2 * num_rows + 0.5]
+    figure = _figure(11, sum(heights) if compared else heights[0])
+    parts: Any = figure.subfigures(2, 1, height_ratios=heights) if compared else [figure]
     timed = all(run.seconds for init in inits for run in comparison.best_runs(init).values())
     axes: Any = np.atleast_1d(parts[0].subplots(1, 2 if timed else 1, sharey=True))
-    limits, off_scale = _curve_limits(comparison)
+    limits, note = _curve_limits(comparison)
     for axis, by_seconds in zip(axes, (False, True), strict=False):
         for init in inits:
-            _draw_curve(axis, comparison, init, colors[init], by_seconds=by_seconds, band=not crowded)
+            band = len(inits) <= _MAX_BANDS
+            _draw_curve(axis, comparison, init, colors[init], by_seconds=by_seconds, band=band)
         axis.set_xlabel("seconds, initialisation included" if by_seconds else "training step")
         axis.set_ylim(*limits)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel(_axis_label(comparison) + off_scale)
+    axes[0].set_ylabel(_axis_label(comparison) + note)
     _legend(parts[0], comparison, colors)
-    if crowded:
-        small: Any = parts[1].subplots(num_rows, 4, sharex=True, sharey=True, squeeze=False).ravel()
-        for axis in small[len(others) :]:
+    if compared:
+        panels: Any = parts[1].subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for axis in panels[len(compared) :]:
             axis.remove()
-        for index, (axis, init) in enumerate(zip(small, others, strict=False)):
-            for baseline in comparison.baselines:
-                _draw_curve(axis, comparison, baseline, colors[baseline], by_seconds=False, band=True)
-            _draw_curve(axis, comparison, init, colors[init], by_seconds=False, band=True)
-            axis.set_title(_wrap(init, 30), fontsize=9, color=colors[init], fontweight="bold")
-            axis.set_ylim(*limits)
-            axis.grid(alpha=0.25)
-            axis.tick_params(labelsize=8, labelbottom=index + 4 >= len(others))
-            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        for index, (axis, init) in enumerate(zip(panels, compared, strict=False)):
+            _draw_difference(axis, comparison, init, colors[init])
+            axis.tick_params(labelsize=8, labelbottom=index + num_columns >= len(compared))
+        panels[0].set_ylim(*_difference_limits(comparison, compared))
+        better = "above" if higher_is_better(comparison.primary) else "below"
+        title = (
+            f"difference to {comparison.baselines[0]} over training steps, seed by seed ({better} the line is better)"
+        )
+        parts[1].suptitle(title, fontsize=11)
     return figure
 
 
@@ -95,7 +102,7 @@ def lr_sweep_figure(comparison: Comparison) -> Figure:
     figure = _figure(11, 5.2)
     axes: Any = np.atleast_1d(figure.subplots(1, len(steps)))
     for axis, step in zip(axes, steps, strict=True):
-        finite: list[float] = []
+        finite: list[tuple[float, float, str]] = []
         diverged: list[tuple[float, str]] = []
         for init in _drawing_order(comparison):
             points: dict[float, tuple[float, float, float]] = {}
@@ -106,7 +113,7 @@ def lr_sweep_figure(comparison: Comparison) -> Figure:
                 elif scores:
                     diverged.append((rate, colors[init]))
             means = [mean for mean, _, _ in points.values()]
-            finite += means
+            finite += [(rate, mean, colors[init]) for rate, mean in zip(points, means, strict=True)]
             spread = [
                 [mean - low for mean, low, _ in points.values()],
                 [high - mean for mean, _, high in points.values()],
@@ -119,21 +126,24 @@ def lr_sweep_figure(comparison: Comparison) -> Figure:
             )
         axis.set_xscale("log")
         _label_rates(axis, sorted({rate for init in comparison.inits for rate in comparison.grid(init)}))
-        axis.set_title("end" if step == comparison.last_step else "early", loc="left", fontweight="bold", fontsize=11)
-        axis.set_title(f"step {step}", fontsize=11)
+        axis.set_title(f"step {step}" + (" (end)" if step == comparison.last_step else " (early)"), fontsize=11)
         axis.set_xlabel("learning rate")
         axis.grid(alpha=0.25)
-        if finite:
-            start = _start(comparison)
-            pad = 0.06 * (max(finite) - min(finite) or abs(start) or 1.0)
-            axis.set_ylim(min(finite) - 2 * pad, max(finite) + 2 * pad)
-        bad = 0.03 if higher_is_better(comparison.primary) else 0.97
-        for index, (rate, color) in enumerate(diverged):
-            shift = 1.0 + 0.03 * (index % 5 - 2)
-            axis.plot([rate * shift], [bad], "x", color=color, transform=axis.get_xaxis_transform(), markersize=7)
-        if diverged:
-            side = ("bottom", 0.09) if higher_is_better(comparison.primary) else ("top", 0.91)
-            axis.text(0.01, side[1], "x: diverged", transform=axis.transAxes, fontsize=8, va=side[0])
+        # at the worse edge of the panel
+        edge, off = (0.03, "v") if higher_is_better(comparison.primary) else (0.97, "^")
+        low, high, outside = _sweep_limits(finite, higher_is_better(comparison.primary))
+        axis.set_ylim(low, high)
+        at_edge = {"transform": axis.get_xaxis_transform(), "linestyle": "none", "markersize": 7}
+        marks = [("x", *point) for point in diverged] + [(off, *point) for point in outside]
+        for index, (marker, rate, color) in enumerate(marks):
+            # beside one another; the rates are apart by a factor
+            axis.plot([rate * 0.955**index], [edge], marker, color=color, **at_edge)
+        notes = [
+            text
+            for text, some in (("x diverged", diverged), (f"{'▼' if off == 'v' else '▲'} off the scale", outside))
+            if some
+        ]
+        axis.set_title(", ".join(notes), loc="right", fontsize=8)
     axes[0].set_ylabel(_axis_label(comparison))
     _legend(figure, comparison, colors)
     return figure
@@ -149,16 +159,17 @@ def ranks_figure(comparison: Comparison) -> Figure | None:
         return None
     layers = list(dict.fromkeys(layer for report in reports.values() for layer in report))
     ranks = _layer_table(reports, layers, "rank")
-    captured = _layer_table(reports, layers, "captured")
-    panels = [("rank", ranks)]
-    if np.isfinite(captured).any():
-        panels.append(("share of the layer's total that is captured", captured))
-    height = min(16.0, 2.2 + 0.15 * len(layers))
-    figure = _figure(4.0 + 0.42 * len(reports) * len(panels) + 0.8 * len(panels), height)
-    axes: Any = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
-    nominal = comparison.best_runs(next(iter(reports)))
-    rank = next(iter(nominal.values())).rank
-    for axis, (title, table) in zip(axes, panels, strict=True):
+    scored = {
+        init: report for init, report in reports.items() if any(row["captured"] is not None for row in report.values())
+    }
+    panels = [("rank", reports, ranks)]
+    if scored:
+        panels.append(("captured share", scored, _layer_table(scored, layers, "captured")))
+    widths = [len(shown) for _, shown, _ in panels]
+    figure = _figure(3.2 + 0.3 * sum(widths) + 0.9 * len(panels), min(16.0, 2.2 + 0.155 * len(layers)))
+    axes: Any = np.atleast_1d(figure.subplots(1, len(panels), sharey=True, width_ratios=widths))
+    rank = next(iter(comparison.best_runs(next(iter(reports))).values())).rank
+    for axis, (title, shown, table) in zip(axes, panels, strict=True):
         if title == "rank":
             top = max(2.0 * rank, float(np.nanmax(table)))
             image = axis.imshow(
@@ -168,13 +179,16 @@ def ranks_figure(comparison: Comparison) -> Figure | None:
             image = axis.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="none")
         axis.set_facecolor("#e6e6e6")  # a layer without a value
         axis.set_title(title, fontsize=10)
-        labels = [_wrap(init, 24) for init in reports]
+        labels = [_wrap(init, 24) for init in shown]
         if title == "rank":
             labels = [f"{label}  Σ {int(np.nansum(table[:, column]))}" for column, label in enumerate(labels)]
-        axis.set_xticks(range(len(reports)), labels, rotation=90, fontsize=8)
+        axis.set_xticks(range(len(shown)), labels, rotation=90, fontsize=8.5)
+        axis.set_xticks(np.arange(0.5, len(shown) - 1), minor=True)
+        axis.grid(which="minor", axis="x", color="#d0d0d0", linewidth=0.6)
+        axis.tick_params(which="minor", bottom=False)
         figure.colorbar(image, ax=axis, shrink=0.5, pad=0.02)
     stride = math.ceil(len(layers) / _MAX_LAYER_LABELS)
-    axes[0].set_yticks(range(0, len(layers), stride), [_short_layer(layer) for layer in layers[::stride]], fontsize=6.5)
+    axes[0].set_yticks(range(0, len(layers), stride), _short_layers(layers)[::stride], fontsize=7.5)
     return figure
 
 
@@ -241,6 +255,24 @@ def _legend(figure: Any, comparison: Comparison, colors: Mapping[str, str]) -> N
     figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
 
 
+def _sweep_limits(
+    points: Sequence[tuple[float, float, str]], higher: bool
+) -> tuple[float, float, list[tuple[float, str]]]:
+    """Limits that a few bad learning rates do not stretch, and the points (rate, colour) that they leave out."""
+    values = [value for _, value, _ in points]
+    if not values:
+        return 0.0, 1.0, []
+    low, high = min(values), max(values)
+    quarter, three_quarters = np.quantile(values, [0.25, 0.75])
+    if higher:
+        low = max(low, high - 3.0 * float(high - quarter)) if high > quarter else low
+    else:
+        high = min(high, low + 3.0 * float(three_quarters - low)) if three_quarters > low else high
+    outside = [(rate, color) for rate, value, color in points if not low <= value <= high]
+    pad = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - pad, high + pad, outside
+
+
 def _start(comparison: Comparison) -> float:
     """Mean score at the first evaluated step."""
     first = [run.curves[comparison.primary] for run in comparison.runs]
@@ -261,21 +293,51 @@ def _curve_limits(comparison: Comparison) -> tuple[tuple[float, float], str]:
 
     The first tenth of the budget falls so steeply that on its scale all curves are one.
     """
-    later: list[float] = []
-    everything: list[float] = []
-    for init in comparison.inits:
-        for step, scores in _mean_curve(comparison, init).items():
-            everything += scores
-            later += scores if step >= 0.1 * comparison.last_step else []
-    values = later or everything or [0.0, 1.0]
-    low, high = min(values), max(values)
+    curves = [_mean_curve(comparison, init) for init in comparison.inits]
+    later = _from_step(curves, 0.1 * comparison.last_step)
+    low, high = _padded(later)
     start = _start(comparison)
-    if low <= start <= high or not math.isfinite(start):
-        values = values if later else everything or values
-    # the far side of the start: half of what the curves still cover, so that the last stretch of the fall is seen
-    pad = 0.08 * (high - low or abs(high) or 1.0)
-    outside = math.isfinite(start) and not low - pad <= start <= high + pad
-    return (low - pad, high + pad), f"\nstart at {start:.4g}, off the scale" if outside else ""
+    if not math.isfinite(start) or low <= start <= high:
+        return (low, high), ""
+    return (low, high), f"\nstart at {start:.4g}, off the scale"
+
+
+def _from_step(curves: Sequence[Mapping[int, Sequence[float]]], first: float) -> list[float]:
+    return [value for curve in curves for step, values in curve.items() if step >= first for value in values]
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - pad, high + pad
+
+
+def _differences(comparison: Comparison, init: str) -> dict[int, list[float]]:
+    """Step -> differences to the first baseline on the shared seeds, up to where a run diverged."""
+    ours, theirs = comparison.best_runs(init), comparison.best_runs(comparison.baselines[0])
+    pairs = [(ours[s].curves[comparison.primary], theirs[s].curves[comparison.primary]) for s in ours if s in theirs]
+    if not pairs:
+        return {}
+    steps = sorted(set[int].intersection(*(set(a) & set(b) for a, b in pairs)))
+    curve = {step: [a[step] - b[step] for a, b in pairs] for step in steps}
+    return {step: values for step, values in curve.items() if all(map(math.isfinite, values))}
+
+
+def _difference_limits(comparison: Comparison, inits: Sequence[str]) -> tuple[float, float]:
+    """Limits for what is left after the first fifth, and the line at 0."""
+    curves = [_differences(comparison, init) for init in inits]
+    return _padded([0.0, *_from_step(curves, 0.2 * comparison.last_step)])
+
+
+def _draw_difference(axis: Any, comparison: Comparison, init: str, color: str) -> None:
+    curve = _differences(comparison, init)
+    axis.axhline(0.0, color=_BASELINE_COLORS[0], linewidth=1.6)
+    axis.plot(list(curve), [float(np.mean(values)) for values in curve.values()], color=color, linewidth=1.6)
+    low, high = [min(values) for values in curve.values()], [max(values) for values in curve.values()]
+    axis.fill_between(list(curve), low, high, color=color, alpha=0.2, linewidth=0)
+    axis.set_title(_wrap(init, 30), fontsize=9, color=color, fontweight="bold")
+    axis.grid(alpha=0.25)
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 
 def _draw_curve(axis: Any, comparison: Comparison, init: str, color: str, *, by_seconds: bool, band: bool) -> None:
@@ -328,10 +390,14 @@ def _layer_table(reports: Mapping[str, Mapping[str, Any]], layers: Sequence[str]
     )
 
 
-def _short_layer(name: str) -> str:
-    for long, short in (("transformer_blocks.", "t"), ("_blocks.", ""), ("mid_block", "mid"), ("attentions.", "a")):
-        name = name.replace(long, short)
-    return name
+def _short_layers(names: Sequence[str]) -> list[str]:
+    """Names without what is the same in all of them, and with the long words of UNets and transformers cut."""
+    parts = [name.split(".") for name in names]
+    same = len(list(itertools.takewhile(lambda words: len(set(words)) == 1, zip(*parts, strict=False))))
+    short = [".".join(words[same:] if len(names) > 1 else words) for words in parts]
+    for long, brief in (("transformer_blocks.", "t"), ("_blocks.", ""), ("mid_block", "mid"), ("attentions.", "a")):
+        short = [name.replace(long, brief) for name in short]
+    return short
 
 
 def _candidates(comparison: Comparison, name: str) -> list[Path]:

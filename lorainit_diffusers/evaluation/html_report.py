@@ -41,8 +41,11 @@ from lorainit_diffusers.evaluation.comparison_plots import (
 )
 
 _BUNDLED_ENCODER = "tiny-clip"
+_MAX_INLINE_BYTES = 600_000
 _MAX_INLINE_WIDTH = 1800
+_MAX_NAMES = 8
 _DPI = 110
+_WAY = f"{100 * (1 - TOLERANCE):.0f} %"
 _FIGURES = ("curves.png", "lr_sweep.png", "ranks.png", "grid.png")
 
 
@@ -79,10 +82,11 @@ class Picture(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A cell of a table; the verdict colours it."""
+    """A cell of a table; the verdict colours it, the detail stands below in smaller type."""
 
     text: str
     verdict: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,17 @@ def report_blocks(comparison: Comparison, figures: dict[str, Path]) -> list[Bloc
     )
     blocks += [Heading("Curves"), *_figure_blocks("curves.png", figures, comparison)]
     if comparison.baselines:
-        blocks += [Heading("Speed"), *_speed_blocks(comparison, rows)]
+        blocks += [Heading("Speed"), *_speed_blocks(comparison, comparison.primary)]
+        for column in _similarity_columns(comparison)[:1]:
+            blocks += _speed_blocks(comparison, column)
+        blocks.append(
+            Text(
+                "The share of the budget flatters, because a baseline that has converged was at its final score before "
+                f"the end, too. Fair is the ratio to the baseline's own steps, both to {_WAY} of the improvement that "
+                "the baseline ends with. Below 1 is faster. Seconds are those of the initialisation and the training "
+                "steps."
+            )
+        )
     blocks += [Heading("Learning rates"), *_robustness_blocks(comparison, rows)]
     blocks += _figure_blocks("lr_sweep.png", figures, comparison)
     blocks += [Heading("Samples"), *_figure_blocks("grid.png", figures, comparison)]
@@ -158,55 +172,63 @@ def report_blocks(comparison: Comparison, figures: dict[str, Path]) -> list[Bloc
 
 
 def headline(comparison: Comparison, rows: Sequence[InitSummary]) -> list[str]:
-    """The result in sentences, from the numbers alone: final scores, speed, untuned learning rates, reservations."""
-    sentences: list[str] = []
+    """The result in sentences, from the numbers alone: final scores, reservations, speed, untuned learning rates."""
     if not comparison.baselines:
-        sentences.append("None of the baselines has finished a run, so nothing can be compared yet.")
-    first: list[str] = []
-    for baseline in comparison.baselines:
-        verdicts = {row.init: d.verdict for row in rows if (d := row.differences.get(baseline)) is not None}
-        better = [init for init, verdict in verdicts.items() if verdict == "better"]
-        worse = [init for init, verdict in verdicts.items() if verdict == "worse"]
-        if not verdicts or set(verdicts.values()) == {"one seed"}:
-            first.append(f"One seed gives no interval, so nothing is said of final scores against {baseline}.")
-        elif better:
-            others = f"; {len(worse)} of the other {len(verdicts) - len(better)} end worse" if worse else ""
-            first.append(
-                f"{_listed(better)} {_verb(better)} better than {baseline}, each at its best learning rate{others}."
-            )
-        else:
-            others = f"; {len(worse)} of {len(verdicts)} end worse, the others are tied" if worse else "; all are tied"
-            first.append(f"No initialisation is better than {baseline} at its best learning rate{others}.")
-    if first:
-        sentences.append(" ".join(first))
-    speed: list[str] = []
-    for baseline in comparison.baselines:
-        ratios = {
-            row.init: s.ratio for row in rows if row.init != baseline and (s := row.speeds.get(baseline)) is not None
-        }
-        faster = {init: ratio for init, ratio in ratios.items() if ratio is not None and ratio.verdict == "better"}
-        if faster:
-            best = min(faster, key=lambda init: faster[init].value)
-            speed.append(
-                f"To what {baseline} has at the end, {best} needs {_ratio(faster[best])} of {baseline}'s own steps"
-                + (f"; {len(faster)} initialisations are faster." if len(faster) > 1 else ".")
-            )
-        elif any(ratio is not None and ratio.verdict != "one seed" for ratio in ratios.values()):
-            speed.append(f"None gets to what {baseline} has at the end in fewer steps.")
-    untuned: list[str] = []
-    for baseline in comparison.baselines:
-        pairs = {
-            row.init: row.late.differences[baseline] for row in rows if row.late and baseline in row.late.differences
-        }
-        better = [init for init, difference in pairs.items() if difference.verdict == "better"]
-        if better and len(comparison.shared_learning_rates) > 1:
-            untuned.append(f"{_listed(better)} {_verb(better)} better than {baseline}")
-    if speed:
-        sentences.append(" ".join(speed))
-    if len(comparison.shared_learning_rates) > 1 and comparison.baselines:
-        grid = f"Averaged over the {len(comparison.shared_learning_rates)} learning rates, as an untuned one would do"
-        sentences.append(f"{grid}, {'; '.join(untuned) if untuned else 'none ends better than a baseline'}.")
-    return [*sentences, *_reservations(comparison, rows)]
+        return ["No baseline has finished a run, so nothing can be compared yet.", *_reservations(comparison, rows)]
+    seeds = sorted({row.num_seeds for row in rows})
+    over = f"Over {' to '.join(dict.fromkeys(map(str, (seeds[0], seeds[-1]))))} seeds"
+    sentences = [f"{over}: " + " ".join(_final_sentence(baseline, rows) for baseline in comparison.baselines)]
+    sentences += _reservations(comparison, rows)
+    sentences.append(" ".join(_speed_sentence(baseline, rows) for baseline in comparison.baselines))
+    if len(comparison.shared_learning_rates) > 1:
+        sentences.append(_untuned_sentence(comparison, rows))
+    return sentences
+
+
+def _final_sentence(baseline: str, rows: Sequence[InitSummary]) -> str:
+    verdicts = {row.init: row.differences[baseline].verdict for row in rows if baseline in row.differences}
+    better = [init for init, verdict in verdicts.items() if verdict == "better"]
+    worse = [init for init, verdict in verdicts.items() if verdict == "worse"]
+    if not verdicts:
+        return f"There is nothing to compare {baseline} with."
+    if set(verdicts.values()) == {"one seed"}:
+        return f"One seed gives no interval, so nothing is said of final scores against {baseline}."
+    num_tied = len(verdicts) - len(better) - len(worse)
+    parts = [_count(len(worse), "ends worse", "end worse"), _count(num_tied, "is tied", "are tied")]
+    rest = "".join(f"{mark} {part}" for mark, part in zip(";,", filter(None, parts), strict=False))
+    if better:
+        verb = "ends" if len(better) == 1 else "end"
+        return f"{_listed(better)} {verb} better than {baseline}, each at its best learning rate{rest}."
+    return f"No initialisation is better than {baseline} at its best learning rate{rest}."
+
+
+def _speed_sentence(baseline: str, rows: Sequence[InitSummary]) -> str:
+    ratios = {
+        row.init: ratio
+        for row in rows
+        if row.init != baseline and baseline in row.speeds and (ratio := row.speeds[baseline].ratio) is not None
+    }
+    faster = {init: ratio for init, ratio in ratios.items() if ratio.verdict == "better"}
+    way = f"{_WAY} of the improvement that {baseline} ends with"
+    if not faster:
+        return f"None is faster to {way}."
+    best = min(faster, key=lambda init: faster[init].value)
+    ratio = _ratio_cell(faster[best], compared=False)
+    others = f", the least of {len(faster)} that need fewer" if len(faster) > 1 else ""
+    return f"To {way}, {best} needs {ratio.text} {ratio.detail} of {baseline}'s own steps{others}."
+
+
+def _untuned_sentence(comparison: Comparison, rows: Sequence[InitSummary]) -> str:
+    """Of the mean over learning rates, early and late."""
+    parts: list[str] = []
+    for step in filter(None, (comparison.early_step, comparison.last_step)):
+        for baseline in comparison.baselines:
+            found = [(row.init, row.late if step == comparison.last_step else row.early) for row in rows]
+            pairs = {init: r.differences[baseline].verdict for init, r in found if r and baseline in r.differences}
+            better = [init for init, verdict in pairs.items() if verdict == "better"]
+            parts.append(f"{len(better)} of {len(pairs)} are better than {baseline} at step {step}")
+    rates = len(comparison.shared_learning_rates)
+    return f"In the mean over the {rates} learning rates, which is what an untuned one gives, {_listed(parts)}."
 
 
 def _reservations(comparison: Comparison, rows: Sequence[InitSummary]) -> list[str]:
@@ -221,18 +243,18 @@ def _reservations(comparison: Comparison, rows: Sequence[InitSummary]) -> list[s
         )
     elif num_seeds == 1:
         sentences.append("There is one seed, at least for some: differences of that size may be chance.")
-    total = len(comparison.missing) + sum(comparison.finished(run) for run in comparison.runs)
+    num_finished = sum(comparison.finished(run) for run in comparison.runs)
     if comparison.missing:
         unfinished = sorted({init for init, _, _ in comparison.missing})
         sentences.append(
-            f"The grid is incomplete: {len(comparison.missing)} of {total} runs are missing (of "
-            f"{_listed(unfinished)}). What is said here is of the others."
+            f"The grid is incomplete: {len(comparison.missing)} of {num_finished + len(comparison.missing)} runs are "
+            f"missing (of {_listed(unfinished)}). What is said here is of the others."
         )
     if comparison.last_step < comparison.config["max_train_steps"]:
         sentences.append(f"Runs end at step {comparison.last_step} of {comparison.config['max_train_steps']}.")
     diverged = [run.name for run in comparison.runs if any(map(math.isinf, run.curves[comparison.primary].values()))]
     if diverged:
-        sentences.append(f"{len(diverged)} of {total} runs diverged, and count as worst: {', '.join(diverged)}.")
+        sentences.append(f"{len(diverged)} of {num_finished} runs diverged, and count as worst: {_some(diverged)}.")
     return sentences
 
 
@@ -247,48 +269,50 @@ def _summary_table(comparison: Comparison, rows: Sequence[InitSummary]) -> Table
         final = number(row.final) + (f" ± {number(row.final_sd)}" if math.isfinite(row.final_sd) else "")
         cells = [Cell(row.init), Cell(f"{row.learning_rate:g}"), Cell(str(row.num_seeds)), Cell(final)]
         cells.append(Cell(number(row.best_over_steps)))
-        cells += [_estimate_cell(row.differences.get(baseline)) for baseline in baselines]
+        cells += [_difference_cell(row.differences.get(baseline)) for baseline in baselines]
         for baseline in baselines[:1]:
             speed = row.speeds.get(baseline)
-            cells += [_steps_cell(speed), _own_ratio_cell(row.init, baseline, speed), _seconds_cell(speed)]
+            cells.append(_steps_cell(speed))
+            cells.append(_own_ratio_cell(row.init, baseline, speed.ratio if speed else None))
+            cells.append(_seconds_cell(speed))
         if len(comparison.shared_learning_rates) > 1:
             cells.append(Cell(number(row.late.mean.value) if row.late else "–"))
         table.append(cells)
     return Table(header, table)
 
 
-def _speed_blocks(comparison: Comparison, rows: Sequence[InitSummary]) -> list[Block]:
+def _speed_blocks(comparison: Comparison, column: str) -> list[Block]:
     blocks: list[Block] = []
     for baseline in comparison.baselines:
-        header = [f"to {baseline}'s final score", "seeds that get there", "steps", "share of the budget"]
+        header = [
+            f"to {baseline}'s final {column_label(column)}",
+            "seeds that get there",
+            "steps",
+            "share of the budget",
+        ]
         header += [f"× {baseline}'s own steps", "seconds", f"× {baseline}'s seconds to the end", "× its own seconds"]
         table: list[list[Cell]] = []
-        for row in rows:
-            speed = row.speeds.get(baseline)
+        for init in comparison.inits:
+            speed = comparison.speed(init, baseline, column)
             if speed is None:
                 continue
-            table.append(
-                [
-                    *(Cell(row.init), Cell(f"{speed.num_reached} of {speed.num_seeds}"), _steps_cell(speed)),
-                    *(Cell(_ratio(speed.share_of_budget)), _own_ratio_cell(row.init, baseline, speed)),
-                    *(_seconds_cell(speed), Cell(_ratio(speed.seconds_share))),
-                    _own_ratio_cell(row.init, baseline, speed, seconds=True),
-                ]
-            )
-        blocks.append(
-            Table(header, table)
-            if table
-            else Text(f"{baseline} diverged on every seed, so there is no score to reach.")
-        )
-    blocks.append(
-        Text(
-            "The share of the budget flatters, because a baseline that has converged was at its final score before "
-            f"the end, too. Fair is the ratio to the baseline's own steps, both to {100 * (1 - TOLERANCE):.0f} % of "
-            "the way that the baseline goes. Below 1 is faster. Seconds are those of the initialisation and the "
-            "training steps."
-        )
-    )
+            cells = [Cell(init), Cell(f"{speed.num_reached} of {speed.num_seeds}"), _steps_cell(speed)]
+            cells.append(_ratio_cell(speed.share_of_budget, compared=False))
+            cells.append(_own_ratio_cell(init, baseline, speed.ratio))
+            cells.append(_seconds_cell(speed))
+            cells.append(_ratio_cell(speed.seconds_share, compared=False))
+            cells.append(_own_ratio_cell(init, baseline, speed.seconds_ratio))
+            table.append(cells)
+        none = f"{baseline} diverged on every seed, so there is no score to reach."
+        blocks.append(Table(header, table) if table else Text(none))
     return blocks
+
+
+def _similarity_columns(comparison: Comparison) -> list[str]:
+    """Similarities that were measured at three steps or more: of two there is no crossing to speak of."""
+    names = ("paired_similarity", "image_similarity")
+    columns = [c for name in names for c in comparison.columns if c.partition("@")[0] == name]
+    return [c for c in columns if any(len(run.curves.get(c, {})) > 2 for run in comparison.runs)]
 
 
 def _robustness_blocks(comparison: Comparison, rows: Sequence[InitSummary]) -> list[Block]:
@@ -309,8 +333,8 @@ def _robustness_blocks(comparison: Comparison, rows: Sequence[InitSummary]) -> l
                 continue
             table.append(
                 [
-                    *(Cell(row.init), Cell(_with_interval(robustness.mean))),
-                    *(_estimate_cell(robustness.differences.get(baseline)) for baseline in comparison.baselines),
+                    *(Cell(row.init), _mean_cell(robustness.mean)),
+                    *(_difference_cell(robustness.differences.get(baseline)) for baseline in comparison.baselines),
                     Cell(number(robustness.worst)),
                     Cell(f"{robustness.num_diverged} of {robustness.num_runs}"),
                 ]
@@ -370,7 +394,8 @@ def _start_row(comparison: Comparison, columns: Sequence[str]) -> list[Cell]:
 _FIGURE_TEXTS = {
     "curves.png": (
         "Over training steps and over seconds, each initialisation at its best learning rate. Lines are means over "
-        "seeds; bands go from the lowest to the highest seed.",
+        "seeds; bands go from the lowest to the highest seed. Below: the difference to the first baseline, seed by "
+        "seed, on a scale for what is left of it after a fifth of the budget.",
         "Line chart: {metric} of {inits} over training steps and over seconds",
         "There are no curves to draw.",
     ),
@@ -460,39 +485,38 @@ def _signed(value: float) -> str:
     return ("+" if value > 0 else "") + number(value)
 
 
-def _with_interval(estimate: Estimate) -> str:
-    if estimate.num_seeds < 2:
-        return number(estimate.value)
-    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
+def _mean_cell(estimate: Estimate) -> Cell:
+    interval = f"[{number(estimate.low)}, {number(estimate.high)}]" if estimate.num_seeds > 1 else ""
+    return Cell(number(estimate.value), detail=interval)
 
 
-def _estimate_cell(estimate: Estimate | None) -> Cell:
-    """A difference with its interval and its verdict in words."""
+def _difference_cell(estimate: Estimate | None) -> Cell:
+    """A difference with its verdict in words and its interval."""
     if estimate is None:
         return Cell("–")
-    if math.isinf(estimate.value) or estimate.num_seeds < 2:
-        return Cell(f"{_signed(estimate.value)} {estimate.verdict}", estimate.verdict)
     interval = f"[{_signed(estimate.low)}, {_signed(estimate.high)}]"
-    return Cell(f"{_signed(estimate.value)} {interval} {estimate.verdict}", estimate.verdict)
+    if math.isinf(estimate.value) or estimate.num_seeds < 2:
+        interval = ""
+    return Cell(f"{_signed(estimate.value)} {estimate.verdict}", estimate.verdict, interval)
 
 
-def _ratio(estimate: Estimate | None) -> str:
+def _ratio_cell(estimate: Estimate | None, *, compared: bool = True) -> Cell:
+    """A ratio with its verdict in words and its interval."""
     if estimate is None:
-        return "–"
-
-    def text(value: float) -> str:
-        return f"{value:.2f}" if math.isfinite(value) else "never"
-
+        return Cell("–")
+    verdict = _FASTER[estimate.verdict] if compared else ""
+    interval = f"[{_ratio(estimate.low)}, {_ratio(estimate.high)}]"
     if estimate.num_seeds < 2 or math.isinf(estimate.low):
-        return text(estimate.value)
-    return f"{text(estimate.value)} [{text(estimate.low)}, {text(estimate.high)}]"
+        interval = ""
+    return Cell(f"{_ratio(estimate.value)} {verdict}".strip(), estimate.verdict if compared else "", interval)
 
 
-def _own_ratio_cell(init: str, baseline: str, speed: Speed | None, *, seconds: bool = False) -> Cell:
-    ratio = None if speed is None else speed.seconds_ratio if seconds else speed.ratio
-    if ratio is None or init == baseline:
-        return Cell("–" if ratio is None else "1")
-    return Cell(f"{_ratio(ratio)} {_FASTER[ratio.verdict]}", ratio.verdict)
+def _own_ratio_cell(init: str, baseline: str, estimate: Estimate | None) -> Cell:
+    return Cell("1") if init == baseline else _ratio_cell(estimate)
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "never"
 
 
 _FASTER = {"better": "faster", "worse": "slower", "tied": "tied", "one seed": "one seed"}
@@ -513,12 +537,16 @@ def _seconds_cell(speed: Speed | None) -> Cell:
     return Cell(f"{speed.seconds:.1f}" if math.isfinite(speed.seconds) else "never")
 
 
+def _count(number: int, one: str, many: str) -> str:
+    return "" if number == 0 else f"{number} {one if number == 1 else many}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else "")
+
+
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
-
-
-def _verb(names: Sequence[str]) -> str:
-    return "ends" if len(names) == 1 else "end"
 
 
 def _write_figures(comparison: Comparison) -> dict[str, Path]:
@@ -563,7 +591,11 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
             case Picture(path, alt):
                 parts.append(f"![{escape(alt)}]({path.name})")
             case Table(header, rows):
-                lines = [header, ["---"] * len(header), *([cell.text for cell in row] for row in rows)]
+                lines = [
+                    header,
+                    ["---"] * len(header),
+                    *([f"{c.text} {c.detail}".strip() for c in row] for row in rows),
+                ]
                 texts = [[cell if cell == "---" else escape(cell) for cell in line] for line in lines]
                 parts.append("\n".join(f"| {' | '.join(line)} |" for line in texts))
     return "\n\n".join(parts) + "\n"
@@ -600,10 +632,13 @@ def _html_table(table: Table) -> str:
     head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in table.header)
     lines: list[str] = []
     for first, *rest in table.rows:
-        cells = [f'<th scope="row">{html.escape(first.text)}</th>']
+        # long labels may break after their separators
+        name = re.sub(r"([:,=_])", r"\1<wbr>", html.escape(first.text))
+        cells = [f'<th scope="row">{name}</th>']
         for cell in rest:
             kind = f' class="{html.escape(cell.verdict)}"' if cell.verdict in ("better", "worse") else ""
-            cells.append(f"<td{kind}>{html.escape(cell.text)}</td>")
+            detail = f"<br><small>{html.escape(cell.detail)}</small>" if cell.detail else ""
+            cells.append(f"<td{kind}>{html.escape(cell.text)}{detail}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
         '<div class="box" tabindex="0"><table>\n'
@@ -612,20 +647,16 @@ def _html_table(table: Table) -> str:
 
 
 def _data_uri(path: Path) -> str:
-    """A picture as text; photographs, which are large as PNG, as JPEG."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
-    if picture.width > _MAX_INLINE_WIDTH:
-        height = round(picture.height * _MAX_INLINE_WIDTH / picture.width)
-        picture = picture.resize((_MAX_INLINE_WIDTH, height), Image.Resampling.LANCZOS)
-    encoded: dict[str, bytes] = {}
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 90})):
+    """A picture as text; large ones, which are photographs, reduced and as JPEG."""
+    content, kind = path.read_bytes(), "png"
+    if len(content) > _MAX_INLINE_BYTES:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+        picture.thumbnail((_MAX_INLINE_WIDTH, picture.height), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
-        picture.save(buffer, kind, **options)
-        encoded[kind] = buffer.getvalue()
-    # charts are sharper and about as small as PNG
-    kind = "jpeg" if len(encoded["png"]) > 3 * len(encoded["jpeg"]) else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode('ascii')}"
+        picture.save(buffer, "jpeg", quality=90)
+        content, kind = buffer.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 _STYLE = """
@@ -638,7 +669,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
   Roboto, "Liberation Sans", sans-serif; -webkit-text-size-adjust: 100%; }
-main { max-width: 1240px; margin: 0 auto; padding: 32px 20px 80px; }
+main { max-width: 1320px; margin: 0 auto; padding: 32px 20px 80px; }
 h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 16px; }
 h2 { font-size: 1.25rem; margin: 44px 0 12px; padding-bottom: 6px; border-bottom: 1px solid var(--line); }
 p, ul { max-width: 78ch; margin: 10px 0; overflow-wrap: anywhere; }
@@ -646,13 +677,14 @@ ul { padding-left: 1.2em; }
 li { margin: 4px 0; }
 .lead { font-size: 1.15rem; font-weight: 600; border-left: 4px solid var(--accent); padding-left: 14px; }
 .box { overflow-x: auto; margin: 14px 0; border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-size: 0.86rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.86rem;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 12px; text-align: left; border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; }
-thead th { background: var(--panel); color: var(--soft); font-weight: 600; vertical-align: bottom; }
+thead th { background: var(--panel); color: var(--soft); font-weight: 600; vertical-align: bottom; min-width: 5em; }
 tbody tr:last-child > * { border-bottom: 0; }
-tbody th { font-weight: 600; position: sticky; left: 0; background: var(--page); min-width: 7em; max-width: 16em;
-  overflow-wrap: anywhere; }
+tbody th { font-weight: 600; position: sticky; left: 0; background: var(--page); max-width: 16em; }
+small { font-size: 0.88em; opacity: 0.85; }
 .better { color: var(--good); background: var(--good-back); }
 .worse { color: var(--bad); background: var(--bad-back); }
 .picture { background: #ffffff; padding: 8px; }
