@@ -1,9 +1,9 @@
-"""Builds the bundled sample sets under `assets/data`: two drawing styles and one subject, captioned.
+"""Builds the bundled sample sets under `assets/data`: two drawing styles, one of them large too, and one subject.
 
 The two styles and the cats are never shown to the bundled base model, while the concepts of the style sets are: what a
 LoRA has to learn from them is the style (or the subject) and nothing else. Each style comes with 40 training pictures
 and 40 held-out pictures of other concepts, so that a trained style can be compared with the true picture of a concept
-it was not trained on.
+it was not trained on. The large set has 400 training pictures of one style and the same held-out ones.
 
     python train_scripts/build_sample_data.py --output_dir assets/data
 """
@@ -27,6 +27,8 @@ QUOTAS = {
     "blobs": {"face": 20, "smileys-emotion": 2, "animals-nature": 8, "food-drink": 4, "objects": 3, "travel-places": 3},
     "high-contrast": {"face": 10, "animals-nature": 12, "food-drink": 8, "objects": 6, "travel-places": 4},
 }
+# A set that a LoRA does not learn in a hundred steps: many concepts of one style, with the held-out ones of the small set.
+LARGE_SETS = {"high-contrast-large": ("high-contrast", 400)}
 # Hardly anything to see, or writing, in one of the two styles.
 UNSUITABLE = ("moon", "white-flower", "globe", "outbox-tray")
 MIT_LICENCE = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
@@ -102,7 +104,7 @@ def write_licence(directory: Path, key: str, size: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes the sets `blobs`, `high-contrast` and `cats`, replacing what is there."""
+    """Writes the sets `blobs`, `high-contrast`, `high-contrast-large` and `cats`, replacing what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--cache_dir", type=Path, default=emoji.DEFAULT_CACHE, help="archives of the npm packages")
@@ -119,6 +121,16 @@ def main(argv: list[str] | None = None) -> None:
         for split, names in zip(("train", "heldout"), choose(available, quotas), strict=True):
             write_split(args.output_dir / style / split, icons, names, CAPTIONS[style], args.size)
         write_licence(args.output_dir / style, style, args.size)
+
+    for large, (style, count) in LARGE_SETS.items():
+        icons = emoji.IconSet(style, args.cache_dir)
+        names = [n for n in known if n in icons.data["icons"] and not any(word in n for word in UNSUITABLE)]
+        _, held_out = choose({name: kinds[name] for name in names}, QUOTAS[style])
+        names = sorted(set(names) - set(held_out), key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:count]
+        shutil.rmtree(args.output_dir / large, ignore_errors=True)
+        for split, chosen in (("train", sorted(names)), ("heldout", held_out)):
+            write_split(args.output_dir / large / split, icons, chosen, CAPTIONS[style], args.size)
+        write_licence(args.output_dir / large, style, args.size)
 
     shutil.rmtree(args.output_dir / "cats", ignore_errors=True)
     icons = emoji.IconSet("noto", args.cache_dir)
