@@ -76,7 +76,16 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Images and captions."""
+    """Images and captions, and what is done to the images."""
+    add = add_dataset_arguments(parser)
+    add("--center_crop", action="store_true", help="crop the centre instead of a random square")
+    add("--random_flip", action="store_true", help="mirror half of the images")
+    add("--cache_latents", action="store_true", help="encode the images once; implies --center_crop")
+    add("--dataloader_num_workers", type=int, default=0)
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Where images and captions are; returns the group's `add_argument`."""
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="captioned images: metadata.jsonl, or a .txt beside each (default: a bundled style)")
     add("--instance_data_dir", help="DreamBooth: images of one subject")
@@ -84,17 +93,22 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image_column", default="file_name", help="column of the file name in the metadata (default file_name)")
     add("--caption_column", default="text", help="column of the caption in the metadata (default text)")
     add("--resolution", type=int, help="side of the square crops in pixels (default: the base's)")
-    add("--center_crop", action="store_true", help="crop the centre instead of a random square")
-    add("--random_flip", action="store_true", help="mirror half of the images")
-    add("--cache_latents", action="store_true", help="encode the images once; implies --center_crop")
-    add("--dataloader_num_workers", type=int, default=0)
+    return add
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Optimiser and precision."""
+    """Learning rates, optimiser and precision."""
     add = parser.add_argument_group("training").add_argument
     add("--learning_rate", type=float, default=1e-3)
     add("--text_encoder_lr", type=float, help="default: learning_rate")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_checkpointing", action="store_true")
+    add_optimizer_arguments(parser, max_train_steps=200)
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser, max_train_steps: int) -> None:
+    """Optimiser, schedule, length and precision: what one run and a comparison of runs have in common."""
+    add = parser.add_argument_group("optimiser").add_argument
     add("--optimizer", default="adamw", choices=("adamw", "sgd", "prodigy"))
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
@@ -104,10 +118,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     schedulers = [name.value for name in SchedulerType if name is not SchedulerType.PIECEWISE_CONSTANT]
     add("--lr_scheduler", default="constant", choices=schedulers)
     add("--lr_warmup_steps", type=int, default=0)
-    add("--max_train_steps", type=int, default=200, help="optimiser steps (default 200)")
+    add("--max_train_steps", type=int, default=max_train_steps, help=f"optimiser steps (default {max_train_steps})")
     add("--train_batch_size", type=int, default=8, help="images a process and micro-step (default 8)")
-    add("--gradient_accumulation_steps", type=int, default=1)
-    add("--gradient_checkpointing", action="store_true")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is configured for")
 
 
@@ -146,26 +158,45 @@ def validate_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
-    for name in (
+    check_positive(
+        args,
         *("init_num_batches", "train_batch_size", "init_batch_size", "gradient_accumulation_steps", "max_train_steps"),
         *("rank", "rank_budget", "max_rank", "resolution", "checkpointing_steps", "checkpoints_total_limit"),
         *("validation_steps", "num_validation_images", "validation_inference_steps"),
-    ):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: must be at least 1")
-    if args.train_data_dir is not None and args.instance_data_dir is not None:
-        raise ValueError("--train_data_dir and --instance_data_dir exclude each other: give one of them")
-    if (args.instance_data_dir is None) != (args.instance_prompt is None):
-        raise ValueError("--instance_data_dir and --instance_prompt go together: give both or neither")
+    )
     if not args.variable_rank and (args.rank_budget is not None or args.max_rank is not None):
         raise ValueError("--rank_budget and --max_rank need --variable_rank")
     if args.cache_latents and args.random_flip:
         raise ValueError("--cache_latents keeps one encoding of each image: leave out --random_flip")
-    if args.lora_layers is not None and not layer_names(args.lora_layers):
-        raise ValueError("--lora_layers is empty; name layers such as to_q,to_k")
+    validate_shared_arguments(args)
     if args.report_to == "tensorboard":
         require_package("tensorboard", "--report_to tensorboard", 'pip install "lorainit-diffusers[tracking]"')
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """See that each of these options is at least 1 where it is given.
+
+    Raises:
+        ValueError: naming the option and its value.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+
+
+def validate_shared_arguments(args: argparse.Namespace) -> None:
+    """The options on data, adapters and optimiser that all scripts have.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    if args.train_data_dir is not None and args.instance_data_dir is not None:
+        raise ValueError("--train_data_dir and --instance_data_dir exclude each other: give one of them")
+    if (args.instance_data_dir is None) != (args.instance_prompt is None):
+        raise ValueError("--instance_data_dir and --instance_prompt go together: give both or neither")
+    if args.lora_layers is not None and not layer_names(args.lora_layers):
+        raise ValueError("--lora_layers is empty; name layers such as to_q,to_k")
     if args.optimizer == "prodigy":
         require_package("prodigyopt", "--optimizer prodigy", "pip install prodigyopt")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -197,14 +228,12 @@ def check_resumed_arguments(args: argparse.Namespace, saved: Mapping[str, Any]) 
 def make_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser that `--optimizer` names, over parameter groups that carry their learning rates."""
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.learning_rate)
+        return torch.optim.SGD(groups)
     betas = (args.adam_beta1, args.adam_beta2)
     if args.optimizer == "prodigy":
         prodigy = importlib.import_module("prodigyopt").Prodigy
-        return prodigy(groups, lr=args.learning_rate, betas=betas, weight_decay=args.adam_weight_decay)
-    return torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon
-    )
+        return prodigy(groups, betas=betas, weight_decay=args.adam_weight_decay)
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
 
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:

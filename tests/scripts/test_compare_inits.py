@@ -1,0 +1,340 @@
+"""The comparison in process on a random base: what it writes, going on after a kill, growing, and every bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common_compare
+import compare_inits
+import pytest
+import torch
+import train_sd_lora
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from sd_fixtures import ROOT, write_images
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from lorainit_diffusers.evaluation import METRICS
+
+Compare = Callable[..., Path]
+REPORT = (
+    "results.csv",
+    "timings.csv",
+    "summary.md",
+    "curves.png",
+    "lr_sweep.png",
+    "ranks.png",
+    "grid.png",
+    "report.html",
+)
+FAST: dict[str, Any] = {
+    "inits": ["gaussian", "cntlora"],
+    "learning_rates": [1e-3],
+    "seeds": [0],
+    "rank": 2,
+    "max_train_steps": 2,
+    "train_batch_size": 2,
+    "init_num_batches": 2,
+    "validation_inference_steps": 1,
+    "num_eval_prompts": 2,
+    "drift_prompts": ["a dog"],
+    "num_workers": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def random_clip(tmp_path_factory: pytest.TempPathFactory, random_sd: Path) -> Path:
+    """A random CLIP of 32x32 images on the tokenizer of the random base."""
+    folder = tmp_path_factory.mktemp("encoder") / "random-clip"
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(random_sd / "tokenizer")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 12}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = {
+        **{"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "resample": 3},
+        **{"crop_size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    return folder
+
+
+def arguments(options: dict[str, Any]) -> list[str]:
+    argv: list[str] = []
+    for flag, value in options.items():
+        if value is True:
+            argv.append(f"--{flag}")
+        elif value is not None and value is not False:
+            argv += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return argv
+
+
+@pytest.fixture
+def options(random_sd: Path, random_clip: Path, image_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": random_sd,
+        "train_data_dir": image_dir,
+        "output_dir": tmp_path / "out",
+        "encoders": [random_clip],
+        **FAST,
+    }
+
+
+@pytest.fixture
+def compare(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Compare:
+    """Run the comparison with tiny settings; options given as None are left out, True is a switch."""
+    monkeypatch.setattr(common_compare, "MIN_VALIDATION_SAMPLES", 4)
+
+    def call(**changed: Any) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)  # a script has a process of its own
+        return compare_inits.main(arguments({**options, **changed}))
+
+    return call
+
+
+def rows(directory: Path) -> list[dict[str, str]]:
+    with (directory / "results.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_everything_is_written(compare):
+    out = compare(seeds=[0, 1], num_eval_prompts=4)
+    for name in REPORT:
+        assert (out / name).stat().st_size > 0, name
+    table = rows(out)
+    assert [(row["run"], row["step"]) for row in table] == [
+        (f"{init}-lr0.001-seed{seed}", str(step))
+        for init in ("gaussian", "cntlora")
+        for seed in (0, 1)
+        for step in (0, 1, 2)
+    ]
+    measured = {name.partition("@")[0] for name in table[0] if "@" in name}
+    assert measured == METRICS.keys() - {"validation_loss", "diversity"}
+    for row in table:
+        assert float(row["validation_loss"]) > 0
+        for name in row:
+            if "@" in name and row["step"] in ("0", "2"):
+                assert name.endswith("@random-clip")
+                assert -1 <= float(row[name]) <= 10
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["seeds"] == [0, 1]
+    assert config["baselines"] == ["gaussian"]
+    assert "compare_inits.py" in config["command"]
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and tables take most of a tiny comparison's time; tests of numbers do without."""
+    monkeypatch.setattr(compare_inits, "write_report", lambda directory: [])
+
+
+@pytest.mark.usefixtures("no_report")
+def test_step_zero_of_zero_delta_and_offset_inits_is_the_base(compare):
+    inits = ["gaussian", "cntlora", "pissa", "gradient_whitened:step=0.5"]
+    out = compare(inits=inits, mixed_precision="bf16", image_metrics="all")
+    base = Image.open(out / "base.png")
+    for label, equal in zip(inits, (True, True, True, False), strict=True):
+        name = compare_inits.Run(compare_inits.Init.parse(label), 1e-3, 0).name
+        strip = Image.open(out / "runs" / name / "samples" / "step-000000.png")
+        difference = max(abs(a - b) for a, b in zip(base.tobytes(), strip.tobytes(), strict=True))
+        assert (difference <= 1) == equal, label
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_run_is_the_one_that_the_training_script_makes(compare, random_sd, image_dir, tmp_path):
+    """Otherwise the comparison would say nothing of what users train."""
+    out = compare(inits=["cntlora"], seeds=[3], image_metrics="none")
+    state = load_file(out / "runs" / "cntlora-lr0.001-seed3" / "snapshots" / "step-000002.safetensors")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trained = train_sd_lora.main(
+        [
+            *("--init", "cntlora", "--pretrained_model_name_or_path", str(random_sd), "--train_data_dir"),
+            *(
+                str(image_dir),
+                "--output_dir",
+                str(tmp_path / "single"),
+                "--seed",
+                "3",
+                "--rank",
+                "2",
+                "--cache_latents",
+            ),
+            *(
+                "--max_train_steps",
+                "2",
+                "--train_batch_size",
+                "2",
+                "--init_num_batches",
+                "2",
+                "--learning_rate",
+                "1e-3",
+            ),
+            *("--validation_inference_steps", "1", "--validation_prompt", "x", "--checkpointing_steps", "2"),
+        ]
+    )
+    (checkpoint,) = (trained / "checkpoint-2").glob("adapters*.safetensors")
+    single = load_file(checkpoint)
+    assert single.keys() == state.keys()
+    for name, value in single.items():
+        assert torch.allclose(value, state[name], atol=1e-5), name
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize("moment", [1, 4, 5])  # of six files: reports and results of two runs, scores of two
+def test_stopped_at_any_moment_it_ends_with_the_same_results(compare, monkeypatch, tmp_path, moment):
+    expected = (compare(output_dir=tmp_path / "whole") / "results.csv").read_bytes()
+    save, count = compare_inits.write_json, 0
+
+    def stop(path: Path, document: Any) -> None:
+        nonlocal count
+        count += "runs" in path.parts
+        if count == moment:
+            path.write_text("{", encoding="utf-8")  # half a file
+            raise KeyboardInterrupt
+        save(path, document)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_inits, "write_json", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compare()
+    assert (compare() / "results.csv").read_bytes() == expected
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_grid_grows_and_finished_runs_are_kept(compare, monkeypatch):
+    out = compare(image_metrics="none")
+    before = rows(out)
+    trained: list[str] = []
+    train = compare_inits.train
+    monkeypatch.setattr(compare_inits, "train", lambda *a: (trained.append(a[1].name), train(*a)))
+    out = compare(image_metrics="none", inits=["gaussian", "cntlora", "eva"], seeds=[0, 1])
+    assert trained == ["gaussian-lr0.001-seed1", "cntlora-lr0.001-seed1", "eva-lr0.001-seed0", "eva-lr0.001-seed1"]
+    after = rows(out)
+    assert len(after) == 18
+    assert all(row in after for row in before)
+
+
+def test_two_workers_do_what_one_does(compare, monkeypatch, tmp_path):
+    monkeypatch.undo()  # workers are processes of their own
+    one = compare(output_dir=tmp_path / "one", image_metrics="none")
+    two = compare(output_dir=tmp_path / "two", image_metrics="none", num_workers=2)
+    for a, b in zip(rows(one), rows(two), strict=True):
+        loss = float(a.pop("validation_loss"))
+        assert loss == pytest.approx(float(b.pop("validation_loss")), rel=1e-4)
+        assert a == b
+
+
+@pytest.mark.usefixtures("no_report")
+def test_options_of_the_run(compare):
+    labels = ["cntlora:variable_rank=true", "gaussian:a_lr_ratio=0", "eva:init_num_batches=1"]
+    out = compare(inits=labels, image_metrics="none")
+    first, last = (
+        load_file(out / "runs" / "gaussian-a_lr_ratio=0-lr0.001-seed0" / "snapshots" / f"step-00000{step}.safetensors")
+        for step in (0, 2)
+    )
+    changed = {name.rpartition(".")[2] for name, value in first.items() if not torch.equal(value, last[name])}
+    assert changed == {"lora_B"}
+
+    def report(run: str) -> dict[str, Any]:
+        return json.loads((out / "runs" / run / "init_report.json").read_text(encoding="utf-8"))
+
+    assert len({layer["rank"] for layer in report("cntlora-variable_rank=true-lr0.001-seed0")["layers"].values()}) > 1
+    assert report("eva-init_num_batches=1-lr0.001-seed0")["num_passes"] == 1
+
+
+@pytest.mark.usefixtures("no_report")
+def test_equal_parameters_holds_variable_ranks_to_the_parameters_of_equal_ranks(compare):
+    out = compare(inits=["gaussian", "eva:variable_rank=true"], image_metrics="none", equal_parameters=True, rank=4)
+    counts = {row["init"]: int(row["num_parameters"]) for row in rows(out)}
+    assert counts["eva:variable_rank=true"] <= counts["gaussian"]
+    assert counts["eva:variable_rank=true"] == pytest.approx(counts["gaussian"], rel=0.03)
+
+
+def test_a_run_that_diverges_is_in_the_results_as_the_worst(compare):
+    out = compare(inits=["gaussian", "orthonormal"], learning_rates=[1e-3, 1e30], optimizer="sgd", max_grad_norm=1e30)
+    last = {row["run"]: float(row["validation_loss"]) for row in rows(out) if row["step"] == "2"}
+    assert last["gaussian-lr1e+30-seed0"] == float("inf")
+    assert last["gaussian-lr0.001-seed0"] < 100
+    assert (out / "report.html").exists()
+
+
+@pytest.mark.usefixtures("no_report")
+def test_without_a_held_out_folder_a_quarter_is_held_out(compare, tmp_path):
+    write_images(tmp_path / "plain", count=8)
+    out = compare(train_data_dir=tmp_path / "plain", image_metrics="none")
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert (config["num_images"], config["num_heldout_images"]) == (6, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"inits": ["gaussian", "lora-ga"]}, "--inits 'lora-ga': unknown init"),
+        ({"inits": ["cntlora:guage=balanced"]}, "'guage=balanced'.*gauge.*options of the run are variable_rank"),
+        ({"inits": ["eva:init_num_batches=few"]}, "'few' is not a value of init_num_batches"),
+        ({"inits": ["eva:init_num_batches=0"]}, "init_num_batches=0.*at least 1"),
+        ({"inits": ["gaussian:variable_rank=true"]}, "gaussian:variable_rank=true.*no scores"),
+        ({"inits": ["eva", "eva"]}, "--inits eva eva: name each once"),
+        ({"learning_rates": [0.0]}, "--learning_rates 0.0: must be positive"),
+        ({"eval_steps": [1, 5]}, r"--eval_steps \[0, 1, 2, 5\].*--max_train_steps 2"),
+        ({"num_eval_prompts": 0}, "--num_eval_prompts 0: must be at least 1"),
+        ({"encoders": ["no/such/folder"]}, "no/such/folder"),
+        ({"pretrained_model_name_or_path": "nowhere"}, "'nowhere' is not a folder"),
+        ({"rank": 0}, "--rank 0"),
+    ],
+)
+def test_bad_input_is_refused_before_any_run(compare, changed, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        compare(**changed)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_too_few_images_to_hold_any_out(compare, tmp_path):
+    write_images(tmp_path / "few", count=3)
+    with pytest.raises(ValueError, match="has 3 images and no heldout folder"):
+        compare(train_data_dir=tmp_path / "few")
+
+
+@pytest.mark.usefixtures("no_report")
+def test_another_comparison_in_the_same_directory_is_refused(compare):
+    compare(image_metrics="none")
+    with pytest.raises(ValueError, match=r"--rank is 3, but --output_dir .* holds runs with 2"):
+        compare(image_metrics="none", rank=3)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_worker_that_fails_says_why(compare, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(ValueError, match=r"a worker failed \(.*worker-0.log\)"):
+        compare(num_workers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kills a process group")
+def test_a_real_kill_and_a_second_start_end_with_the_same_results(options, tmp_path):
+    def command(name: str) -> list[str]:
+        changed = {**options, "output_dir": tmp_path / name, "num_workers": 2, "seeds": [0, 1], "max_train_steps": 8}
+        return [sys.executable, str(ROOT / "train_scripts" / "compare_inits.py"), *arguments(changed)]
+
+    subprocess.run(command("whole"), check=True)
+    for moment in (8.0, 14.0, 20.0):
+        process = subprocess.Popen(command("killed"))
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)  # the workers see that their parent is gone
+        process.wait()
+        time.sleep(2.0)
+    subprocess.run(command("killed"), check=True)
+    assert (tmp_path / "killed" / "results.csv").read_bytes() == (tmp_path / "whole" / "results.csv").read_bytes()

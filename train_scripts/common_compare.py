@@ -1,0 +1,231 @@
+"""What `compare_inits.py` needs to know of Stable Diffusion: its data, its validation loss, its samples and scores."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from common import ROOT, derive_seed, evaluating, layer_names
+from common_data import CaptionedImages, DataOrder, ImageRecord, fixed_batches, load_image, read_data
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from lorainit_diffusers import adapters
+from lorainit_diffusers.evaluation import fixed_noise_loss, metrics
+from lorainit_diffusers.evaluation.encoders import ImageEncoder, ImageTextEncoder, load_encoder
+from lorainit_diffusers.families.sd import StableDiffusionFamily
+
+BUNDLED_BASE = ROOT / "assets" / "models" / "tiny-sd"
+BUNDLED_ENCODER = ROOT / "assets" / "models" / "tiny-clip"
+HUB_ENCODERS = ("facebook/dinov2-small", "openai/clip-vit-base-patch32")
+# Prompts that have nothing to do with the training images: the bundled base knows emoji only.
+EMOJI_DRIFT_PROMPTS = tuple(
+    f"a {style} emoji of {name}"
+    for style, name in (
+        *(("noto", "rocket"), ("twemoji", "apple"), ("fluent", "smiling face"), ("emojione", "dog face")),
+        *(("noto", "house"), ("twemoji", "alarm clock"), ("fluent", "tree"), ("emojione", "pizza")),
+    )
+)
+DRIFT_PROMPTS = (
+    "a photo of a house by a lake",
+    "an oil painting of a ship at sea",
+    "a photo of a bowl of fruit on a table",
+    "a portrait of an old man",
+    "a photo of a mountain road",
+    "a watercolour of a tree in autumn",
+    "a photo of a bicycle against a wall",
+    "a street at night in the rain",
+)
+# Samples of one prompt, for the diversity among them.
+NUM_DIVERSITY_PROMPTS = 2
+NUM_DIVERSITY_SAMPLES = 4
+# Fewer validation samples than this and their loss is passed over several times, each with its own noise.
+MIN_VALIDATION_SAMPLES = 40
+GRID_COLUMNS = 6
+MIN_KID_SAMPLES = 4
+
+
+def split_records(args: argparse.Namespace) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Training and held-out images; where the data has no `heldout` split, every fourth image is held out.
+
+    Raises:
+        ValueError: when there are too few images to hold any out.
+    """
+    records, heldout = read_data(args)
+    if heldout:
+        return records, heldout
+    if len(records) < 4:
+        raise ValueError(
+            f"a comparison needs held-out images: the data has {len(records)} images and no heldout folder beside "
+            "train; add images, so that a quarter of them can be held out"
+        )
+    return [r for i, r in enumerate(records) if i % 4 != 3], records[3::4]
+
+
+class StableDiffusionTask:
+    """One base, one dataset: batches and the validation loss. Latents are encoded once."""
+
+    primary_metric = "validation_loss"
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args = args
+        self.records, self.heldout = split_records(args)
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
+        self.family = load_family(args, device, dtype)
+        resolution = args.resolution or self.family.resolution
+        if resolution % self.family.resolution_multiple:
+            raise ValueError(f"--resolution {resolution} is not a multiple of {self.family.resolution_multiple}")
+        self.train_set, self.validation_set = (
+            CaptionedImages(some, self.family.tokenize([r.caption for r in some]), resolution, True, False)
+            for some in (self.records, self.heldout)
+        )
+        for images in (self.train_set, self.validation_set):
+            images.cache_latents(self.family.encode_images, args.train_batch_size, progress=False)
+
+    @property
+    def targets(self) -> dict[str, list[str]]:
+        """Layers that get an adapter, by component."""
+        targets = {name: self.family.default_targets(name) for name in self.family.adapted}
+        if self.args.lora_layers is not None:
+            targets["unet"] = layer_names(self.args.lora_layers)
+        return targets
+
+    def batches(self, seed: int, batch_size: int, num_batches: int) -> Iterator[dict[str, Tensor]]:
+        """The batches that `train_sd_lora.py` trains on with this seed."""
+        for keys in DataOrder(len(self.train_set), batch_size, seed, range(num_batches)):
+            yield default_collate([self.train_set[key] for key in keys])
+
+    def validate(self) -> float:
+        """Loss on the held-out images; noise and timesteps are the same in every call."""
+        repeats = -(-MIN_VALIDATION_SAMPLES // len(self.validation_set))
+        batches = (b for _ in range(repeats) for b in fixed_batches(self.validation_set, self.args.train_batch_size))
+        with evaluating(self.family.adapted.values()):
+            return fixed_noise_loss(self.family, batches, repeats * len(self.validation_set))
+
+
+class ImageScorer:
+    """Draws samples and scores them.
+
+    The model is in float32 whatever it was trained in: the samples of an offset init at step 0 are then the base's.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args = args
+        self.records, self.heldout = split_records(args)
+        self.family = load_family(args, device, torch.float32)
+        self.resolution = args.resolution or self.family.resolution
+        self._features: dict[Any, Tensor] = {}
+        self.encoders = [load_encoder(name, device) for name in encoder_names(args)]
+        spread = self.heldout[:: max(1, len(self.heldout) // args.num_eval_prompts)]
+        # with fewer held-out images than prompts a caption is drawn from several seeds
+        self.truths = [spread[index % len(spread)] for index in range(args.num_eval_prompts)]
+        self.everything = [*self.records, *self.heldout]
+        self.prompts = [record.caption for record in self.truths]
+        self.drift_prompts = list(args.drift_prompts or self._default_drift_prompts())
+        diverse = self.prompts[:NUM_DIVERSITY_PROMPTS]
+        self.diversity_prompts = [prompt for prompt in diverse for _ in range(NUM_DIVERSITY_SAMPLES)]
+
+    def _default_drift_prompts(self) -> Sequence[str]:
+        return EMOJI_DRIFT_PROMPTS if is_bundled(self.args) else DRIFT_PROMPTS
+
+    @cached_property
+    def grid_columns(self) -> list[str]:
+        """Prompts of the columns of the picture grid: held-out prompts, and the first unrelated one."""
+        return [*self.prompts[: GRID_COLUMNS - 1], self.drift_prompts[0]]
+
+    def draw(self) -> tuple[dict[str, list[Image.Image]], list[Image.Image]]:
+        """Samples by purpose with the weights as they are now, and the strip for the picture grid."""
+        with evaluating(self.family.adapted.values()):
+            drawn = {
+                purpose: self._sample(prompts, purpose)
+                for purpose, prompts in (
+                    ("prompts", self.prompts),
+                    ("diversity", self.diversity_prompts),
+                    ("drift", self.drift_prompts),
+                )
+            }
+        return drawn, [*drawn["prompts"][: GRID_COLUMNS - 1], drawn["drift"][0]]
+
+    def draw_base(self) -> tuple[dict[str, list[Image.Image]], list[Image.Image]]:
+        """As :meth:`draw`, for the base model."""
+        with adapters.adapters_disabled(self.family.adapted):
+            return self.draw()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Set the adapters."""
+        adapters.load_adapter_state_dict(dict(self.family.adapted), state, use_rslora=self.args.use_rslora)
+
+    def score(self, drawn: Mapping[str, list[Image.Image]], base: Mapping[str, list[Image.Image]]) -> dict[str, float]:
+        """Every metric under the name `metric@encoder`."""
+        scores: dict[str, float] = {}
+        for encoder in self.encoders:
+            features = encoder.encode_images(drawn["prompts"])
+            truths, training = self._real(encoder, self.truths), self._real(encoder, self.records)
+            values = {
+                "paired_similarity": metrics.paired_similarity(features, truths),
+                "image_similarity": metrics.image_similarity(features, training),
+                "drift": metrics.drift(encoder.encode_images(drawn["drift"]), encoder.encode_images(base["drift"])),
+                "perceptual_diversity": metrics.diversity(
+                    encoder.patch_features(drawn["diversity"]), self.diversity_prompts
+                ),
+            }
+            if len(self.prompts) >= MIN_KID_SAMPLES <= len(self.everything):
+                lengths_kept = encoder.encode_images(drawn["prompts"], normalize=False)
+                values["kid"] = metrics.kid(lengths_kept, self._real(encoder, self.everything, normalize=False)).full
+            if isinstance(encoder, ImageTextEncoder):
+                values["text_alignment"] = metrics.text_alignment(features, encoder.encode_texts(self.prompts))
+            scores |= {f"{metric}@{encoder.name}": value for metric, value in values.items()}
+        return scores
+
+    def _real(self, encoder: ImageEncoder, records: Sequence[ImageRecord], normalize: bool = True) -> Tensor:
+        key = (encoder.name, len(records), records[0].path.as_posix(), normalize)
+        if key not in self._features:
+            images = [load_image(record.path) for record in records]
+            self._features[key] = encoder.encode_images(images, normalize=normalize)
+        return self._features[key]
+
+    def _sample(self, prompts: Sequence[str], purpose: str) -> list[Image.Image]:
+        images: list[Image.Image] = []
+        size = self.args.sample_batch_size
+        for start in range(0, len(prompts), size):
+            chunk = list(prompts[start : start + size])
+            images += self.family.sample(
+                chunk,
+                [derive_seed("sample", purpose, start + column) for column in range(len(chunk))],
+                resolution=self.resolution,
+                num_inference_steps=self.args.validation_inference_steps,
+                guidance_scale=self.args.validation_guidance_scale,
+            )
+        return images
+
+
+def is_bundled(args: argparse.Namespace) -> bool:
+    """Whether the base is the bundled one."""
+    return str(args.pretrained_model_name_or_path) == str(BUNDLED_BASE)
+
+
+def encoder_names(args: argparse.Namespace) -> list[str]:
+    """The encoders that images are scored with: the bundled one for the bundled base, DINOv2 and CLIP otherwise."""
+    return list(args.encoders or ([str(BUNDLED_ENCODER)] if is_bundled(args) else HUB_ENCODERS))
+
+
+def load_family(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> StableDiffusionFamily:
+    """The base in this precision."""
+    family = StableDiffusionFamily.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        weight_dtype=dtype,
+        device=device,
+        train_text_encoder=args.train_text_encoder,
+        snr_gamma=args.snr_gamma,
+    )
+    if device.type == "cpu":
+        # The backward pass of the fused attention is slow on processors: plain products are 1.2 times as fast.
+        family.unet.set_attn_processor(AttnProcessor())
+    return family

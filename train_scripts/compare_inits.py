@@ -1,0 +1,609 @@
+"""Compare initialisations: the same data, seeds and budget for each, over learning rates and seeds.
+
+    python train_scripts/compare_inits.py --output_dir outputs/compare
+
+trains {inits} x {learning rates} x {seeds} on the bundled base and style set, scores them over the steps and writes
+`report.html`, with the tables and pictures that it shows beside it. An init may carry options, its method's or those of
+the run:
+
+    --inits gaussian cntlora cntlora:gauge=balanced cntlora:variable_rank=true eva:init_num_batches=8
+
+Start it again after an interruption: finished runs are kept, and the results are those of an uninterrupted one. The
+grid may grow between calls. Under `accelerate launch` with several processes the grid is split among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from common import (
+    ROOT,
+    add_dataset_arguments,
+    add_lora_arguments,
+    add_optimizer_arguments,
+    build_method,
+    check_positive,
+    make_optimizer,
+    prepare_output_dir,
+    run_script,
+    save_sample_row,
+    seeded_generator,
+    validate_shared_arguments,
+    versions,
+    write_json,
+)
+from common_compare import BUNDLED_BASE, ImageScorer, StableDiffusionTask, encoder_names, split_records
+from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from lorainit_diffusers import adapters
+from lorainit_diffusers.evaluation import Comparison, write_report
+from lorainit_diffusers.families.sd import check_base
+from lorainit_diffusers.initialize import initialize
+from lorainit_diffusers.methods import METHODS, Initializer
+
+# Fractions of the budget at which runs are evaluated: dense where the curves are steep.
+EVAL_FRACTIONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+IMAGE_FRACTIONS = (0.0, 0.2, 1.0)
+BASELINES = ("gaussian", "orthonormal")
+# A killed comparison goes on only with the same of these; the grid itself may grow.
+FIXED_ARGUMENTS = (
+    *("pretrained_model_name_or_path", "revision", "variant", "train_data_dir", "instance_data_dir", "instance_prompt"),
+    *("image_column", "caption_column", "resolution", "rank", "lora_alpha", "lora_dropout", "use_rslora"),
+    *("lora_layers", "train_text_encoder", "snr_gamma", "init_num_batches", "equal_parameters", "optimizer"),
+    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "lr_scheduler"),
+    *("lr_warmup_steps", "max_train_steps", "train_batch_size", "mixed_precision", "eval_steps", "image_steps"),
+    *("encoders", "num_eval_prompts", "drift_prompts", "validation_inference_steps", "validation_guidance_scale"),
+)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Init:
+    """One column of the comparison: a method with its hyper-parameters, and what else sets its runs apart.
+
+    Attributes:
+        label: as on the command line.
+        method: the configured method.
+        variable_rank: ranks by score under the budget.
+        init_num_batches: batches of the collection pass.
+        a_lr_ratio: learning rate of A divided by that of B (0 freezes A; LoRA+, arXiv:2402.12354, has it below 1).
+    """
+
+    label: str
+    name: str
+    method: Initializer
+    variable_rank: bool = False
+    init_num_batches: int | None = None
+    a_lr_ratio: float = 1.0
+
+    @classmethod
+    def parse(cls, label: str) -> Init:
+        """Read `name` or `name:key=value,key=value`.
+
+        Raises:
+            ValueError: for an unknown name, key or value.
+        """
+        name, _, text = label.partition(":")
+        of_run: dict[str, Any] = {}
+        of_method: list[str] = []
+        kinds: dict[str, Callable[[str], Any]] = {
+            "variable_rank": lambda value: {"true": True, "false": False}[value.lower()],
+            "init_num_batches": int,
+            "a_lr_ratio": float,
+        }
+        for option in filter(None, text.split(",")):
+            key, _, value = option.partition("=")
+            if key not in kinds:
+                of_method.append(option)
+                continue
+            try:
+                of_run[key] = kinds[key](value)
+            except (ValueError, KeyError):
+                raise ValueError(f"--inits {label!r}: {value!r} is not a value of {key}") from None
+        try:
+            init = cls(label, name, build_method(name, of_method), **of_run)
+        except ValueError as error:
+            raise ValueError(f"--inits {label!r}: {error}; options of the run are {', '.join(kinds)}") from None
+        if init.init_num_batches is not None and init.init_num_batches < 1:
+            raise ValueError(f"--inits {label!r}: init_num_batches={init.init_num_batches} must be at least 1")
+        if init.a_lr_ratio < 0:
+            raise ValueError(f"--inits {label!r}: a_lr_ratio={init.a_lr_ratio} must not be negative")
+        return init
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the grid."""
+
+    init: Init
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its folder and in the results."""
+        label = re.sub(r"[^\w.=+-]+", "-", self.init.label)
+        return f"{label}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("comparison").add_argument
+    add("--output_dir", default="outputs/compare-inits")
+    default_inits = ["cntlora", "gradient_whitened", "orthonormal", "gaussian"]
+    add("--inits", nargs="+", default=default_inits, help=f"of {', '.join(METHODS)}, with options after a colon")
+    add("--learning_rates", nargs="+", type=float, default=[1e-3, 2e-3])
+    add("--seeds", nargs="+", type=int, default=[0, 1])
+    add("--eval_steps", nargs="+", type=int, help="steps of the validation loss (default: 0 and ten more)")
+    add("--image_steps", nargs="+", type=int, help="steps of the samples (default: 0, a fifth and the end)")
+    add("--image_metrics", default="best", choices=("best", "all", "none"), help="runs that are sampled from")
+    add("--encoders", nargs="+", help="folders or hub names (default: bundled; DINOv2 and CLIP for a base of yours)")
+    add("--num_eval_prompts", type=int, default=12, help="held-out prompts that are sampled (default 12)")
+    add("--drift_prompts", nargs="+", help="prompts that have nothing to do with the data")
+    add("--validation_inference_steps", type=int, default=15)
+    add("--validation_guidance_scale", type=float, default=4.0)
+    add("--sample_batch_size", type=int, default=8)
+    add("--equal_parameters", action="store_true", help="equal number of parameters, not sum of ranks")
+    add("--init_num_batches", type=int, default=64, help="batches that the collection pass sees (default 64)")
+    add("--num_workers", type=int, help="processes on this machine (default: 1 a GPU, up to 2 on the processor)")
+    add("--keep_snapshots", action="store_true", help="keep the adapters of the image steps")
+    add("--part", help=argparse.SUPPRESS)
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", default=str(BUNDLED_BASE), help="folder or hub name (default: bundled)")
+    add("--revision", help="hub revision")
+    add("--variant", help="weight variant, such as fp16")
+    add("--snr_gamma", type=float, help="min-SNR weighting (default: off)")
+    add_lora_arguments(parser)
+    add_dataset_arguments(parser)
+    add_optimizer_arguments(parser, max_train_steps=100)
+    args = parser.parse_args(argv)
+    args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
+    if args.train_data_dir is None and args.instance_data_dir is None:
+        args.train_data_dir = str(ROOT / "assets" / "data" / "high-contrast")
+    if args.mixed_precision is None:
+        args.mixed_precision = "no"
+    steps = args.max_train_steps
+    for name, fractions in (("eval_steps", EVAL_FRACTIONS), ("image_steps", IMAGE_FRACTIONS)):
+        chosen = getattr(args, name) or [round(fraction * steps) for fraction in fractions]
+        chosen = sorted({0, *chosen, steps})
+        if chosen[0] < 0 or chosen[-1] > steps:
+            raise ValueError(f"--{name} {chosen}: steps go from 0 to --max_train_steps {steps}")
+        setattr(args, name, chosen)
+    check_positive(
+        args,
+        *("rank", "resolution", "init_num_batches", "train_batch_size", "max_train_steps", "num_eval_prompts"),
+        *("validation_inference_steps", "sample_batch_size", "num_workers"),
+    )
+    validate_shared_arguments(args)
+    for name in ("inits", "learning_rates", "seeds"):
+        values = getattr(args, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name} {' '.join(map(str, values))}: name each once")
+    if min(args.learning_rates) <= 0:
+        raise ValueError(f"--learning_rates {min(args.learning_rates)}: must be positive")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run what is missing of the grid, then write the results and the report; returns the directory."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
+    inits = [Init.parse(label) for label in args.inits]
+    check_base(args.pretrained_model_name_or_path)
+    records, heldout = split_records(args)
+    output_dir = prepare_output_dir(args.output_dir)
+    runs = [Run(i, lr, seed) for i in inits for seed in args.seeds for lr in args.learning_rates]
+
+    # the grid is split by hand: a process that waits for another one's runs may wait for hours
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=30))
+    accelerator = Accelerator(cpu=args.part is not None and not torch.cuda.is_available(), kwargs_handlers=[patience])
+    part, num_parts = accelerator.process_index, accelerator.num_processes
+    workers = 1
+    if args.part is not None:
+        part, num_parts = map(int, args.part.split("/"))
+        threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    elif num_parts == 1:
+        workers = args.num_workers or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
+    is_main = args.part is None and accelerator.is_main_process
+    if is_main:
+        check_same_comparison(output_dir, args)
+        write_config(output_dir, args, argv, str(accelerator.device), len(records), len(heldout))
+    accelerator.wait_for_everyone()
+
+    for phase, work, num_rows in (
+        ("training", train_runs, lambda: len(runs) * len(args.eval_steps)),
+        ("sampling", score_runs, lambda: len(runs_to_score(output_dir, runs, args)) * len(args.image_steps)),
+    ):
+        if args.part is not None and phase != os.environ["LORAINIT_COMPARE_PHASE"]:
+            continue
+        if num_rows() == 0:
+            continue
+        with tqdm(total=num_rows(), desc=phase, unit="evaluation", disable=not is_main) as bar:
+            if workers > 1:
+                run_workers(
+                    output_dir, argv, phase, workers, bar, lambda p=phase: count_rows(output_dir, runs, args, p)
+                )
+            else:
+                work(output_dir, runs, args, accelerator.device, part, num_parts, bar)
+        accelerator.wait_for_everyone()
+        if is_main:
+            write_results(output_dir, runs, args)
+        accelerator.wait_for_everyone()
+    if is_main:
+        for path in write_report(output_dir):
+            print(path)
+    return output_dir
+
+
+def train_runs(
+    output_dir: Path,
+    runs: Sequence[Run],
+    args: argparse.Namespace,
+    device: torch.device,
+    part: int,
+    num_parts: int,
+    bar: tqdm[Any],
+) -> None:
+    """Train this process's part of the grid; the runs of one init and seed share the initialisation."""
+    groups: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.init.label, run.seed), []).append(run)
+    task: StableDiffusionTask | None = None
+    for group in list(groups.values())[part::num_parts]:
+        missing = [run for run in group if not (output_dir / "runs" / run.name / "result.json").exists()]
+        bar.update((len(group) - len(missing)) * len(args.eval_steps))
+        if not missing:
+            continue
+        task = task or StableDiffusionTask(args, device)
+        state, init_report, init_s = initialise(task, missing[0], args)
+        for run in missing:
+            adapters.load_adapter_state_dict(
+                dict(task.family.adapted), state, use_rslora=args.use_rslora, lora_dropout=args.lora_dropout
+            )
+            train(task, run, args, output_dir / "runs" / run.name, init_report, init_s, bar)
+
+
+def initialise(
+    task: StableDiffusionTask, run: Run, args: argparse.Namespace
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], float]:
+    """The initial adapters of a run, the report, and the seconds that they took."""
+    init = run.init
+    num_batches = init.init_num_batches or args.init_num_batches
+    budget = None
+    if init.variable_rank and args.equal_parameters:
+        layers = [
+            layer
+            for name, module in task.family.adapted.items()
+            for layer in adapters.target_layers(module, task.targets[name]).values()
+        ]
+        budget = sum(args.rank * (layer.in_features + layer.out_features) for layer in layers)
+    report = initialize(
+        task.family,
+        init.method,
+        task.batches(run.seed, args.train_batch_size, num_batches),
+        rank=args.rank,
+        alpha=args.lora_alpha,
+        target_modules=task.targets,
+        num_batches=num_batches,
+        variable_rank=init.variable_rank,
+        parameter_budget=budget,
+        seed=run.seed,
+        use_rslora=args.use_rslora,
+        lora_dropout=args.lora_dropout,
+        progress=False,
+    )
+    init_s = report.forward_s + report.statistics_s + report.solve_s
+    return adapters.adapter_state_dict(task.family.adapted), report.to_json(), init_s
+
+
+def train(
+    task: StableDiffusionTask,
+    run: Run,
+    args: argparse.Namespace,
+    directory: Path,
+    init_report: Mapping[str, Any],
+    init_s: float,
+    bar: tqdm[Any],
+) -> None:
+    """Train one run from the adapters as they are; a loss that is no longer finite ends it and counts as the worst."""
+    (directory / "snapshots").mkdir(parents=True, exist_ok=True)
+    progress_path = directory / "progress.jsonl"
+    progress_path.write_text("", encoding="utf-8")
+    write_json(directory / "init_report.json", init_report)
+    modules = dict(task.family.adapted)
+    parameters = [p for module in modules.values() for p in adapters.trainable_parameters(module)]
+    groups = [
+        {"params": parameters[0::2], "lr": run.learning_rate * run.init.a_lr_ratio},
+        {"params": parameters[1::2], "lr": run.learning_rate},
+    ]
+    optimizer = make_optimizer(args, groups)
+    scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
+    rows: list[Row] = []
+    train_s = 0.0
+    diverged = False
+
+    def evaluate(step: int) -> None:
+        loss = math.inf if diverged else task.validate()
+        rows.append({"step": step, task.primary_metric: loss if math.isfinite(loss) else math.inf, "train_s": train_s})
+        if step in args.image_steps and not diverged:
+            save_file(adapters.adapter_state_dict(modules), directory / "snapshots" / f"step-{step:06d}.safetensors")
+        with progress_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        bar.update()
+
+    for module in modules.values():
+        module.train()
+    evaluate(0)
+    for step, batch in enumerate(task.batches(run.seed, args.train_batch_size, args.max_train_steps), start=1):
+        start = time.perf_counter()
+        if not diverged:
+            # the numbers that train_sd_lora.py draws on one process
+            parts = (run.seed, "step", step, 0, 0)
+            torch.manual_seed(seeded_generator(*parts).initial_seed())  # for the dropout of the adapters
+            loss = task.family.loss(batch, seeded_generator(*parts))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            diverged = not math.isfinite(float(loss.detach()))
+        train_s += time.perf_counter() - start
+        if step in args.eval_steps:
+            evaluate(step)
+    result = {
+        "rank": args.rank,
+        "num_parameters": sum(p.numel() for p in parameters),
+        "init_s": init_s,
+        "rows": rows,
+    }
+    write_whole(directory / "result.json", result)
+
+
+def write_whole(path: Path, document: Mapping[Any, Any]) -> None:
+    """Write JSON that is there in full or not at all: a run either has its result or is run again."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    write_json(part, document)
+    part.replace(path)
+
+
+def runs_to_score(output_dir: Path, runs: Sequence[Run], args: argparse.Namespace) -> list[Run]:
+    """The runs that samples are drawn from: none, all, or those at the best learning rate of each init."""
+    if args.image_metrics == "none":
+        return []
+    if args.image_metrics == "all":
+        return list(runs)
+    best = Comparison.load(output_dir).best_learning_rates()
+    return [run for run in runs if best.get(run.init.label) == run.learning_rate]
+
+
+def score_runs(
+    output_dir: Path,
+    runs: Sequence[Run],
+    args: argparse.Namespace,
+    device: torch.device,
+    part: int,
+    num_parts: int,
+    bar: tqdm[Any],
+) -> None:
+    """Draw samples from this process's part of the runs at the image steps and score them."""
+    scorer: ImageScorer | None = None
+    base: Any = None
+    for run in runs_to_score(output_dir, runs, args)[part::num_parts]:
+        directory = output_dir / "runs" / run.name
+        if (directory / "scores.json").exists():
+            bar.update(len(args.image_steps))
+            continue
+        (directory / "samples").mkdir(exist_ok=True)
+        scored: dict[int, dict[str, float]] = {}
+        for step in args.image_steps:
+            snapshot = directory / "snapshots" / f"step-{step:06d}.safetensors"
+            if snapshot.exists():  # a run that diverged has none
+                scorer = scorer or ImageScorer(args, device)
+                scorer.load(load_file(snapshot))
+                if base is None:
+                    base, strip = scorer.draw_base()
+                    if part == 0:
+                        save_sample_row(output_dir, "base", strip)
+                        write_json(output_dir / "prompts.json", {"prompts": scorer.grid_columns})
+                drawn, strip = scorer.draw()
+                save_sample_row(directory / "samples", f"step-{step:06d}", strip)
+                scored[step] = scorer.score(drawn, base)
+            bar.update()
+        write_whole(directory / "scores.json", scored)
+
+
+def run_workers(
+    output_dir: Path, argv: Sequence[str], phase: str, workers: int, bar: tqdm[Any], count: Callable[[], int]
+) -> None:
+    """Run this script once for each part of the grid and show their common progress.
+
+    Raises:
+        ValueError: when a worker fails; the message has its last line.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {
+        **os.environ,
+        "LORAINIT_COMPARE_PHASE": phase,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+    }
+    logs = [output_dir / f"worker-{worker}.log" for worker in range(workers)]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for worker, log in enumerate(logs):
+            command = [sys.executable, __file__, *argv, "--part", f"{worker}/{workers}"]
+            with log.open("wb") as file:
+                processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+        while any(process.poll() is None for process in processes):
+            for process, log in zip(processes, logs, strict=True):
+                if process.poll():
+                    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+                    last = lines[-1].removeprefix("error: ") if lines else f"exit code {process.returncode}"
+                    raise ValueError(f"a worker failed ({log}): {last}")
+            bar.update(count() - bar.n)
+            time.sleep(1.0)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
+    bar.update(count() - bar.n)
+
+
+def end_with_parent(parent: int) -> None:
+    """End this worker when the process that started it is gone: a restarted comparison has workers of its own."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def count_rows(output_dir: Path, runs: Sequence[Run], args: argparse.Namespace, phase: str) -> int:
+    """Evaluations that are done, for the progress bar."""
+    total = 0
+    for directory in (output_dir / "runs" / run.name for run in runs):
+        if phase == "sampling":
+            total += len(args.image_steps) * (directory / "scores.json").exists()
+        elif (directory / "result.json").exists():
+            total += len(args.eval_steps)
+        elif (directory / "progress.jsonl").exists():
+            total += (directory / "progress.jsonl").read_bytes().count(b"\n")
+    return total
+
+
+def write_results(output_dir: Path, runs: Sequence[Run], args: argparse.Namespace) -> None:
+    """Write `results.csv`, which is a function of the arguments alone, and the measured seconds in `timings.csv`."""
+    rows: list[Row] = []
+    timings: list[Row] = []
+    metric_columns: dict[str, None] = {}
+    for run in runs:
+        directory = output_dir / "runs" / run.name
+        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+        scores: dict[str, dict[str, float]] = {}
+        if args.image_metrics != "none" and (directory / "scores.json").exists():
+            scores = json.loads((directory / "scores.json").read_text(encoding="utf-8"))
+        for line in result["rows"]:
+            scored = scores.get(str(line["step"]), {})
+            metric_columns |= dict.fromkeys(scored)
+            rows.append(
+                {
+                    "run": run.name,
+                    "init": run.init.label,
+                    "learning_rate": run.learning_rate,
+                    "seed": run.seed,
+                    "rank": result["rank"],
+                    "num_parameters": result["num_parameters"],
+                    **{name: value for name, value in line.items() if name != "train_s"},
+                    **scored,
+                }
+            )
+            timings.append(
+                {
+                    "run": run.name,
+                    "step": line["step"],
+                    "init_s": round(result["init_s"], 3),
+                    "train_s": round(line["train_s"], 3),
+                }
+            )
+    columns = dict.fromkeys(name for row in rows for name in row if name not in metric_columns)
+    for path, table, names in (
+        (output_dir / "results.csv", rows, [*columns, *metric_columns]),
+        (output_dir / "timings.csv", timings, ["run", "step", "init_s", "train_s"]),
+    ):
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+
+
+def write_config(
+    output_dir: Path, args: argparse.Namespace, argv: Sequence[str], device: str, num_images: int, num_heldout: int
+) -> None:
+    """Write what the report says of the comparison beside its numbers."""
+    dataset = Path(args.instance_data_dir or args.train_data_dir)
+    write_json(
+        output_dir / "config.json",
+        {
+            "arguments": {name: value for name, value in vars(args).items() if name != "part"},
+            "command": " ".join(["python train_scripts/compare_inits.py", *map(shlex.quote, argv)]),
+            "base_model": _short(args.pretrained_model_name_or_path),
+            "dataset": _short(dataset),
+            "num_images": num_images,
+            "num_heldout_images": num_heldout,
+            "versions": versions(),
+            "hardware": hardware(device),
+            "date": datetime.date.today().isoformat(),
+            "primary_metric": StableDiffusionTask.primary_metric,
+            "encoder": ", ".join(Path(name).name for name in encoder_names(args)),
+            "baselines": [label for label in args.inits if label in BASELINES],
+            "seeds": args.seeds,
+            "learning_rates": dict.fromkeys(args.inits, args.learning_rates),
+            "max_train_steps": args.max_train_steps,
+        },
+    )
+
+
+def check_same_comparison(output_dir: Path, args: argparse.Namespace) -> None:
+    """See that results from an earlier call belong to this comparison.
+
+    Raises:
+        ValueError: naming the first option that differs.
+    """
+    path = output_dir / "config.json"
+    if not path.is_file():
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+    for name in FIXED_ARGUMENTS:
+        if getattr(args, name) != earlier[name]:
+            raise ValueError(
+                f"--{name} is {getattr(args, name)!r}, but --output_dir {str(output_dir)!r} holds runs with "
+                f"{earlier[name]!r}; use the same or another directory"
+            )
+
+
+def hardware(device: str) -> str:
+    """The device in words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{os.cpu_count()} cores of {name}"
+
+
+def _short(path: str | Path) -> str:
+    """A path inside the repository without the repository's own place."""
+    return str(path).removeprefix(f"{ROOT}{os.sep}")
+
+
+if __name__ == "__main__":
+    run_script(main)
