@@ -17,7 +17,8 @@ Definitions, for one initialisation and one baseline (`gaussian`, `orthonormal`)
 - **robustness**: mean over the learning rates that all initialisations share, at a fixed step, and the worst of them.
 
 Intervals are 95 % paired percentile bootstraps over seeds. A difference is called better or worse when its interval
-excludes 0, a ratio when it excludes 1. Of few seeds such intervals are too narrow: see `chance_of_verdict`.
+excludes 0, a ratio when it excludes 1; where a seed never reaches the target, the interval ends at infinity. Of few
+seeds such intervals are too narrow: see `chance_of_verdict`.
 
 A run that diverged (a score that is missing or not finite) is as bad as can be, not absent: its score is infinitely
 bad, and in the mean over learning rates it counts as the worst score that any run had at any step.
@@ -30,7 +31,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -231,8 +232,9 @@ class Comparison:
 
     @cached_property
     def early_step(self) -> int | None:
-        """The step nearest to a quarter of the budget that every finished run was evaluated at."""
-        shared = set[int].intersection(*(set(run.curves[self.primary]) for run in self.runs if self.finished(run)))
+        """The step nearest to a quarter of the budget that every run to the end was evaluated at."""
+        curves = [run.curves[self.primary] for run in self.runs]
+        shared = set[int].intersection(*(set(curve) for curve in curves if self.last_step in curve))
         shared -= {0, self.last_step}
         aim = EARLY_FRACTION * self.last_step
         return min(sorted(shared), key=lambda step: abs(step - aim), default=None)
@@ -358,7 +360,7 @@ class Comparison:
                 )
         if not reached:
             return None
-        timed = all(math.isfinite(r.end[1]) and not math.isnan(r.ours[1] + r.ours_easier[1]) for r in reached)
+        timed = not any(math.isnan(r.end[1] + r.ours[1] + r.ours_easier[1] + r.theirs_easier[1]) for r in reached)
 
         def ratio(numerators: Iterable[float], denominators: Iterable[float]) -> Estimate | None:
             a, b = list(numerators), list(denominators)
@@ -554,15 +556,10 @@ def bootstrap(
     verdict = ""
     if null is not None:
         below, above = ("worse", "better") if higher else ("better", "worse")
-        # a mean that is infinite has a seed that diverged or never got there: no resample without it undoes that
-        if a.size < 2 and math.isfinite(value):
+        if a.size < 2:
             verdict = "one seed"
-        elif high < null or value == -math.inf:
-            verdict = below
-        elif low > null or value == math.inf:
-            verdict = above
         else:
-            verdict = "tied"
+            verdict = below if high < null else above if low > null else "tied"
     return Estimate(value, low, high, a.size, verdict)
 
 
@@ -582,7 +579,11 @@ def sd(values: Sequence[float]) -> float:
 
 def _difference(pairs: Sequence[tuple[float, float]], higher: bool) -> Estimate:
     # both diverged: no difference, where inf - inf is none
-    return bootstrap([0.0 if a == b else a - b for a, b in pairs], null=0.0, higher=higher)
+    estimate = bootstrap([0.0 if a == b else a - b for a, b in pairs], null=0.0, higher=higher)
+    if math.isinf(estimate.value):
+        # a seed diverged: that some resamples do not hold it does not undo that
+        return replace(estimate, verdict="better" if (estimate.value > 0) == higher else "worse")
+    return estimate
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -175,18 +175,16 @@ def headline(comparison: Comparison, rows: Sequence[InitSummary]) -> list[str]:
     """The result in sentences, from the numbers alone: final scores, reservations, speed, untuned learning rates."""
     if not comparison.baselines:
         return ["No baseline has finished a run, so nothing can be compared yet.", *_reservations(comparison, rows)]
-    seeds = sorted({row.num_seeds for row in rows})
-    over = f"Over {' to '.join(dict.fromkeys(map(str, (seeds[0], seeds[-1]))))} seeds"
-    sentences = [f"{over}: " + " ".join(_final_sentence(baseline, rows) for baseline in comparison.baselines)]
+    sentences = [" ".join(_final_sentence(baseline, rows) for baseline in comparison.baselines)]
     sentences += _reservations(comparison, rows)
-    sentences.append(" ".join(_speed_sentence(baseline, rows) for baseline in comparison.baselines))
-    if len(comparison.shared_learning_rates) > 1:
-        sentences.append(_untuned_sentence(comparison, rows))
-    return sentences
+    sentences.append(" ".join(filter(None, (_speed_sentence(baseline, rows) for baseline in comparison.baselines))))
+    sentences.append(_untuned_sentence(comparison, rows))
+    return list(filter(None, sentences))
 
 
 def _final_sentence(baseline: str, rows: Sequence[InitSummary]) -> str:
-    verdicts = {row.init: row.differences[baseline].verdict for row in rows if baseline in row.differences}
+    differences = {row.init: row.differences[baseline] for row in rows if baseline in row.differences}
+    verdicts = {init: difference.verdict for init, difference in differences.items()}
     better = [init for init, verdict in verdicts.items() if verdict == "better"]
     worse = [init for init, verdict in verdicts.items() if verdict == "worse"]
     if not verdicts:
@@ -195,7 +193,9 @@ def _final_sentence(baseline: str, rows: Sequence[InitSummary]) -> str:
         return f"One seed gives no interval, so nothing is said of final scores against {baseline}."
     num_tied = len(verdicts) - len(better) - len(worse)
     parts = [_count(len(worse), "ends worse", "end worse"), _count(num_tied, "is tied", "are tied")]
-    rest = "".join(f"{mark} {part}" for mark, part in zip(";,", filter(None, parts), strict=False))
+    seeds = sorted({difference.num_seeds for difference in differences.values()})
+    over = f" ({' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds)"
+    rest = over + "".join(f"{mark} {part}" for mark, part in zip(";,", filter(None, parts), strict=False))
     if better:
         verb = "ends" if len(better) == 1 else "end"
         return f"{_listed(better)} {verb} better than {baseline}, each at its best learning rate{rest}."
@@ -207,7 +207,10 @@ def _speed_sentence(baseline: str, rows: Sequence[InitSummary]) -> str:
         row.init: ratio
         for row in rows
         if row.init != baseline and baseline in row.speeds and (ratio := row.speeds[baseline].ratio) is not None
+        if ratio.num_seeds > 1
     }
+    if not ratios:
+        return ""
     faster = {init: ratio for init, ratio in ratios.items() if ratio.verdict == "better"}
     way = f"{_WAY} of the improvement that {baseline} ends with"
     if not faster:
@@ -223,10 +226,13 @@ def _untuned_sentence(comparison: Comparison, rows: Sequence[InitSummary]) -> st
     parts: list[str] = []
     for step in filter(None, (comparison.early_step, comparison.last_step)):
         for baseline in comparison.baselines:
-            found = [(row.init, row.late if step == comparison.last_step else row.early) for row in rows]
-            pairs = {init: r.differences[baseline].verdict for init, r in found if r and baseline in r.differences}
-            better = [init for init, verdict in pairs.items() if verdict == "better"]
-            parts.append(f"{len(better)} of {len(pairs)} are better than {baseline} at step {step}")
+            found = [row.late if step == comparison.last_step else row.early for row in rows]
+            verdicts = [r.differences[baseline].verdict for r in found if r and baseline in r.differences]
+            if set(verdicts) - {"one seed"}:
+                num_better = verdicts.count("better")
+                parts.append(f"{num_better} of {len(verdicts)} are better than {baseline} at step {step}")
+    if len(comparison.shared_learning_rates) < 2 or not parts:
+        return ""
     rates = len(comparison.shared_learning_rates)
     return f"In the mean over the {rates} learning rates, which is what an untuned one gives, {_listed(parts)}."
 
@@ -252,10 +258,22 @@ def _reservations(comparison: Comparison, rows: Sequence[InitSummary]) -> list[s
         )
     if comparison.last_step < comparison.config["max_train_steps"]:
         sentences.append(f"Runs end at step {comparison.last_step} of {comparison.config['max_train_steps']}.")
+    edge = [row.init for row in rows if row.learning_rate in _ends(comparison, row.init)]
+    if edge:
+        which = "each initialisation" if len(edge) == len(rows) else _listed(edge)
+        sentences.append(
+            f"The best learning rate of {which} lies at the edge of its grid: a better one may lie outside."
+        )
     diverged = [run.name for run in comparison.runs if any(map(math.isinf, run.curves[comparison.primary].values()))]
     if diverged:
         sentences.append(f"{len(diverged)} of {num_finished} runs diverged, and count as worst: {_some(diverged)}.")
     return sentences
+
+
+def _ends(comparison: Comparison, init: str) -> list[float]:
+    """The lowest and the highest learning rate that an initialisation was run with."""
+    rates = list(comparison.grid(init))
+    return [rates[0], rates[-1]]
 
 
 def _summary_table(comparison: Comparison, rows: Sequence[InitSummary]) -> Table:
@@ -442,7 +460,7 @@ def _how_to_read(comparison: Comparison, rows: Sequence[InitSummary]) -> list[st
         "by seed). Better or worse says that the interval excludes no difference, tied that it does not. Of few "
         "seeds the intervals are too narrow, and a list of many comparisons will hold some verdicts by chance.",
         "Steps to a final score are those to the first crossing, linear between evaluated steps, seed by seed. A run "
-        "that never gets there makes the mean infinite: never.",
+        "that never gets there makes the mean infinite (never), and the interval of a ratio ends at never.",
         "A run that diverged has an infinitely bad score; in a mean over learning rates it counts as the worst score "
         "that any run had at any step.",
         "Seconds are of one machine and of runs that may have shared it; compare them only with one another.",
@@ -504,11 +522,13 @@ def _ratio_cell(estimate: Estimate | None, *, compared: bool = True) -> Cell:
     """A ratio with its verdict in words and its interval."""
     if estimate is None:
         return Cell("–")
-    verdict = _FASTER[estimate.verdict] if compared else ""
+    value = "some never" if math.isfinite(estimate.low) and math.isinf(estimate.value) else _ratio(estimate.value)
     interval = f"[{_ratio(estimate.low)}, {_ratio(estimate.high)}]"
     if estimate.num_seeds < 2 or math.isinf(estimate.low):
         interval = ""
-    return Cell(f"{_ratio(estimate.value)} {verdict}".strip(), estimate.verdict if compared else "", interval)
+    if not compared:
+        return Cell(value, detail=interval)
+    return Cell(f"{value}{',' if 'never' in value else ''} {_FASTER[estimate.verdict]}", estimate.verdict, interval)
 
 
 def _own_ratio_cell(init: str, baseline: str, estimate: Estimate | None) -> Cell:

@@ -58,6 +58,7 @@ def test_steps_and_seconds_to_the_target_by_hand(tmp_path: Path) -> None:
     assert speed.ratio.value == pytest.approx(sum(ours) / sum(theirs))
     assert speed.ratio.verdict == "better"
     # 0.1 s a step, and one second of initialisation
+    assert speed.seconds is not None
     assert speed.seconds == pytest.approx(1.0 + 0.1 * speed.steps)
     assert speed.seconds_share is not None
     assert speed.seconds_share.value == pytest.approx(speed.seconds / 10.0)
@@ -128,6 +129,14 @@ def test_a_diverged_run_is_the_worst_and_is_not_dropped(tmp_path: Path, bad: str
     assert (robustness.worst, robustness.num_diverged, robustness.num_runs) == (math.inf, 1, 4)
 
 
+def test_one_diverged_seed_of_three_is_worse_although_some_resamples_lack_it(tmp_path: Path) -> None:
+    curves: Curves = {("gaussian", 0.001, seed): {0: 1.0, 50: 0.5, 100: 0.5} for seed in range(3)}
+    curves |= {("eva", 0.001, seed): {0: 1.0, 50: 0.4, 100: "inf" if seed == 2 else 0.4} for seed in range(3)}
+    difference = Comparison.load(write_comparison(tmp_path, curves)).difference("eva", "gaussian")
+    assert difference.low == pytest.approx(-0.1)
+    assert (difference.value, difference.verdict) == (math.inf, "worse")
+
+
 def test_an_init_that_always_diverges_is_worse_than_a_baseline(tmp_path: Path) -> None:
     curves = hand_made()
     for rate in (0.001, 0.002):
@@ -185,9 +194,11 @@ def test_an_unfinished_grid_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_a_step_of_image_metrics_alone_is_no_divergence(tmp_path: Path) -> None:
     curves = hand_made()
-    cell = ("cntlora", 0.002, 0)
+    cell: Cell = ("cntlora", 0.002, 0)
     curves[cell] = {0: 1.0, 25: "", 50: 0.2, 100: 0.5}
-    metrics = {cell: {25: {"kid@tiny-clip": 0.25}, 100: {"kid@tiny-clip": 0.1}}}
+    metrics: dict[Cell, dict[int, dict[str, float]]] = {
+        cell: {25: {"kid@tiny-clip": 0.25}, 100: {"kid@tiny-clip": 0.1}}
+    }
     comparison = Comparison.load(write_comparison(tmp_path, curves, metrics=metrics))
     run = comparison.best_runs("cntlora")[0]
     assert run.curves["validation_loss"] == {0: 1.0, 50: 0.2, 100: 0.5}
@@ -237,10 +248,11 @@ def test_verdicts() -> None:
 
     assert [verdict([-1.0, -2.0]), verdict([1.0, 2.0]), verdict([-1.0, 1.0])] == ["better", "worse", "tied"]
     assert [verdict([-1.0, -2.0], True), verdict([1.0, 2.0], True)] == ["worse", "better"]
-    # one diverged seed of three: some resamples do not hold it, but the mean does
-    assert [verdict([-1.0, -1.0, math.inf]), verdict([-1.0, -1.0, -math.inf])] == ["worse", "better"]
+    # one seed of three never gets there: the interval ends at infinity
+    assert verdict([-1.0, -1.0, math.inf]) == "tied"
+    assert verdict([1.0, 1.0, math.inf]) == "worse"
     assert verdict([math.inf, -math.inf]) == "tied"
-    assert [verdict([-1.0]), verdict([math.inf]), verdict([0.0, 0.0])] == ["one seed", "worse", "tied"]
+    assert [verdict([-1.0]), verdict([math.inf]), verdict([0.0, 0.0])] == ["one seed", "one seed", "tied"]
     assert bootstrap([1.0, 2.0]).verdict == ""
     with pytest.raises(ValueError, match="0 numerators and 0 denominators"):
         bootstrap([])
