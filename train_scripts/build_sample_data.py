@@ -27,7 +27,7 @@ QUOTAS = {
     "blobs": {"face": 20, "smileys-emotion": 2, "animals-nature": 8, "food-drink": 4, "objects": 3, "travel-places": 3},
     "high-contrast": {"face": 10, "animals-nature": 12, "food-drink": 8, "objects": 6, "travel-places": 4},
 }
-# A set that a LoRA does not learn in a hundred steps: many concepts of one style, with the held-out ones of the small set.
+# A set that a LoRA does not learn in a hundred steps: many concepts of one style, and the held-out ones of the small.
 LARGE_SETS = {"high-contrast-large": ("high-contrast", 400)}
 # Hardly anything to see, or writing, in one of the two styles.
 UNSUITABLE = ("moon", "white-flower", "globe", "outbox-tray")

@@ -136,8 +136,9 @@ def lr_sweep_figure(comparison: Comparison) -> Figure:
         at_edge = {"transform": axis.get_xaxis_transform(), "linestyle": "none", "markersize": 7}
         marks = [("x", *point) for point in diverged] + [(off, *point) for point in outside]
         for index, (marker, rate, color) in enumerate(marks):
-            # beside one another; the rates are apart by a factor
-            axis.plot([rate * 0.955**index], [edge], marker, color=color, **at_edge)
+            # beside one another where several have the same rate; rates are apart by a factor
+            num_before = sum(other == rate for _, other, _ in marks[:index])
+            axis.plot([rate * 0.955**num_before], [edge], marker, color=color, **at_edge)
         notes = [
             text
             for text, some in (("x diverged", diverged), (f"{'▼' if off == 'v' else '▲'} off the scale", outside))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 import os
 import re
@@ -153,6 +152,11 @@ def report_blocks(comparison: Comparison, figures: dict[str, Path]) -> list[Bloc
         blocks += [Heading("Speed"), *_speed_blocks(comparison, comparison.primary)]
         for column in _similarity_columns(comparison)[:1]:
             blocks += _speed_blocks(comparison, column)
+            measured = max(len(run.curves.get(column, {})) for run in comparison.runs)
+            note = (
+                f"The similarity was measured at {measured} steps; what lies between them is read off straight lines."
+            )
+            blocks.append(Text(note))
         blocks.append(
             Text(
                 "The share of the budget flatters, because a baseline that has converged was at its final score before "
@@ -262,7 +266,7 @@ def _reservations(comparison: Comparison, rows: Sequence[InitSummary]) -> list[s
     if edge:
         which = "each initialisation" if len(edge) == len(rows) else _listed(edge)
         sentences.append(
-            f"The best learning rate of {which} lies at the edge of its grid: a better one may lie outside."
+            f"The best learning rate of {which} lies at the edge of those tried: a better one may lie outside."
         )
     diverged = [run.name for run in comparison.runs if any(map(math.isinf, run.curves[comparison.primary].values()))]
     if diverged:
@@ -480,11 +484,10 @@ def _provenance_blocks(comparison: Comparison) -> list[Block]:
         ("versions", versions),
         ("date", config["date"]),
     ]
-    arguments = json.dumps(config.get("arguments", {}), sort_keys=True)
     return [
         Code(config["command"]),
         Table(["what", "value"], [[Cell(name), Cell(value)] for name, value in facts]),
-        Text(f"All arguments: {arguments}"),
+        Text("Every argument is in config.json, every score in results.csv, every second in timings.csv."),
     ]
 
 

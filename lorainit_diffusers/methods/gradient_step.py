@@ -40,7 +40,7 @@ class GradientStep:
 
     Attributes:
         directions: what A's rows span. ``"inputs"``: the top-r eigenvectors of the centred covariance (EVA);
-            ``"gradient"``: the top-r right singular vectors of G; ``"whitened gradient"``: see the module's docstring.
+            ``"gradient"``: the top-r right singular vectors of G; ``"whitened_gradient"``: see the module's docstring.
         step: relative change of the layer's outputs at step 0; 0 keeps B = 0.
         scale: of A. ``"unit"``: ||A||_F = sqrt(rank); ``"matched"``: E||A x||^2 as PEFT's Kaiming initialisation has.
         ridge: added to S for the whitening, as a multiple of its mean eigenvalue.
@@ -48,7 +48,7 @@ class GradientStep:
 
     observes: ClassVar[Observes] = "inputs and gradients"
 
-    directions: Literal["inputs", "gradient", "whitened gradient"] = "inputs"
+    directions: Literal["inputs", "gradient", "whitened_gradient"] = "inputs"
     step: float = 0.05
     scale: Literal["unit", "matched"] = "unit"
     ridge: float = 0.1
@@ -89,7 +89,7 @@ class GradientStep:
             basis, worth, total = principal[:, :max_rank].mT, variances[:max_rank], variances.sum()
         else:
             ridged = values + self.ridge * one_if_zero(values.mean())
-            root = ridged.sqrt() if self.directions == "whitened gradient" else torch.ones_like(ridged)
+            root = ridged.sqrt() if self.directions == "whitened_gradient" else torch.ones_like(ridged)
             in_eigenbasis = gradient @ vectors / root
             svd = top_svd(in_eigenbasis, max_rank)
             basis, worth, total = svd.right / root @ vectors.mT, svd.values.square(), in_eigenbasis.square().sum()
@@ -121,6 +121,6 @@ class GradientStep:
 class GradientWhitened(GradientStep):
     """A = the leading directions of the whitened gradient, B = 0; attributes as in :class:`GradientStep`."""
 
-    directions: Literal["inputs", "gradient", "whitened gradient"] = "whitened gradient"
+    directions: Literal["inputs", "gradient", "whitened_gradient"] = "whitened_gradient"
     step: float = 0.0
     scale: Literal["unit", "matched"] = "matched"

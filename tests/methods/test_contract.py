@@ -42,7 +42,7 @@ VARIANTS = [
     ),
     *(
         ("gradient_step", {"directions": directions, "scale": scale, "step": step})
-        for directions in ("inputs", "gradient", "whitened gradient")
+        for directions in ("inputs", "gradient", "whitened_gradient")
         for scale in ("matched", "unit")
         for step in (0.0, 0.1)
     ),

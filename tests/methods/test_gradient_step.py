@@ -74,7 +74,7 @@ def test_a_of_the_inputs_is_that_of_eva(solve, scale):
     assert relative_error(own.scores, eva.scores[:RANK]) < 1e-4
 
 
-@pytest.mark.parametrize("directions", ["inputs", "gradient", "whitened gradient"])
+@pytest.mark.parametrize("directions", ["inputs", "gradient", "whitened_gradient"])
 @pytest.mark.parametrize("scaling", [1.0, 0.25])
 def test_a_step_descends_by_the_asked_fraction_of_the_outputs(solve, directions, scaling):
     options = {"scaling": scaling, "directions": directions, "step": 0.07}
@@ -103,7 +103,7 @@ def test_scores_are_the_shares_of_the_whitened_gradient(solve):
 def test_the_three_kinds_of_directions_differ(solve):
     found = [
         solve("gradient_step", WEIGHT, (ROWS, GRADIENTS), RANK, directions=directions).factors(RANK).lora_A
-        for directions in ("inputs", "gradient", "whitened gradient")
+        for directions in ("inputs", "gradient", "whitened_gradient")
     ]
     for index in range(3):
         assert largest_principal_angle(found[index], found[index - 1]) > 0.1
