@@ -159,7 +159,7 @@ def test_the_report_says_what_it_rests_on(complete: tuple[Path, list[Path]]) -> 
     text = (complete[0] / "summary.md").read_text(encoding="utf-8").replace("\\", "")
     for sentence in (
         "**cntlora:gauge=balanced ends better than gaussian, each at its best learning rate (3 seeds); 1 is tied.",
-        "The best learning rate of each initialisation lies at the edge of its grid",
+        "The best learning rate of each initialisation lies at the edge of those tried",
         "chance alone gives a verdict other than tied in about 25 % of comparisons",
         "needs 0.83 [0.83, 0.83] of gaussian's own steps",
         "its scores are not comparable to those in the literature",
