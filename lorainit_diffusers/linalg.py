@@ -106,3 +106,19 @@ def top_svd(matrix: Tensor, rank: int) -> SVD:
     right, triangular = torch.linalg.qr(matrix.mT @ left)
     signs = torch.where(triangular.diagonal() < 0, -1.0, 1.0).to(right)
     return SVD(left, values, (right * signs).mT)
+
+
+def product_svd(left: Tensor, right: Tensor) -> SVD:
+    """The singular value decomposition of a product of thin factors, which is never formed.
+
+    Args:
+        left: (rows, k).
+        right: (k, columns), of the same dtype; k is at most rows and columns.
+
+    Returns:
+        All k triplets of ``left @ right``.
+    """
+    left_basis, left_triangle = torch.linalg.qr(left)
+    right_basis, right_triangle = torch.linalg.qr(right.mT)
+    inner = torch.linalg.svd(left_triangle @ right_triangle.mT)
+    return SVD(left_basis @ inner.U, inner.S, inner.Vh @ right_basis.mT)

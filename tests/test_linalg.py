@@ -7,7 +7,7 @@ import pytest
 import torch
 from core_fixtures import largest_principal_angle, relative_error
 
-from lorainit_diffusers.linalg import MAX_EXACT_SVD_SIZE, eigh_descending, top_svd
+from lorainit_diffusers.linalg import MAX_EXACT_SVD_SIZE, eigh_descending, product_svd, top_svd
 
 
 def matrix_with_values(rows: int, columns: int, values: np.ndarray, seed: int = 0) -> torch.Tensor:
@@ -97,3 +97,16 @@ def test_top_svd_completes_the_basis_of_a_rank_deficient_matrix(shape, true_rank
     np.testing.assert_allclose(singular[:true_rank].numpy(), values, rtol=1e-9)
     assert float(singular[true_rank:].abs().sum()) < 1e-6
     assert float((left * singular @ right - matrix).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("true_rank", [0, 2, 4])
+def test_the_svd_of_a_product_is_that_of_the_matrix(true_rank):
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+    left[:, true_rank:] = 0
+    right = torch.randn(4, 12, generator=generator, dtype=torch.float64)
+    found = product_svd(left, right)
+    np.testing.assert_allclose(found.values.numpy(), torch.linalg.svdvals(left @ right)[:4].numpy(), atol=1e-12)
+    assert_orthonormal(found.left.mT, 1e-12)
+    assert_orthonormal(found.right, 1e-12)
+    assert float((found.left * found.values @ found.right - left @ right).abs().max()) < 1e-12

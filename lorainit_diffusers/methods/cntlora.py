@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.linalg import top_svd
+from lorainit_diffusers.linalg import SVD, product_svd, top_svd
 from lorainit_diffusers.methods.base import (
     LoraFactors,
     Observed,
@@ -63,10 +63,10 @@ class CNTLoRA:
 
     observes: ClassVar[Observes] = "inputs"
 
-    constraint: Literal["alignment", "decorrelation"] = "alignment"
+    constraint: Literal["alignment", "decorrelation"] = "decorrelation"
     ridge: float = 0.1
     truncation: Literal["activation", "weight"] = "activation"
-    gauge: Literal["whitened", "activation", "balanced"] = "whitened"
+    gauge: Literal["whitened", "activation", "balanced"] = "balanced"
     base: Literal["offset", "down_only", "active"] = "offset"
     gamma: float = 0.1
     scale: Literal["paper", "matched"] = "paper"
@@ -101,7 +101,7 @@ class CNTLoRA:
             change = -values / ridged
         delta = (weight.to(vectors.dtype) @ vectors) * change  # (out, in), columns in the eigenbasis of S
         metric = root if self.truncation == "activation" else torch.ones_like(root)
-        truncated = top_svd(delta * metric, max_rank)
+        truncated = SVD(*(part.to(root.dtype) for part in top_svd(delta * metric, max_rank)))
         total = (delta * metric).square().sum()
         scores = truncated.values.square() / total.clamp_min(torch.finfo(total.dtype).tiny)
 
@@ -110,7 +110,7 @@ class CNTLoRA:
             # The gauges differ in the metric in which the factors are orthogonal; rotate where it is not truncation's.
             gauge_metric = torch.ones_like(root) if self.gauge == "balanced" else root
             if not torch.equal(gauge_metric, metric):
-                left, singular, right = top_svd((left * singular) @ (right / metric) * gauge_metric, rank)
+                left, singular, right = product_svd(left * singular, right / metric * gauge_metric)
             lora_A, lora_B = right / gauge_metric, left * singular
             if self.gauge != "whitened" and bool(singular.any()):  # D = 0 keeps A's directions
                 lora_A, lora_B = lora_A * singular.sqrt()[:, None], left * singular.sqrt()

@@ -5,10 +5,11 @@ noisy than that of one training batch). B = -c G A' is where the first step of g
 step is allowed to be is said in units that mean the same in every layer and model: the fraction by which it changes the
 outputs of the layer on the collected inputs, E||s B A x||^2 = step^2 E||W0 x||^2.
 
-`gradient_step` takes A as EVA does, the principal directions of the inputs. `gradient_whitened` takes it from the
-gradient, in coordinates in which the inputs are white, and keeps B = 0: of all A whose hidden activations are white,
-A = V_r' S_l^(-1/2) with G S_l^(-1/2) = U Sigma V' (S_l: the ridged second moment) gives B the gradient of the largest
-norm. K-FAC (Martens & Grosse 2015, arXiv:1503.05671) preconditions by the same matrix.
+`gradient_step` takes A from the gradient, too: its top right singular vectors, so that B A is a multiple of the best
+rank-r approximation of -G. `gradient_whitened` looks for them in coordinates in which the inputs are white, and keeps
+B = 0: of all A whose hidden activations are white, A = V_r' S_l^(-1/2) with G S_l^(-1/2) = U Sigma V' (S_l: the ridged
+second moment) gives B the gradient of the largest norm. K-FAC (Martens & Grosse 2015, arXiv:1503.05671) preconditions
+by the same matrix.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class GradientStep:
 
     observes: ClassVar[Observes] = "inputs and gradients"
 
-    directions: Literal["inputs", "gradient", "whitened_gradient"] = "inputs"
-    step: float = 0.05
+    directions: Literal["inputs", "gradient", "whitened_gradient"] = "gradient"
+    step: float = 0.08
     scale: Literal["unit", "matched"] = "unit"
     ridge: float = 0.1
 

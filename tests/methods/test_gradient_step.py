@@ -68,7 +68,7 @@ def test_unit_scale(solve):
 
 @pytest.mark.parametrize("scale", ["unit", "matched"])
 def test_a_of_the_inputs_is_that_of_eva(solve, scale):
-    own = solve("gradient_step", WEIGHT, (ROWS, GRADIENTS), RANK, scale=scale)
+    own = solve("gradient_step", WEIGHT, (ROWS, GRADIENTS), RANK, directions="inputs", scale=scale)
     eva = solve("eva", WEIGHT, ROWS, RANK, scale="paper" if scale == "unit" else "matched")
     assert relative_error(own.factors(RANK).lora_A, eva.factors(RANK).lora_A) < 1e-4
     assert relative_error(own.scores, eva.scores[:RANK]) < 1e-4
@@ -88,9 +88,16 @@ def test_a_step_descends_by_the_asked_fraction_of_the_outputs(solve, directions,
 
 
 def test_the_whitened_step_is_the_preconditioned_gradient_at_the_best_rank(solve):
-    change = product(solve("gradient_whitened", WEIGHT, (ROWS, GRADIENTS), RANK, step=0.1).factors(RANK))
+    options = {"directions": "whitened_gradient", "step": 0.1}
+    change = product(solve("gradient_step", WEIGHT, (ROWS, GRADIENTS), RANK, **options).factors(RANK))
     inverse_root = symmetric_power(ridged(ROWS, 0.1), -0.5)
     expected = -best_rank(MEAN_GRADIENT @ inverse_root, RANK) @ inverse_root
+    assert relative_error(change / change.norm(), expected / expected.norm()) < 1e-4
+
+
+def test_by_default_the_step_is_the_gradient_at_the_best_rank(solve):
+    change = product(solve("gradient_step", WEIGHT, (ROWS, GRADIENTS), RANK).factors(RANK))
+    expected = -best_rank(MEAN_GRADIENT, RANK)
     assert relative_error(change / change.norm(), expected / expected.norm()) < 1e-4
 
 
