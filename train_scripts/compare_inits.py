@@ -57,7 +57,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from lorainit_diffusers import adapters
-from lorainit_diffusers.evaluation import Comparison, write_report
+from lorainit_diffusers.evaluation import Comparison, load_encoder, write_report
 from lorainit_diffusers.families.sd import check_base
 from lorainit_diffusers.initialize import initialize
 from lorainit_diffusers.methods import METHODS, Initializer
@@ -127,6 +127,10 @@ class Init:
             raise ValueError(f"--inits {label!r}: {error}; options of the run are {', '.join(kinds)}") from None
         if init.init_num_batches is not None and init.init_num_batches < 1:
             raise ValueError(f"--inits {label!r}: init_num_batches={init.init_num_batches} must be at least 1")
+        if init.variable_rank and init.method.observes == "nothing":
+            solved = init.method.solve(torch.eye(8), None, 2, scaling=1.0, generator=torch.Generator())
+            if solved.scores is None:
+                raise ValueError(f"--inits {label!r}: {name} gives no scores to allocate ranks by; drop variable_rank")
         if init.a_lr_ratio < 0:
             raise ValueError(f"--inits {label!r}: a_lr_ratio={init.a_lr_ratio} must not be negative")
         return init
@@ -172,7 +176,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--equal_parameters", action="store_true", help="equal number of parameters, not sum of ranks")
     add("--init_num_batches", type=int, default=64, help="batches that the collection pass sees (default 64)")
     add("--num_workers", type=int, help="processes on this machine (default: 1 a GPU, up to 2 on the processor)")
-    add("--keep_snapshots", action="store_true", help="keep the adapters of the image steps")
     add("--part", help=argparse.SUPPRESS)
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", default=str(BUNDLED_BASE), help="folder or hub name (default: bundled)")
@@ -187,7 +190,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.train_data_dir is None and args.instance_data_dir is None:
         args.train_data_dir = str(ROOT / "assets" / "data" / "high-contrast")
     if args.mixed_precision is None:
-        args.mixed_precision = "no"
+        args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
     steps = args.max_train_steps
     for name, fractions in (("eval_steps", EVAL_FRACTIONS), ("image_steps", IMAGE_FRACTIONS)):
         chosen = getattr(args, name) or [round(fraction * steps) for fraction in fractions]
@@ -217,6 +220,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     inits = [Init.parse(label) for label in args.inits]
     check_base(args.pretrained_model_name_or_path)
     records, heldout = split_records(args)
+    for encoder in encoder_names(args) if args.image_metrics != "none" else ():
+        load_encoder(encoder)  # what cannot be scored is said before hours of training
     output_dir = prepare_output_dir(args.output_dir)
     runs = [Run(i, lr, seed) for i in inits for seed in args.seeds for lr in args.learning_rates]
 
@@ -415,7 +420,7 @@ def score_runs(
 ) -> None:
     """Draw samples from this process's part of the runs at the image steps and score them."""
     scorer: ImageScorer | None = None
-    base: Any = None
+    base, base_strip = {}, []
     for run in runs_to_score(output_dir, runs, args)[part::num_parts]:
         directory = output_dir / "runs" / run.name
         if (directory / "scores.json").exists():
@@ -427,13 +432,15 @@ def score_runs(
             snapshot = directory / "snapshots" / f"step-{step:06d}.safetensors"
             if snapshot.exists():  # a run that diverged has none
                 scorer = scorer or ImageScorer(args, device)
-                scorer.load(load_file(snapshot))
-                if base is None:
-                    base, strip = scorer.draw_base()
+                state = load_file(snapshot)
+                scorer.load(state)
+                if not base:
+                    base, base_strip = scorer.draw_base()
                     if part == 0:
-                        save_sample_row(output_dir, "base", strip)
+                        save_sample_row(output_dir, "base", base_strip)
                         write_json(output_dir / "prompts.json", {"prompts": scorer.grid_columns})
-                drawn, strip = scorer.draw()
+                adds_nothing = not any(value.any() for name, value in state.items() if name.endswith("lora_B"))
+                drawn, strip = (base, base_strip) if adds_nothing else scorer.draw()
                 save_sample_row(directory / "samples", f"step-{step:06d}", strip)
                 scored[step] = scorer.score(drawn, base)
             bar.update()
@@ -462,19 +469,21 @@ def run_workers(
             command = [sys.executable, __file__, *argv, "--part", f"{worker}/{workers}"]
             with log.open("wb") as file:
                 processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
-        while any(process.poll() is None for process in processes):
-            for process, log in zip(processes, logs, strict=True):
-                if process.poll():
-                    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-                    last = lines[-1].removeprefix("error: ") if lines else f"exit code {process.returncode}"
-                    raise ValueError(f"a worker failed ({log}): {last}")
-            bar.update(count() - bar.n)
+        running = True
+        while running:
             time.sleep(1.0)
+            codes = [process.poll() for process in processes]
+            running = None in codes
+            bar.update(count() - bar.n)
+            for code, log in zip(codes, logs, strict=True):
+                if code:
+                    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+                    last = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+                    raise ValueError(f"a worker failed ({log}): {last}")
     finally:
         for process in processes:
             process.terminate()
             process.wait()
-    bar.update(count() - bar.n)
 
 
 def end_with_parent(parent: int) -> None:
@@ -561,7 +570,7 @@ def write_config(
             "date": datetime.date.today().isoformat(),
             "primary_metric": StableDiffusionTask.primary_metric,
             "encoder": ", ".join(Path(name).name for name in encoder_names(args)),
-            "baselines": [label for label in args.inits if label in BASELINES],
+            "baselines": [label for label in BASELINES if label in args.inits],
             "seeds": args.seeds,
             "learning_rates": dict.fromkeys(args.inits, args.learning_rates),
             "max_train_steps": args.max_train_steps,
@@ -580,10 +589,10 @@ def check_same_comparison(output_dir: Path, args: argparse.Namespace) -> None:
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))["arguments"]
     for name in FIXED_ARGUMENTS:
-        if getattr(args, name) != earlier[name]:
+        if getattr(args, name) != earlier.get(name):
             raise ValueError(
                 f"--{name} is {getattr(args, name)!r}, but --output_dir {str(output_dir)!r} holds runs with "
-                f"{earlier[name]!r}; use the same or another directory"
+                f"{earlier.get(name)!r}; use the same or another directory"
             )
 
 
