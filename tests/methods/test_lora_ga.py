@@ -55,7 +55,7 @@ def test_directions_and_scales_are_the_papers(solve, shape, direction, scale, ga
 
 
 def test_the_default_is_the_papers():
-    assert LoraGA() == LoraGA(direction="ArB2r", scale="stable", gamma=16.0)
+    assert LoraGA() == LoraGA(direction="ArB2r", scale="stable", gamma=4.0)
     assert LoraGA().step_zero == "offset"
 
 
