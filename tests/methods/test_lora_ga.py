@@ -147,7 +147,7 @@ def test_the_first_sgd_step_has_the_cosine_of_the_theory(shape, rank, scale, dir
     So the cosine with -G is sqrt(sum_{i <= 2r} sigma_i^2 / sum_i sigma_i^2), for every disjoint choice of directions.
     """
     alpha = 2.0 * rank
-    method = LoraGA(direction=direction, scale=scale)
+    method = LoraGA(direction=direction, scale=scale, gamma=16.0)
     change, gradient = weight_change_of_the_first_step(method, shape, rank, alpha, learning_rate=1e-3)
     left, values, right = torch.linalg.svd(gradient, full_matrices=False)
     cosine = float(-(change * gradient).sum() / change.norm() / gradient.norm())
