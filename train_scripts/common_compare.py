@@ -167,13 +167,15 @@ class ImageScorer:
             features = encoder.encode_images(drawn["prompts"])
             truths, training = self._real(encoder, self.truths), self._real(encoder, self.records)
             values = {
-                "paired_similarity": metrics.paired_similarity(features, truths),
                 "image_similarity": metrics.image_similarity(features, training),
                 "drift": metrics.drift(encoder.encode_images(drawn["drift"]), encoder.encode_images(base["drift"])),
                 "perceptual_diversity": metrics.diversity(
                     encoder.patch_features(drawn["diversity"]), self.diversity_prompts
                 ),
             }
+            if len({record.caption for record in self.heldout}) == len(self.heldout):
+                # a caption that several images share says of none which sample it is the truth of
+                values = {"paired_similarity": metrics.paired_similarity(features, truths), **values}
             if len(self.prompts) >= MIN_KID_SAMPLES <= len(self.everything):
                 lengths_kept = encoder.encode_images(drawn["prompts"], normalize=False)
                 values["kid"] = metrics.kid(lengths_kept, self._real(encoder, self.everything, normalize=False)).full

@@ -279,6 +279,15 @@ def test_without_a_held_out_folder_a_quarter_is_held_out(compare, tmp_path):
     assert (config["num_images"], config["num_heldout_images"]) == (6, 2)
 
 
+@pytest.mark.usefixtures("no_report")
+def test_images_of_one_subject_have_no_pairs(compare, tmp_path):
+    write_images(tmp_path / "plain", count=8)
+    subject = {"instance_data_dir": tmp_path / "plain", "instance_prompt": "a photo of sks", "train_data_dir": None}
+    (row, *_) = rows(compare(inits=["gaussian"], **subject))
+    assert "image_similarity@random-clip" in row
+    assert "paired_similarity@random-clip" not in row
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
