@@ -227,14 +227,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     # the grid is split by hand: a process that waits for another one's runs may wait for hours
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=30))
-    accelerator = Accelerator(cpu=args.part is not None and not torch.cuda.is_available(), kwargs_handlers=[patience])
+    # without an accelerator, accelerate joins the processes of a launch only when told that the processor is meant
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
     part, num_parts = accelerator.process_index, accelerator.num_processes
     workers = 1
     if args.part is not None:
         part, num_parts = map(int, args.part.split("/"))
         threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     elif num_parts == 1:
-        workers = args.num_workers or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
+        workers = args.num_workers or (min(2, os.cpu_count() or 1) if on_cpu else 1)
     is_main = args.part is None and accelerator.is_main_process
     if is_main:
         check_same_comparison(output_dir, args)
@@ -249,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             continue
         if num_rows() == 0:
             continue
-        with tqdm(total=num_rows(), desc=phase, unit="evaluation", disable=not is_main) as bar:
+        # of several processes, the first shows its own part
+        with tqdm(total=num_rows() // num_parts, desc=phase, unit="evaluation", disable=not is_main) as bar:
             if workers > 1:
                 run_workers(
                     output_dir, argv, phase, workers, bar, lambda p=phase: count_rows(output_dir, runs, args, p)

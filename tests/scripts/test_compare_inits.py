@@ -347,3 +347,15 @@ def test_a_real_kill_and_a_second_start_end_with_the_same_results(options, tmp_p
         time.sleep(2.0)
     subprocess.run(command("killed"), check=True)
     assert (tmp_path / "killed" / "results.csv").read_bytes() == (tmp_path / "whole" / "results.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_launch_split_the_grid(options, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29518"]
+    script = str(ROOT / "train_scripts" / "compare_inits.py")
+    changed = {**options, "num_workers": None, "num_eval_prompts": 4}
+    subprocess.run([*launch, script, *arguments(changed)], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    out = tmp_path / "out"
+    assert not list(out.glob("worker-*.log"))  # no workers of their own
+    assert len(rows(out)) == 6
+    assert all((out / name).exists() for name in REPORT)
