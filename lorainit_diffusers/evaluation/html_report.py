@@ -149,7 +149,7 @@ def report_blocks(comparison: Comparison, figures: dict[str, Path]) -> list[Bloc
     )
     blocks += [Heading("Curves"), *_figure_blocks("curves.png", figures, comparison)]
     if comparison.baselines:
-        blocks += [Heading("Speed"), *_speed_blocks(comparison, comparison.primary)]
+        blocks += [Heading("Speed"), *_speed_blocks(comparison, comparison.primary), *_fastest_blocks(comparison)]
         for column in _similarity_columns(comparison)[:1]:
             blocks += _speed_blocks(comparison, column)
             measured = max(len(run.curves.get(column, {})) for run in comparison.runs)
@@ -328,6 +328,26 @@ def _speed_blocks(comparison: Comparison, column: str) -> list[Block]:
         none = f"{baseline} diverged on every seed, so there is no score to reach."
         blocks.append(Table(header, table) if table else Text(none))
     return blocks
+
+
+def _fastest_blocks(comparison: Comparison) -> list[Block]:
+    """Speed with learning rates chosen for it; nothing where each initialisation has a single one."""
+    if all(len(comparison.grid(init)) < 2 for init in comparison.inits):
+        return []
+    blocks: list[Block] = []
+    for baseline in comparison.baselines:
+        header = [f"fastest to {_WAY} of {baseline}'s way", "lr", "steps", f"× {baseline}'s fastest"]
+        table: list[list[Cell]] = []
+        for init in comparison.inits:
+            fastest = comparison.fastest(init, baseline)
+            if fastest is not None:
+                steps = f"{fastest.steps:.0f}" if math.isfinite(fastest.steps) else "never on some seed"
+                cells = [Cell(init), Cell(f"{fastest.learning_rate:g}"), Cell(steps)]
+                table.append([*cells, _own_ratio_cell(init, baseline, fastest.ratio)])
+        if table:
+            blocks.append(Table(header, table))
+    note = "Here each learning rate is chosen for speed alone: the best final score often wants a lower one."
+    return [*blocks, Text(note)] if blocks else []
 
 
 def _similarity_columns(comparison: Comparison) -> list[str]:

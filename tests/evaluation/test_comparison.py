@@ -306,3 +306,24 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text("run,init\na,b\n", encoding="utf-8")
     with pytest.raises(ValueError, match="has no column 'learning_rate'"):
         Comparison.load(tmp_path)
+
+
+def test_the_fastest_learning_rate_is_not_the_one_with_the_best_end(tmp_path):
+    curves = {
+        ("gaussian", 1e-3, 0): {0: 1.0, 10: 0.5, 20: 0.0},  # best end; 98 % of its way is 0.02, reached at 19.6
+        ("gaussian", 2e-3, 0): {0: 1.0, 10: 0.02, 20: 0.01},  # reaches 0.02 at 10
+        ("eva", 1e-3, 0): {0: 1.0, 10: 0.4, 20: 0.0},
+        ("eva", 2e-3, 0): {0: 1.0, 5: 0.02, 20: 0.01},
+        ("never", 1e-3, 0): {0: 1.0, 10: 0.9, 20: 0.8},
+    }
+    comparison = Comparison.load(write_comparison(tmp_path, curves))
+    assert comparison.best_learning_rates()["eva"] == 1e-3
+    fastest = comparison.fastest("eva", "gaussian")
+    assert fastest is not None
+    assert fastest.learning_rate == 2e-3
+    assert fastest.steps == pytest.approx(5.0)
+    assert fastest.ratio is not None
+    assert fastest.ratio.value == pytest.approx(0.5)  # of gaussian's 10 at 2e-3, not of its 19.6 at 1e-3
+    never = comparison.fastest("never", "gaussian")
+    assert never is not None
+    assert never.steps == float("inf")
