@@ -160,7 +160,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("comparison").add_argument
     add("--output_dir", default="outputs/compare-inits")
-    default_inits = ["cntlora", "gradient_whitened", "orthonormal", "gaussian"]
+    default_inits = ["gaussian", "orthonormal", "cntlora", "gradient_step"]
     add("--inits", nargs="+", default=default_inits, help=f"of {', '.join(METHODS)}, with options after a colon")
     add("--learning_rates", nargs="+", type=float, default=[1e-3, 2e-3])
     add("--seeds", nargs="+", type=int, default=[0, 1])
