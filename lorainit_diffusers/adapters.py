@@ -276,7 +276,7 @@ def _set_factors(layer: LoraLayer, adapter_name: str, weights: AdapterWeights, u
         if linear.weight.shape == value.shape and linear.weight.dtype == torch.float32:
             linear.weight.data.copy_(value)
         else:
-            linear.weight = nn.Parameter(value.clone())
+            linear.weight = nn.Parameter(value.clone(memory_format=torch.contiguous_format))
         linear.out_features, linear.in_features = value.shape
         linear.weight.requires_grad_(True)
     layer.r[adapter_name] = rank
@@ -292,7 +292,11 @@ def _set_twin(layer: LoraLayer, adapter_name: str, weights: AdapterWeights) -> N
         active = [adapter_name]
     else:
         device = _device(layer)
-        lora_A, lora_B = (factor.detach().to(device=device, dtype=torch.float32).clone() for factor in weights.offset)
+        # contiguous, as a resumed run has them: products of other layouts round otherwise
+        lora_A, lora_B = (
+            factor.detach().to(device=device, dtype=torch.float32).clone(memory_format=torch.contiguous_format)
+            for factor in weights.offset
+        )
         layer.lora_A[twin] = _FrozenFactor(lora_A)
         layer.lora_B[twin] = _FrozenFactor(-lora_B)
         layer.r[twin] = lora_A.shape[0]

@@ -130,7 +130,7 @@ def test_variable_ranks_spend_the_budget_and_keep_the_scaling(name, state):
         assert layer.lora_A["default"].weight.shape[0] == ranks[key]
         assert layer.scaling["default"] == pytest.approx(1.5)
         assert report.layers[key].alpha == pytest.approx(1.5 * ranks[key])
-    if before is not None:
+    if before is not None and make_method(name).step_zero != "moved":
         module.eval()
         expected = tiny_attention().eval()(token_batches(1)[0])
         assert relative_error(module(token_batches(1)[0]), expected) < 1e-5
