@@ -24,6 +24,8 @@ import transformers
 from accelerate import Accelerator
 from diffusers.optimization import SchedulerType
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorainit_diffusers.initialize import make_method
@@ -263,6 +265,20 @@ def evaluating(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
     finally:
         for module, training in modes:
             module.train(training)
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, float]) -> None:
+    """Write tensors and counters in one file, so that a kill leaves the old checkpoint or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, scratch, {"state": json.dumps(state)})
+    os.replace(scratch, path)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Read what `save_checkpoint` wrote."""
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
 
 
 def save_sample_row(directory: Path, name: str, images: Sequence[Image.Image]) -> None:

@@ -249,10 +249,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     ):
         if args.part is not None and phase != os.environ["LORAINIT_COMPARE_PHASE"]:
             continue
-        if num_rows() == 0:
+        if (total := num_rows()) == 0:
             continue
         # of several processes, the first shows its own part
-        with tqdm(total=num_rows() // num_parts, desc=phase, unit="evaluation", disable=not is_main) as bar:
+        with tqdm(total=total // num_parts, desc=phase, unit="evaluation", disable=not is_main) as bar:
             if workers > 1:
                 run_workers(
                     output_dir, argv, phase, workers, bar, lambda p=phase: count_rows(output_dir, runs, args, p)

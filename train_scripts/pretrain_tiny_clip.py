@@ -29,7 +29,7 @@ import emoji
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from common import load_checkpoint, save_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -425,19 +425,6 @@ def batch_loss(
 
 
 # ------------------------------------------------------------------------------------------------------ training
-
-
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, float]) -> None:
-    """Writes tensors and counters in one file, so that a kill leaves the old checkpoint or the new one."""
-    scratch = path.with_suffix(".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, scratch, {"state": json.dumps(state)})
-    os.replace(scratch, path)
-
-
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Reads what `save_checkpoint` wrote."""
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
 
 
 def build_optimizers(named: Mapping[str, nn.Parameter], args: argparse.Namespace) -> list[torch.optim.Optimizer]:

@@ -26,11 +26,11 @@ import emoji
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from common import load_checkpoint, save_checkpoint
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -174,20 +174,6 @@ def build_scheduler() -> Model:
 
 
 # ------------------------------------------------------------------------------------------------------ training
-
-
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, float]) -> None:
-    """Writes tensors and counters in one file, so that a kill leaves the old checkpoint or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, scratch, {"state": json.dumps(state)})
-    os.replace(scratch, path)
-
-
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Reads what `save_checkpoint` wrote."""
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
 
 
 def batch_indices(step: int, batch_size: int, num_images: int, seed: int) -> Tensor:
