@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoint-<step>`:
 
     adapters.safetensors   the adapters, with the frozen twin of offset initialisations
-    optimizer.safetensors  the optimiser's tensors, keyed `<parameter index>.<name>`
+    optimizer.safetensors  the optimiser's tensors, keyed `<parameter index>.<name>`, with `/` between nested names
     state.json             step, optimiser groups and scalars, learning-rate scheduler, the caller's own values
 
 Floats survive JSON exactly (Python writes the shortest text that reads back as the same double), so a restored run
@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,13 +104,8 @@ def save_training_state(
     optimizer_tensors: dict[str, Tensor] = {}
     optimizer_scalars: dict[str, dict[str, Any]] = {}
     for index, values in optimizer_state["state"].items():
-        scalars: dict[str, Any] = {}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                optimizer_tensors[f"{index}.{name}"] = value
-            else:
-                scalars[name] = value
-        optimizer_scalars[str(index)] = scalars
+        tensors_of_one, optimizer_scalars[str(index)] = _split(values)
+        optimizer_tensors |= {f"{index}.{name}": value for name, value in tensors_of_one.items()}
     document = {
         "step": step,
         "optimizer": {"param_groups": optimizer_state["param_groups"], "scalars": optimizer_scalars},
@@ -146,8 +141,12 @@ def load_training_state(directory: str | os.PathLike[str]) -> TrainingState:
         int(index): dict(scalars) for index, scalars in document["optimizer"]["scalars"].items()
     }
     for key, tensor in load_file(directory / OPTIMIZER_NAME).items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
+        index, _, path = key.partition(".")
+        *outer, name = path.split("/")
+        values = state.setdefault(int(index), {})
+        for part in outer:
+            values = values.setdefault(part, {})
+        values[name] = tensor
     groups: list[dict[str, Any]] = [_betas_as_tuple(group) for group in document["optimizer"]["param_groups"]]
     return TrainingState(
         step=int(document["step"]),
@@ -198,7 +197,8 @@ def find_checkpoint(output_dir: str | os.PathLike[str], name: str) -> Path:
 def prune_checkpoints(output_dir: str | os.PathLike[str], keep: int) -> list[Path]:
     """Delete the oldest checkpoints until at most `keep` are left, and return the deleted ones.
 
-    Call it with one less than the limit *before* saving, so that the disk never holds more than the limit.
+    Call it with one less than the limit *before* saving, so that the disk never holds more than the limit; but keep
+    one, so that a run that is killed meanwhile can be resumed.
 
     Raises:
         ValueError: when `keep` is negative.
@@ -210,6 +210,21 @@ def prune_checkpoints(output_dir: str | os.PathLike[str], keep: int) -> list[Pat
     for path in surplus:
         shutil.rmtree(path)
     return surplus
+
+
+def _split(values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by path and everything else, nested as it was: bitsandbytes keeps its state in a dictionary within."""
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            tensors[prefix + name] = value
+        elif isinstance(value, dict):
+            inner, others[name] = _split(cast("dict[str, Any]", value), f"{prefix}{name}/")
+            tensors |= inner
+        else:
+            others[name] = value
+    return tensors, others
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,3 +136,40 @@ def test_floats_survive_exactly(tmp_path: Path) -> None:
     save(tmp_path / "checkpoint-3")
     document = json.loads((tmp_path / "checkpoint-3" / "state.json").read_text(encoding="utf-8"))
     assert document["optimizer"]["param_groups"][1]["initial_lr"] == 1e-2 / 3
+
+
+class NestedMomentum(torch.optim.SGD):
+    """Momentum kept as bitsandbytes keeps its state: tensors in a dictionary within, beside plain numbers."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                inner = state.setdefault("quant_state", {"velocity": torch.zeros_like(parameter), "block": 64})
+                state["count"] = state.get("count", 0) + 1
+                inner["velocity"].mul_(0.9).add_(parameter.grad)
+                parameter.data.sub_(group["lr"] * inner["velocity"] / state["count"])
+
+
+def eight_bit_adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return pytest.importorskip("bitsandbytes").optim.AdamW8bit(parameters, lr=lr)
+
+
+@pytest.mark.parametrize("make", [NestedMomentum, eight_bit_adam])
+def test_nested_optimizer_state_is_restored_exactly(tmp_path: Path, make: Any) -> None:
+    def advance(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+        (parameter @ parameter).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first = nn.Parameter(torch.randn(128, 128))
+    optimizer = make([first], lr=1e-2)
+    advance(first, optimizer)
+    save_training_state(tmp_path / "checkpoint-1", tensors={}, optimizer=optimizer, lr_scheduler=None, step=1)
+    second = nn.Parameter(first.detach().clone())
+    restored = make([second], lr=1e-2)
+    load_training_state(tmp_path / "checkpoint-1").restore(restored)
+    for parameter, one in ((first, optimizer), (second, restored)):
+        advance(parameter, one)
+        advance(parameter, one)
+    assert torch.equal(first, second)
