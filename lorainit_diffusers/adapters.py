@@ -9,6 +9,10 @@ no ``requires_grad_``, ``set_adapter`` or ``enable_adapters`` can make them trai
 
 **Export.** ``scaling * B A - scaling * B0 A0`` is one LoRA of rank 2r, with the scaling folded into B and alpha = rank
 in every layer: whatever a loader assumes about alpha, the strength is right, on the original base.
+
+**DoRA** (arXiv:2402.09353, PEFT's ``use_dora``). A layer's weight is ``m (W + scaling * B A) / ||W + scaling * B A||``
+with one norm per row and a trainable magnitude m, which starts as the norms of W. Folding the scaling into B leaves
+that as it is. With a twin the sum would no longer have this form, so DoRA and the offset twin exclude each other.
 """
 
 from __future__ import annotations
@@ -26,9 +30,12 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lorainit_diffusers import kohya
+from lorainit_diffusers.linalg import SVD, product_svd
 from lorainit_diffusers.methods.base import LoraFactors
 
 OFFSET_SUFFIX = "_offset"
@@ -45,11 +52,14 @@ class AdapterWeights:
         factors: trainable A (rank, in_features) and B (out_features, rank).
         scaling: the layer adds ``scaling * B A``.
         offset: initial factors whose ``scaling * B0 A0`` the frozen twin subtracts; ``None`` without a twin.
+        magnitude: (out_features,) DoRA's trainable row norms; ``None`` without DoRA, and in :func:`attach` for those of
+            the base weight.
     """
 
     factors: LoraFactors
     scaling: float
     offset: LoraFactors | None = None
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -197,12 +207,13 @@ def attach(
     adapter_name: str = "default",
     use_rslora: bool = False,
     lora_dropout: float = 0.0,
+    use_dora: bool = False,
 ) -> None:
     """Give every named layer exactly these weights, under an active, trainable float32 adapter.
 
     A module without this adapter gets one on these layers, and all its other parameters are frozen. In one that has
-    it, parameters keep their identity where the rank stays (an optimiser made before still holds them), and layers
-    that are not named lose it.
+    it, parameters keep their identity whatever their new rank and dtype are (an optimiser made before still holds
+    them), and layers that are not named lose it.
 
     Args:
         module: raw, ``add_adapter``-ed, or a ``PeftModel``.
@@ -210,16 +221,31 @@ def attach(
         adapter_name: PEFT's name of the adapter; the twin's is that plus ``"_offset"``.
         use_rslora: recorded in the configuration of a new adapter; the weights' own scaling counts.
         lora_dropout: of a new adapter.
+        use_dora: make a new adapter a DoRA one. Magnitudes that the weights leave out start as the base weight's row
+            norms, in an adapter that exists already, too.
 
     Raises:
-        ValueError: no weights at all.
+        ValueError: no weights at all; an offset for a DoRA adapter, or magnitudes for one that is none.
     """
     if not weights:
         raise ValueError("no layer keeps an adapter: every rank is 0; raise the rank budget or min_rank")
     inner = unwrap(module)
-    use_rslora = _use_rslora(module, adapter_name) if lora_layers(module, adapter_name) else use_rslora
+    existing = existing_adapter(module, adapter_name)
+    if existing is not None:
+        use_rslora, use_dora = existing.use_rslora, existing.use_dora
+    for name, w in weights.items():
+        if use_dora and w.offset is not None:
+            raise ValueError(
+                f"layer {name!r} starts from B A != 0 with an offset twin, which DoRA's magnitudes do not allow; "
+                "use an init whose product starts at zero, such as eva or orthonormal, or drop use_dora"
+            )
+        if not use_dora and w.magnitude is not None:
+            raise ValueError(
+                f"the weights of layer {name!r} hold a DoRA magnitude, but adapter {adapter_name!r} does not use DoRA; "
+                "add it with use_dora=True"
+            )
     rank = mode(w.factors.lora_A.shape[0] for w in weights.values())
-    if not lora_layers(module, adapter_name):
+    if existing is None:
         alpha = next(iter(weights.values())).scaling * (rank**0.5 if use_rslora else rank)
         config = LoraConfig(
             r=rank,
@@ -227,11 +253,14 @@ def attach(
             target_modules=_exactly(weights),
             use_rslora=use_rslora,
             lora_dropout=lora_dropout,
+            use_dora=use_dora,
         )
         _inject(module, config, adapter_name)
     for name, layer in lora_layers(module, adapter_name).items():
         if name in weights:
             _set_factors(layer, adapter_name, weights[name], use_rslora)
+            if use_dora:
+                _set_magnitude(layer, adapter_name, weights[name].magnitude)
         else:
             _remove(inner, name, layer, adapter_name)
     twin = adapter_name + OFFSET_SUFFIX
@@ -276,12 +305,36 @@ def _set_factors(layer: LoraLayer, adapter_name: str, weights: AdapterWeights, u
         if linear.weight.shape == value.shape and linear.weight.dtype == torch.float32:
             linear.weight.data.copy_(value)
         else:
-            linear.weight = nn.Parameter(value.clone(memory_format=torch.contiguous_format))
+            # the object stays, whatever its rank and dtype were: an optimiser made before holds it
+            linear.weight.data = value.clone(memory_format=torch.contiguous_format)
+            linear.weight.grad = None
         linear.out_features, linear.in_features = value.shape
         linear.weight.requires_grad_(True)
     layer.r[adapter_name] = rank
     layer.scaling[adapter_name] = weights.scaling
     layer.lora_alpha[adapter_name] = weights.scaling * (rank**0.5 if use_rslora else rank)
+
+
+def _set_magnitude(layer: LoraLayer, adapter_name: str, value: Tensor | None) -> None:
+    """DoRA's magnitude becomes this, or the row norms of the base weight (never of W + B A, whatever was there)."""
+    if value is None:
+        # What PEFT divides by when B A = 0, bit for bit, on the same device: step 0 is exactly the base model.
+        weight = cast("Tensor", dequantize_module_weight(layer.get_base_layer()))
+        initial: Tensor = torch.linalg.norm(weight.detach().float(), dim=1)
+    else:
+        initial = value.detach().to(device=_device(layer), dtype=torch.float32)
+    holder = layer.lora_magnitude_vector[adapter_name]
+    if _magnitude(layer, adapter_name).dtype == torch.float32:
+        _magnitude(layer, adapter_name).copy_(initial)
+    else:
+        holder.weight.data = initial.clone()
+    holder.requires_grad_(True)
+
+
+def _magnitude(layer: LoraLayer, adapter_name: str) -> Tensor:
+    magnitude = layer.lora_magnitude_vector[adapter_name].weight
+    assert isinstance(magnitude, Tensor)
+    return magnitude.detach()
 
 
 def _set_twin(layer: LoraLayer, adapter_name: str, weights: AdapterWeights) -> None:
@@ -344,13 +397,11 @@ def adapter_weights(module: nn.Module, adapter_name: str = "default") -> dict[st
     """Current weights by layer name (not copied), with the twin's as ``offset``.
 
     Raises:
-        ValueError: the module carries no such adapter, or one with DoRA's magnitudes, which would be lost.
+        ValueError: the module carries no such adapter.
     """
     layers = lora_layers(module, adapter_name)
     if not layers:
         raise ValueError(f"{type(module).__name__} carries no adapter {adapter_name!r}; run initialize() first")
-    if any(layer.use_dora.get(adapter_name, False) for layer in layers.values()):
-        raise ValueError(f"adapter {adapter_name!r} uses DoRA, whose magnitudes are not covered; save it with PEFT")
     twin = adapter_name + OFFSET_SUFFIX
     return {
         name: AdapterWeights(
@@ -359,6 +410,7 @@ def adapter_weights(module: nn.Module, adapter_name: str = "default") -> dict[st
             offset=LoraFactors(_factors(layer, twin).lora_A, -_factors(layer, twin).lora_B)
             if twin in layer.lora_A
             else None,
+            magnitude=_magnitude(layer, adapter_name) if adapter_name in layer.lora_magnitude_vector else None,
         )
         for name, layer in layers.items()
     }
@@ -372,17 +424,20 @@ def _factors(layer: LoraLayer, adapter_name: str) -> LoraFactors:
 
 
 def trainable_parameters(module: nn.Module, adapter_name: str = "default") -> list[nn.Parameter]:
-    """A and B of every adapted layer, in the module's order; never the twin's."""
-    parameters: list[nn.Parameter] = []
-    for layer in lora_layers(module, adapter_name).values():
-        parameters += [*layer.lora_A[adapter_name].parameters(), *layer.lora_B[adapter_name].parameters()]
-    return parameters
+    """A, B and DoRA's magnitude of every adapted layer, in the module's order; never the twin's."""
+    return [
+        parameter
+        for layer in lora_layers(module, adapter_name).values()
+        for holder in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
+        if adapter_name in holder
+        for parameter in holder[adapter_name].parameters()
+    ]
 
 
 def adapter_state_dict(modules: Mapping[str, nn.Module], adapter_name: str = "default") -> dict[str, Tensor]:
     """Everything that a resumed run needs, twins included: initial factors are stored, never recomputed.
 
-    Keys are ``{component}.{layer}.{lora_A|lora_B|scaling|offset_A|offset_B}``; tensors are on the CPU.
+    Keys are ``{component}.{layer}.{lora_A|lora_B|scaling|offset_A|offset_B|magnitude}``; tensors are on the CPU.
     """
     state: dict[str, Tensor] = {}
     for component, module in modules.items():
@@ -394,6 +449,8 @@ def adapter_state_dict(modules: Mapping[str, nn.Module], adapter_name: str = "de
             }
             if weights.offset is not None:
                 entries |= {"offset_A": weights.offset.lora_A, "offset_B": weights.offset.lora_B}
+            if weights.magnitude is not None:
+                entries["magnitude"] = weights.magnitude
             state |= {f"{component}.{name}.{key}": t.cpu().clone().contiguous() for key, t in entries.items()}
     return state
 
@@ -408,8 +465,11 @@ def load_adapter_state_dict(
 ) -> None:
     """Inverse of :func:`adapter_state_dict`, on modules that carry the adapter or that do not yet.
 
+    A new adapter is a DoRA one when the state holds magnitudes.
+
     Raises:
-        ValueError: the state holds nothing for one of the modules, or layers that a module does not have.
+        ValueError: the state holds nothing for one of the modules, or layers that a module does not have; or only one
+            of the state and an existing adapter uses DoRA.
     """
     for component, module in modules.items():
         entries: dict[str, dict[str, Tensor]] = {}
@@ -421,30 +481,112 @@ def load_adapter_state_dict(
         if not entries or unknown:
             what = f"layer {unknown[0]!r}, which it does not have" if unknown else "no layer at all"
             raise ValueError(f"the saved adapter holds, for component {component!r}, {what}; use the same base model")
+        existing = existing_adapter(module, adapter_name)
+        use_dora = any("magnitude" in entry for entry in entries.values()) or (
+            existing is not None and existing.use_dora
+        )
+        for layer, entry in entries.items():
+            if use_dora and "magnitude" not in entry:
+                raise ValueError(
+                    f"the saved adapter holds no DoRA magnitude for layer '{component}.{layer}'; "
+                    "load it into a module without an adapter, or into one whose adapter does not use DoRA"
+                )
         weights = {
             layer: AdapterWeights(
                 factors=LoraFactors(entry["lora_A"], entry["lora_B"]),
                 scaling=float(entry["scaling"]),
                 offset=LoraFactors(entry["offset_A"], entry["offset_B"]) if "offset_A" in entry else None,
+                magnitude=entry.get("magnitude"),
             )
             for layer, entry in entries.items()
         }
-        attach(module, weights, adapter_name=adapter_name, use_rslora=use_rslora, lora_dropout=lora_dropout)
+        attach(
+            module,
+            weights,
+            adapter_name=adapter_name,
+            use_rslora=use_rslora,
+            lora_dropout=lora_dropout,
+            use_dora=use_dora,
+        )
 
 
-def exported_factors(module: nn.Module, adapter_name: str = "default") -> dict[str, LoraFactors]:
+def exported_factors(
+    module: nn.Module, adapter_name: str = "default", *, export_rank: int | None = None, pad_rank: int | None = None
+) -> dict[str, LoraFactors]:
     """Factors by layer name whose plain product B A is all that the adapter and its twin add to the base layer.
 
     Rank r where there is no twin, 2r where there is one; float32, on the CPU.
+
+    Args:
+        module: adapted.
+        adapter_name: which adapter.
+        export_rank: layers of a larger rank are compressed to this one: the best approximation of B A in the Frobenius
+            norm (Eckart-Young), as balanced factors. :func:`discarded_energy` says what that costs.
+        pad_rank: zero-pad every layer to this rank, after compression.
+
+    Raises:
+        ValueError: ``export_rank`` below 1; ``pad_rank`` smaller than the rank that a layer has left.
     """
+    if export_rank is not None:
+        _check_export_rank(export_rank)
     exported: dict[str, LoraFactors] = {}
     for name, weights in adapter_weights(module, adapter_name).items():
         lora_A, lora_B = weights.factors.lora_A, weights.factors.lora_B * weights.scaling
         if weights.offset is not None:
             lora_A = torch.cat([lora_A, weights.offset.lora_A])
             lora_B = torch.cat([lora_B, -weights.scaling * weights.offset.lora_B], dim=1)
-        exported[name] = LoraFactors(lora_A.float().cpu().contiguous(), lora_B.float().cpu().contiguous())
+        factors = LoraFactors(lora_A.float().cpu().contiguous(), lora_B.float().cpu().contiguous())
+        factors = factors if export_rank is None else _compress(factors, export_rank)
+        exported[name] = factors if pad_rank is None else _pad(name, factors, pad_rank)
     return exported
+
+
+def discarded_energy(
+    modules: Mapping[str, nn.Module], export_rank: int, adapter_name: str = "default"
+) -> dict[str, float]:
+    """What compression to ``export_rank`` loses, by layer (``"component.layer"``).
+
+    Returns:
+        Share of ``||B A||_F^2``, in [0, 1], with the twin's part in the product: 0 where nothing is cut, and where the
+        product is zero. Under DoRA, it is still the product's energy, before the rows are normalised.
+
+    Raises:
+        ValueError: ``export_rank`` below 1, or a module without the adapter.
+    """
+    _check_export_rank(export_rank)
+    shares: dict[str, float] = {}
+    for component, module in modules.items():
+        for name, factors in exported_factors(module, adapter_name).items():
+            energy = _exported_svd(factors).values.square()
+            total, lost = float(energy.sum()), float(energy[export_rank:].sum())
+            shares[f"{component}.{name}"] = lost / total if total > 0 else 0.0
+    return shares
+
+
+def _check_export_rank(export_rank: int) -> None:
+    if export_rank < 1:
+        raise ValueError(f"export_rank {export_rank} must be at least 1; leave it out to save every rank in full")
+
+
+def _exported_svd(factors: LoraFactors) -> SVD:
+    """Singular triplets of B A in float64, with the values that are mere rounding set to zero."""
+    lora_A, lora_B = factors.lora_A.double(), factors.lora_B.double()
+    left, values, right = product_svd(lora_B, lora_A)
+    # An untrained offset initialisation cancels with its twin, which leaves rounding and no energy to share out.
+    rounding = 1e-12 * torch.linalg.norm(lora_A) * torch.linalg.norm(lora_B)
+    return SVD(left, torch.where(values > rounding, values, 0.0), right)
+
+
+def _compress(factors: LoraFactors, rank: int) -> LoraFactors:
+    if factors.lora_A.shape[0] <= rank:
+        return factors
+    if not factors.lora_B.any():  # untrained: keep A's rows, or training from the file could not start
+        return LoraFactors(factors.lora_A[:rank].contiguous(), factors.lora_B[:, :rank].contiguous())
+    svd = _exported_svd(factors)
+    kept = min(rank, len(svd.values))  # a layer narrower than the rank has fewer triplets
+    root = svd.values[:kept].sqrt()
+    lora_A, lora_B = root[:, None] * svd.right[:kept], svd.left[:, :kept] * root
+    return LoraFactors(lora_A.float().contiguous(), lora_B.float().contiguous())
 
 
 def save_diffusers_lora(
@@ -453,6 +595,7 @@ def save_diffusers_lora(
     *,
     weight_name: str = "pytorch_lora_weights.safetensors",
     adapter_name: str = "default",
+    export_rank: int | None = None,
     pad_rank: int | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -463,6 +606,7 @@ def save_diffusers_lora(
         directory: created when missing.
         weight_name: of the file.
         adapter_name: which adapter.
+        export_rank: compress layers of a larger rank, as in :func:`exported_factors`.
         pad_rank: zero-pad every layer to this rank, for loaders that cannot mix ranks.
         provenance: how the file was made; JSON under a metadata key of our own, which loaders ignore.
 
@@ -470,18 +614,22 @@ def save_diffusers_lora(
         The file.
 
     Raises:
-        ValueError: ``pad_rank`` is smaller than a layer's exported rank (2r for offset initialisations).
+        ValueError: ``export_rank`` below 1; ``pad_rank`` smaller than the rank that a layer has left (2r for offset
+            initialisations that are not compressed).
     """
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for component, module in modules.items():
-        exported = exported_factors(module, adapter_name)
-        if pad_rank is not None:
-            exported = {name: _pad(name, factors, pad_rank) for name, factors in exported.items()}
+        exported = exported_factors(module, adapter_name, export_rank=export_rank, pad_rank=pad_rank)
+        magnitudes = _exported_magnitudes(module, adapter_name)
         text_encoder = component.startswith("text_encoder")
         for name, factors in exported.items():
             key = f"{component}.{_text_model_name(name) if text_encoder else name}"
             tensors |= {f"{key}.lora_A.weight": factors.lora_A, f"{key}.lora_B.weight": factors.lora_B}
+            if name in magnitudes:
+                # transformers 5 needs the parameter's full name, and ignores the short one that PEFT writes.
+                suffix = "lora_magnitude_vector.weight" if text_encoder else "lora_magnitude_vector"
+                tensors[f"{key}.{suffix}"] = magnitudes[name]
         ranks = {name: factors.lora_A.shape[0] for name, factors in exported.items()}
         common = mode(ranks.values())
         # transformers 5 has flattened CLIP: patterns without "text_model." match both layouts as name endings. Others
@@ -498,6 +646,7 @@ def save_diffusers_lora(
             "alpha_pattern": pattern,
             "target_modules": sorted(names.values()),
             "init_lora_weights": True,
+            **({"use_dora": True} if magnitudes else {}),
         }
         metadata |= {f"{component}.{key}": value for key, value in config.items()}
     blobs = {"format": "pt", DIFFUSERS_METADATA_KEY: json.dumps(metadata, sort_keys=True)}
@@ -515,50 +664,94 @@ def save_kohya_lora(
     *,
     adapter_name: str = "default",
     prefixes: Mapping[str, str] | None = None,
+    sdxl: bool | None = None,
+    export_rank: int | None = None,
     pad_rank: int | None = None,
 ) -> Path:
     """Write the kohya format that ComfyUI, A1111 and sd-scripts read: ``lora_down``, ``lora_up`` and ``alpha``.
+
+    DoRA adds ``dora_scale`` (out_features, 1): ``W' = dora_scale * (W + up @ down) / ||W + up @ down||``, with one norm
+    per row, as LyCORIS defines it with ``wd_on_output``. Readers differ: diffusers (0.42.1) drops the scale with a
+    warning, and ComfyUI divides by the row norms of W alone (pull request 15458), so that the strength of trained DoRA
+    layers is off there by the ratio of the two norms. The diffusers format has no such limit.
 
     Args:
         modules: component -> adapted module.
         path: of the ``.safetensors`` file.
         adapter_name: which adapter.
-        prefixes: component -> key prefix; ``lora_unet`` and ``lora_te`` when left out.
+        prefixes: component -> key prefix; when left out, :data:`kohya.PREFIXES` or :data:`kohya.SDXL_PREFIXES`.
+        sdxl: use SDXL's prefixes and the original UNet's layer names (see :mod:`kohya`). When left out: if there is a
+            ``text_encoder_2``, or the UNet's ``addition_embed_type`` is ``"text_time"``; SDXL's first text encoder
+            alone needs it said.
+        export_rank: compress layers of a larger rank, as in :func:`exported_factors`.
         pad_rank: zero-pad every layer to this rank. diffusers' own converter (0.42.1) takes one alpha for all layers
             and so needs it for variable ranks; ComfyUI, A1111 and sd-scripts do not.
 
     Raises:
-        ValueError: a component without a prefix; ``pad_rank`` is smaller than a layer's exported rank.
+        ValueError: a component without a prefix; an SDXL layer that the original UNet does not have; ``export_rank``
+            below 1; ``pad_rank`` smaller than the rank that a layer has left.
     """
-    prefixes = prefixes if prefixes is not None else {"unet": "lora_unet", "text_encoder": "lora_te"}
+    configs = {component: getattr(unwrap(module), "config", None) for component, module in modules.items()}
+    if sdxl is None:
+        text_time = getattr(configs.get("unet"), "addition_embed_type", None) == "text_time"
+        sdxl = text_time or "text_encoder_2" in modules
+    if prefixes is None:
+        prefixes = kohya.SDXL_PREFIXES if sdxl else kohya.PREFIXES
     tensors: dict[str, Tensor] = {}
     for component, module in modules.items():
         if component not in prefixes:
             raise ValueError(f"component {component!r} has no kohya key prefix; known: {', '.join(sorted(prefixes))}")
-        for name, factors in exported_factors(module, adapter_name).items():
-            name = _text_model_name(name) if component.startswith("text_encoder") else name
-            key = f"{prefixes[component]}_{name.replace('.', '_')}"
-            factors = factors if pad_rank is None else _pad(name, factors, pad_rank)
+        exported = exported_factors(module, adapter_name, export_rank=export_rank, pad_rank=pad_rank)
+        magnitudes = _exported_magnitudes(module, adapter_name)
+        for name, factors in exported.items():
+            if component.startswith("text_encoder"):
+                file_name = _text_model_name(name)
+            elif component == "unet" and sdxl:
+                file_name = kohya.sgm_layer_name(name, _layers_per_block(configs[component]))
+            else:
+                file_name = name
+            key = f"{prefixes[component]}_{file_name.replace('.', '_')}"
             tensors |= {
                 f"{key}.lora_down.weight": factors.lora_A,
                 f"{key}.lora_up.weight": factors.lora_B,
                 f"{key}.alpha": torch.tensor(float(factors.lora_A.shape[0])),
             }
+            if name in magnitudes:
+                tensors[f"{key}.dora_scale"] = magnitudes[name][:, None]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt"})
     return path
 
 
+def _layers_per_block(config: Any) -> list[int]:
+    """Resnets of each down block of a ``UNet2DConditionModel``."""
+    layers = config.layers_per_block
+    return [layers] * len(config.down_block_types) if isinstance(layers, int) else list(layers)
+
+
+def _exported_magnitudes(module: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """(out_features,) DoRA magnitudes by layer name, float32, on the CPU; nothing without DoRA."""
+    return {
+        name: weights.magnitude.float().cpu()
+        for name, weights in adapter_weights(module, adapter_name).items()
+        if weights.magnitude is not None
+    }
+
+
 def _text_model_name(name: str) -> str:
     """The layer's name as files have it: transformers before 5 nests CLIP's layers under ``text_model``."""
-    return name if name.startswith("text_model.") else f"text_model.{name}"
+    # The projection stands beside the text model, not in it.
+    return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
 
 
 def _pad(name: str, factors: LoraFactors, rank: int) -> LoraFactors:
     missing = rank - factors.lora_A.shape[0]
     if missing < 0:
-        raise ValueError(f"pad_rank {rank} is smaller than the exported rank {factors.lora_A.shape[0]} of {name!r}")
+        raise ValueError(
+            f"pad_rank {rank} is smaller than the exported rank {factors.lora_A.shape[0]} of {name!r}; "
+            "raise it, or compress with export_rank"
+        )
     return LoraFactors(
         nn.functional.pad(factors.lora_A, (0, 0, 0, missing)), nn.functional.pad(factors.lora_B, (0, missing))
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lorainit_diffusers.hooks import model_state_preserved, observe_inputs, observe_weight_gradients
-from lorainit_diffusers.statistics import InputsAndGradient, Statistic
+from lorainit_diffusers.statistics import InputsAndGradient, InputsAndReference, Statistic
 
 # float16 gradients of a mean loss underflow; a power of two scales them exactly and is divided out in float32.
 FLOAT16_LOSS_SCALE = 1024.0
@@ -31,18 +31,34 @@ class Collection:
     """What a collection pass gathered.
 
     Attributes:
-        statistics: layer -> statistic; layers fed by the same tensor hold the same object, or the same ``inputs``.
+        statistics: layer -> statistic; layers fed by the same tensor hold the same object, or the same parts.
         leaders: layer -> the first layer of its group of shared inputs (itself when it shares with none).
         num_passes: forward passes made on this process.
         forward_s: seconds in the loss (and backward), statistics not counted.
         statistics_s: seconds in the statistics.
     """
 
-    statistics: dict[str, Statistic | InputsAndGradient] = field(default_factory=dict)
+    statistics: dict[str, Statistic | InputsAndGradient | InputsAndReference] = field(default_factory=dict)
     leaders: dict[str, str] = field(default_factory=dict)
     num_passes: int = 0
     forward_s: float = 0.0
     statistics_s: float = 0.0
+
+    def with_reference(self, reference: Collection) -> Collection:
+        """This pass and one over reference batches, both of second moments, as one: an ``InputsAndReference`` a layer.
+
+        The groups of shared inputs are this pass's; the costs add up.
+        """
+        return Collection(
+            {
+                name: InputsAndReference(cast(Any, inputs), cast(Any, reference.statistics[name]))
+                for name, inputs in self.statistics.items()
+            },
+            self.leaders,
+            self.num_passes + reference.num_passes,
+            self.forward_s + reference.forward_s,
+            self.statistics_s + reference.statistics_s,
+        )
 
 
 class _SharedInputs:
@@ -84,6 +100,7 @@ def collect(
     share_inputs: bool = True,
     token_mask: Callable[[str], Tensor | None] | None = None,
     describe_step: Callable[[], str] | None = None,
+    batch_name: str = "batch",
     progress: bool = True,
 ) -> Collection:
     """Run ``loss_fn`` over the batches and gather a statistic for every layer.
@@ -103,6 +120,7 @@ def collect(
         share_inputs: one statistic for all layers that one tensor feeds.
         token_mask: layer -> (batch, tokens) boolean mask of the current batch, or ``None``; rows outside are left out.
         describe_step: says what the current step was (its timesteps), for error messages.
+        batch_name: what messages and the progress bar call a batch.
         progress: show a progress bar.
 
     Raises:
@@ -152,7 +170,7 @@ def collect(
                 parameter.requires_grad_(False)
         watch_inputs = observe_inputs(layers, on_input) if observes != "gradients" else nullcontext()
         watch_gradients = observe_weight_gradients(layers, on_gradient) if gradients else nullcontext()
-        bar = tqdm(total=total, desc=f"collecting {observes}", unit="batch", disable=not progress, leave=True)
+        bar = tqdm(total=total, desc=f"collecting {observes}", unit=batch_name, disable=not progress, leave=True)
         with watch_inputs, watch_gradients, bar:
             for index, batch in enumerate(islice(batches, num_batches)):
                 shared = _SharedInputs()
@@ -176,15 +194,15 @@ def collect(
                     _check_sharing(ran_before, shared.trace, result.leaders)
                     ran_before |= shared.trace.keys()
                 own = {name: inputs[name] for name, leader in result.leaders.items() if leader == name and inputs}
-                _check_finite(own, "input activations", index, describe_step)
-                _check_finite(gradients, "weight gradient", index, describe_step)
+                _check_finite(own, "input activations", f"{batch_name} {index}", describe_step)
+                _check_finite(gradients, "weight gradient", f"{batch_name} {index}", describe_step)
                 result.num_passes += 1
                 bar.update()
 
     if result.num_passes == 0:
         raise ValueError(
-            "the collection pass got no batches: the data is empty, the iterator was already used up, "
-            "or num_batches is 0; pass at least one batch"
+            f"the collection pass got no {batch_name}es: the data is empty, the iterator was already used up, "
+            f"or num_batches is 0; pass at least one {batch_name}"
         )
     start = time.perf_counter()
     if observes != "gradients":
@@ -240,7 +258,7 @@ def _part(statistic: Statistic | InputsAndGradient, part: Literal["inputs", "gra
 
 
 def _check_finite(
-    statistics: Mapping[str, Statistic], what: str, batch: int, describe_step: Callable[[], str] | None
+    statistics: Mapping[str, Statistic], what: str, batch: str, describe_step: Callable[[], str] | None
 ) -> None:
     flags = [statistic.is_finite for statistic in statistics.values()]
     if not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()):  # one device sync a batch
@@ -249,7 +267,7 @@ def _check_finite(
     description = describe_step() if describe_step is not None else ""
     step = f" ({description})" if description else ""
     raise ValueError(
-        f"non-finite {what} at layer {culprit!r} in batch {batch}{step}; "
+        f"non-finite {what} at layer {culprit!r} in {batch}{step}; "
         "try float32 or bf16 instead of fp16, and look for a broken image or VAE"
     )
 

@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, is_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lorainit_diffusers import adapters
 from lorainit_diffusers.collect import Collection, collect, known_length
-from lorainit_diffusers.methods import METHODS, Initializer
+from lorainit_diffusers.methods import METHODS, Initializer, Solution
 from lorainit_diffusers.methods.kaiming import Kaiming
 from lorainit_diffusers.ranks import allocate_ranks, uniform_ranks
 from lorainit_diffusers.report import InitReport, LayerReport
+from lorainit_diffusers.statistics import InputsAndReference
 
 if TYPE_CHECKING:  # families import diffusers' pipelines, which a user's own script may not need
     from lorainit_diffusers.families.base import ModelFamily
@@ -27,6 +28,12 @@ if TYPE_CHECKING:  # families import diffusers' pipelines, which a user's own sc
 MAX_RANK_RATIO = 2
 # Bins of the timestep distribution when the number of batches is not known beforehand.
 DEFAULT_NUM_STRATA = 16
+# What makes a method that starts elsewhere start from the base model, without a twin.
+ZERO_DELTA_OPTIONS: dict[str, dict[str, Any]] = {
+    "cntlora": {"base": "down_only"},
+    "gradient_step": {"step": 0},
+    "gradient_whitened": {"step": 0},
+}
 
 
 def make_method(name: str, options: Mapping[str, Any] | None = None) -> Initializer:
@@ -51,6 +58,7 @@ def initialize(
     batches: Iterable[Any] = (),
     loss_fn: Callable[[Any], Tensor] | None = None,
     *,
+    reference_batches: Iterable[Any] | None = None,
     rank: int | None = None,
     alpha: float | None = None,
     target_modules: Sequence[str] | str | Mapping[str, Sequence[str] | str] | None = None,
@@ -63,8 +71,10 @@ def initialize(
     seed: int = 0,
     adapter_name: str = "default",
     use_rslora: bool = False,
+    use_dora: bool = False,
     lora_dropout: float = 0.0,
     share_inputs: bool = True,
+    mask_padding: bool = True,
     progress: bool = True,
 ) -> InitReport:
     """Initialise LoRA adapters from the fine-tuning data.
@@ -88,12 +98,15 @@ def initialize(
         method: a name from ``METHODS``, or a configured instance.
         batches: what the loss takes; drawn once, at most ``num_batches``. Not needed by methods that observe nothing.
         loss_fn: batch -> 0-d loss. Left out for a family.
+        reference_batches: samples of the pre-training distribution (DreamBooth's class images, say) for methods that
+            compare the data with it, such as CNTLoRA with ``pretraining="measured"``, and for no other; drawn once, at
+            most ``num_batches``, through the same loss.
         rank: of every layer, or on average under ``variable_rank``. Default: the existing adapter's, or 8.
         alpha: LoRA alpha at that rank. Default: the existing adapter's, or the rank. Under variable ranks a layer's
             alpha follows its rank, so that the scaling stays the same everywhere.
         target_modules: names, name endings or a regular expression; per component if a mapping. Default: the layers
             already adapted, or the family's default.
-        num_batches: cap on the batches drawn; all when left out.
+        num_batches: cap on the batches drawn, and on the reference batches; all when left out.
         variable_rank: allocate ranks by pooled scores.
         rank_budget: sum of ranks under ``variable_rank``; ``rank`` times the number of layers when left out.
         parameter_budget: number of adapter parameters, instead of ``rank_budget``.
@@ -102,8 +115,11 @@ def initialize(
         seed: of everything random: the global generators during the pass (restored after it) and the factors.
         adapter_name: PEFT's name of the adapter.
         use_rslora: scale by alpha / sqrt(rank); for new adapters.
+        use_dora: train the magnitudes of the weight apart from its direction (DoRA); for new adapters, and with methods
+            that start from the base model without a twin.
         lora_dropout: for new adapters.
         share_inputs: keep one statistic for layers that one tensor feeds.
+        mask_padding: leave padded tokens out of the statistics, where the family knows them.
         progress: show a progress bar.
 
     Returns:
@@ -111,7 +127,8 @@ def initialize(
 
     Raises:
         ValueError: bad arguments, before anything is computed: unknown method, no matching layer, a rank that does not
-            fit, a wrapped or compiled module, no batches; or, in the pass, non-finite activations. Names the culprit.
+            fit, a wrapped or compiled module, DoRA with B A != 0, no batches, reference batches missing or unused; or,
+            in the pass, non-finite activations. Names the culprit.
     """
     name, method = (method, make_method(method)) if isinstance(method, str) else (_name_of(method), method)
     family: ModelFamily | None = None
@@ -128,16 +145,15 @@ def initialize(
     existing = {component: adapters.existing_adapter(module, adapter_name) for component, module in modules.items()}
     config = next((adapter for adapter in existing.values() if adapter is not None), None)
     rank = rank if rank is not None else config.rank if config is not None else 8
-    use_rslora = config.use_rslora if config is not None else use_rslora
+    if config is not None:
+        use_rslora = config.use_rslora
+        use_dora = any(adapter.use_dora for adapter in existing.values() if adapter is not None)
     if alpha is not None or config is None:
         scaling = (alpha if alpha is not None else rank) / (rank**0.5 if use_rslora else max(rank, 1))
     else:
         scaling = config.scaling
-    if config is not None and config.use_dora and method.step_zero != "equal":
-        raise ValueError(
-            f"init {name!r} starts from B A != 0, which DoRA's magnitudes do not allow; "
-            "use a zero-delta init such as eva or orthonormal, or drop use_dora"
-        )
+    if use_dora:
+        check_zero_delta(name, method)
 
     layers: dict[str, nn.Linear] = {}
     location: dict[str, tuple[str, str]] = {}
@@ -159,18 +175,7 @@ def initialize(
         if rank_budget is not None or parameter_budget is not None or max_rank is not None:
             raise ValueError("rank_budget, parameter_budget and max_rank need variable_rank=True (--variable_rank)")
         max_rank = rank
-    caps = {full_name: min(max_rank, *shape) for full_name, shape in shapes.items()}
-    for full_name, (out_features, in_features) in shapes.items():
-        # Under variable ranks the cap above `rank` is an offer, which a method may not be able to use in full.
-        smallest = min(rank, caps[full_name])
-        for cap in range(caps[full_name], smallest - 1, -1):
-            caps[full_name] = cap
-            try:
-                method.statistic(in_features, out_features, cap)
-                break
-            except ValueError as error:
-                if cap == smallest:
-                    raise ValueError(f"layer {full_name!r}: {error}") from None
+    caps = _largest_ranks(method, shapes, rank, max_rank)
     allocate = partial(
         allocate_ranks,
         layers=shapes,
@@ -181,31 +186,29 @@ def initialize(
     )
     if variable_rank:  # a budget that cannot be met is refused now, not after the pass
         allocate({full_name: torch.zeros(caps[full_name]) for full_name in layers})
+    _check_reference(name, method, shapes, caps, reference_batches)
 
     collection = Collection()
     if method.observes != "nothing":
         collection = _collect(
-            family, modules, layers, location, method, caps, batches, loss_fn, num_batches, seed, share_inputs, progress
+            family,
+            modules,
+            layers,
+            location,
+            method,
+            caps,
+            batches,
+            reference_batches,
+            loss_fn,
+            num_batches=num_batches,
+            seed=seed,
+            share_inputs=share_inputs,
+            mask_padding=mask_padding,
+            progress=progress,
         )
 
     start = time.perf_counter()
-    solutions, fallbacks = {}, {}
-    for full_name, layer in layers.items():
-        statistic = collection.statistics.get(full_name)
-        solver: Initializer = method
-        if method.observes.startswith("inputs") and statistic is not None and statistic.num_rows < rank:
-            solver = Kaiming()
-            fallbacks[full_name] = f"only {statistic.num_rows} rows for rank {rank}: Kaiming A, zero B"
-        generator = torch.Generator().manual_seed(_derive_seed(seed, full_name))
-        try:
-            solutions[full_name] = solver.solve(
-                layer.weight.detach().float(), statistic, caps[full_name], scaling=scaling, generator=generator
-            )
-        except torch.linalg.LinAlgError as error:
-            raise ValueError(
-                f"layer {full_name!r} cannot be decomposed ({error}); look for non-finite values in its weight, "
-                "or for activations too large for float32 when squared"
-            ) from error
+    solutions, fallbacks = _solve(method, layers, collection, rank, caps, scaling, seed)
     if variable_rank:
         scores: dict[str, Tensor] = {}
         for full_name, solution in solutions.items():
@@ -230,7 +233,12 @@ def initialize(
     start = time.perf_counter()
     for component, module in modules.items():
         adapters.attach(
-            module, weights[component], adapter_name=adapter_name, use_rslora=use_rslora, lora_dropout=lora_dropout
+            module,
+            weights[component],
+            adapter_name=adapter_name,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            lora_dropout=lora_dropout,
         )
     attach_s = time.perf_counter() - start
 
@@ -260,6 +268,62 @@ def initialize(
     )
 
 
+def _largest_ranks(
+    method: Initializer, shapes: Mapping[str, tuple[int, int]], rank: int, max_rank: int
+) -> dict[str, int]:
+    """The largest rank up to ``max_rank`` that each layer and the method can use; at least ``rank``, or an error."""
+    caps = {full_name: min(max_rank, *shape) for full_name, shape in shapes.items()}
+    for full_name, (out_features, in_features) in shapes.items():
+        # Under variable ranks the cap above `rank` is an offer, which a method may not be able to use in full.
+        smallest = min(rank, caps[full_name])
+        for cap in range(caps[full_name], smallest - 1, -1):
+            caps[full_name] = cap
+            try:
+                method.statistic(in_features, out_features, cap)
+                break
+            except ValueError as error:
+                if cap == smallest:
+                    raise ValueError(f"layer {full_name!r}: {error}") from None
+    return caps
+
+
+def check_zero_delta(name: str, method: Initializer) -> None:
+    """See that a method can start a DoRA: its magnitudes are those of the base weight, so B A must be zero.
+
+    Raises:
+        ValueError: naming the method and what works instead.
+    """
+    if method.step_zero == "equal":
+        return
+    options = [f"{option}={value} (--init_option)" for option, value in ZERO_DELTA_OPTIONS.get(name, {}).items()]
+    remedies = ", or ".join([*options, "a zero-delta init such as eva or orthonormal"])
+    raise ValueError(
+        f"init {name!r} starts from B A != 0, which DoRA's magnitudes do not allow; use {remedies}, or drop use_dora"
+    )
+
+
+def _check_reference(
+    name: str,
+    method: Initializer,
+    shapes: Mapping[str, tuple[int, int]],
+    caps: Mapping[str, int],
+    reference_batches: Iterable[Any] | None,
+) -> None:
+    """Reference batches are given exactly where the method's statistic has a place for them."""
+    full_name, (out_features, in_features) = next(iter(shapes.items()))
+    needed = isinstance(method.statistic(in_features, out_features, caps[full_name]), InputsAndReference)
+    if needed and reference_batches is None:
+        raise ValueError(
+            f"init {name!r} with these options compares the data with a reference: pass reference_batches, samples of "
+            "the pre-training distribution such as DreamBooth's class images"
+        )
+    if not needed and reference_batches is not None:
+        raise ValueError(
+            f"init {name!r} with these options does not use reference_batches; leave them out, or use cntlora with "
+            "constraint='alignment' and pretraining='measured'"
+        )
+
+
 def _collect(
     family: ModelFamily | None,
     modules: Mapping[str, nn.Module],
@@ -268,19 +332,22 @@ def _collect(
     method: Initializer,
     caps: Mapping[str, int],
     batches: Iterable[Any],
+    reference_batches: Iterable[Any] | None,
     loss_fn: Callable[[Any], Tensor] | None,
+    *,
     num_batches: int | None,
     seed: int,
     share_inputs: bool,
+    mask_padding: bool,
     progress: bool,
 ) -> Collection:
-    """The collection pass of this method, through the family's loss or the user's."""
-    assert method.observes != "nothing"
+    """The collection pass of this method, and one over reference batches, through the family's loss or the user's."""
+    observes = method.observes
+    assert observes != "nothing"
     # Every process draws its own noise and timesteps; the factors, which must agree, are seeded by layer instead.
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     pass_seed = _derive_seed(seed, "collect", torch.distributed.get_rank() if distributed else 0)
-    generator = torch.Generator().manual_seed(pass_seed)
-    stratified: Any = nullcontext()
+    generator = torch.Generator()
     token_mask = describe_step = None
     if family is not None:
         owner = family
@@ -295,31 +362,76 @@ def _collect(
             timesteps = owner.step.timesteps
             return "" if timesteps is None else f"timesteps {timesteps.flatten().tolist()}"
 
-        loss_fn, token_mask, describe_step = loss_fn or family_loss, family_token_mask, family_step
-        # One stratum a batch: every sample position then walks through the whole timestep distribution once.
-        strata = num_batches or known_length(batches) or DEFAULT_NUM_STRATA
-        stratified = owner.stratified_timesteps(strata, generator)
+        loss_fn, describe_step = loss_fn or family_loss, family_step
+        token_mask = family_token_mask if mask_padding else None
     if loss_fn is None:
         raise ValueError("loss_fn is missing: pass the function that computes one training loss from a batch")
 
-    def make_statistic(full_name: str, layer: nn.Linear) -> Any:
-        return method.statistic(layer.in_features, layer.out_features, caps[full_name])
+    def collect_over(batches: Iterable[Any], part: Literal["inputs", "reference"], batch_name: str) -> Collection:
+        def make_statistic(full_name: str, layer: nn.Linear) -> Any:
+            statistic = method.statistic(layer.in_features, layer.out_features, caps[full_name])
+            return getattr(statistic, part) if isinstance(statistic, InputsAndReference) else statistic
 
-    with adapters.adapters_disabled(modules), stratified:
-        return collect(
-            modules,
-            layers,
-            batches,
-            loss_fn,
-            make_statistic,
-            observes=method.observes,
-            num_batches=num_batches,
-            seed=pass_seed,
-            share_inputs=share_inputs,
-            token_mask=token_mask,
-            describe_step=describe_step,
-            progress=progress,
-        )
+        # Both passes draw the same noise and timesteps, so that what they differ in is the data.
+        generator.manual_seed(pass_seed)
+        stratified: Any = nullcontext()
+        if family is not None:
+            # One stratum a batch: every sample position then walks through the whole timestep distribution once.
+            strata = num_batches or known_length(batches) or DEFAULT_NUM_STRATA
+            stratified = family.stratified_timesteps(strata, generator)
+        with stratified:
+            return collect(
+                modules,
+                layers,
+                batches,
+                loss_fn,
+                make_statistic,
+                observes=observes,
+                num_batches=num_batches,
+                seed=pass_seed,
+                share_inputs=share_inputs,
+                token_mask=token_mask,
+                describe_step=describe_step,
+                batch_name=batch_name,
+                progress=progress,
+            )
+
+    with adapters.adapters_disabled(modules):
+        collection = collect_over(batches, "inputs", "batch")
+        if reference_batches is not None:
+            collection = collection.with_reference(collect_over(reference_batches, "reference", "reference batch"))
+    return collection
+
+
+def _solve(
+    method: Initializer,
+    layers: Mapping[str, nn.Linear],
+    collection: Collection,
+    rank: int,
+    caps: Mapping[str, int],
+    scaling: float,
+    seed: int,
+) -> tuple[dict[str, Solution], dict[str, str]]:
+    """Every layer's solution, and why those that saw too few rows got Kaiming's instead."""
+    solutions: dict[str, Solution] = {}
+    fallbacks: dict[str, str] = {}
+    for full_name, layer in layers.items():
+        statistic = collection.statistics.get(full_name)
+        solver: Initializer = method
+        if method.observes.startswith("inputs") and statistic is not None and statistic.num_rows < rank:
+            solver = Kaiming()
+            fallbacks[full_name] = f"only {statistic.num_rows} rows for rank {rank}: Kaiming A, zero B"
+        generator = torch.Generator().manual_seed(_derive_seed(seed, full_name))
+        try:
+            solutions[full_name] = solver.solve(
+                layer.weight.detach().float(), statistic, caps[full_name], scaling=scaling, generator=generator
+            )
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"layer {full_name!r} cannot be decomposed ({error}); look for non-finite values in its weight, "
+                "or for activations too large for float32 when squared"
+            ) from error
+    return solutions, fallbacks
 
 
 def _derive_seed(*parts: int | str) -> int:

@@ -113,10 +113,10 @@ def product_svd(left: Tensor, right: Tensor) -> SVD:
 
     Args:
         left: (rows, k).
-        right: (k, columns), of the same dtype; k is at most rows and columns.
+        right: (k, columns), of the same dtype.
 
     Returns:
-        All k triplets of ``left @ right``.
+        All min(rows, k, columns) triplets of ``left @ right``.
     """
     left_basis, left_triangle = torch.linalg.qr(left)
     right_basis, right_triangle = torch.linalg.qr(right.mT)

@@ -17,7 +17,8 @@ class LayerReport:
         alpha: of the adapter; ``scaling * rank`` (``scaling * sqrt(rank)`` with rsLoRA).
         scores: what the leading components are worth, as shares of the layer's total; ``None`` for methods without.
         captured: the share that the kept components add up to; ``None`` for methods without scores.
-        num_rows: rows (tokens) seen, or gradients for gradient methods; 0 for methods that observe nothing.
+        num_rows: rows (tokens) seen, or gradients for gradient methods; the smaller number where a reference was
+            seen as well; 0 for methods that observe nothing.
         shared_group: the first layer that was fed by the same tensors (itself when alone).
         fallback: why the layer was initialised by another method, or ``None``.
     """
@@ -38,7 +39,7 @@ class InitReport:
     Attributes:
         method: its name, and ``options`` its hyper-parameters.
         layers: ``component.layer`` -> report.
-        num_passes: forward passes of the collection.
+        num_passes: forward passes of the collection, those over reference batches included.
         forward_s: seconds in the loss itself, statistics not counted.
         statistics_s: seconds in the statistics.
         solve_s: seconds in decompositions, rank allocation and factors.

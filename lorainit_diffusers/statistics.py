@@ -510,3 +510,21 @@ class InputsAndGradient:
     def num_rows(self) -> int:
         """Rows of inputs seen so far."""
         return self.inputs.num_rows
+
+
+@dataclass(frozen=True)
+class InputsAndReference:
+    """The inputs of one layer under two distributions, for methods that compare them.
+
+    Attributes:
+        inputs: filled by the fine-tuning batches; layers fed by one tensor hold the same object.
+        reference: filled by batches of the pre-training distribution; shared alike.
+    """
+
+    inputs: SecondMoment
+    reference: SecondMoment
+
+    @property
+    def num_rows(self) -> int:
+        """Rows seen so far of the distribution that has fewer."""
+        return min(self.inputs.num_rows, self.reference.num_rows)

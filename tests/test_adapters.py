@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_fixtures import ADAPTED_STATES, TARGETS, RandomSD, adapted, base_weights, relative_error, small_unet
+from core_fixtures import (
+    ADAPTED_STATES,
+    TARGETS,
+    RandomSD,
+    adapted,
+    base_weights,
+    best_rank,
+    product,
+    relative_error,
+    small_unet,
+    tiny_attention,
+)
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -27,7 +38,15 @@ from lorainit_diffusers import (
     save_kohya_lora,
     trainable_parameters,
 )
-from lorainit_diffusers.adapters import AdapterWeights, attach, lora_layers, unwrap
+from lorainit_diffusers.adapters import (
+    AdapterWeights,
+    adapter_weights,
+    attach,
+    discarded_energy,
+    exported_factors,
+    lora_layers,
+    unwrap,
+)
 from lorainit_diffusers.methods import Initializer, LoraFactors
 
 RANK, ALPHA = 4, 6.0
@@ -465,6 +484,243 @@ def test_a_kohya_component_without_a_prefix_is_refused(base, tmp_path):
         save_kohya_lora({"transformer": modules["unet"]}, tmp_path / "x.safetensors")
     save_kohya_lora({"prior": modules["unet"]}, tmp_path / "x.safetensors", prefixes={"prior": "lora_prior"})
     assert all(key.startswith("lora_prior_") for key in load_file(tmp_path / "x.safetensors"))
+
+
+# --- DoRA -----------------------------------------------------------------------------------------------------------
+
+
+def run_dora(model: RandomSD, state: str = "raw", method: str = "eva", **kwargs: object) -> dict[str, nn.Module]:
+    """Initialise DoRA adapters on both components in this state."""
+    for component, targets in TARGETS.items():
+        setattr(model, component, adapted(getattr(model, component), state, targets, use_dora=True))
+    modules = {component: getattr(model, component) for component in TARGETS}
+    options: dict[str, object] = {"rank": RANK, "alpha": ALPHA, "target_modules": TARGETS} if state == "raw" else {}
+    options |= {"use_dora": True} if state == "raw" else {}
+    initialize(modules, method, model.batches(), model.loss, progress=False, **options | kwargs)  # type: ignore[arg-type]
+    return modules
+
+
+def assert_magnitudes_are_the_bases_row_norms(module: nn.Module) -> None:
+    layers = lora_layers(module)
+    assert layers
+    for name, layer in layers.items():
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        expected = torch.stack([row.norm() for row in layer.get_base_layer().weight.detach().double()])
+        assert relative_error(magnitude, expected) < 1e-6, name
+        assert magnitude.dtype == torch.float32
+        assert magnitude.requires_grad
+
+
+@EVERY_STATE
+def test_dora_starts_at_the_base_model_and_trains_its_magnitudes(base, state):
+    before, weights = base.output(), base_weights(base.unet)
+    modules = run_dora(base, state)
+    assert torch.equal(base.output(), before)
+    for module in modules.values():
+        assert_magnitudes_are_the_bases_row_norms(module)
+        trainable = {key for key, p in module.named_parameters() if p.requires_grad}
+        assert len(trainable) == len(trainable_parameters(module)) == 3 * len(lora_layers(module))
+        assert sum("lora_magnitude_vector" in key for key in trainable) == len(lora_layers(module))
+    parameters = all_trainable(modules)
+    copies = [p.detach().clone() for p in parameters]
+    base.train(parameters)
+    assert not any(torch.equal(p, copied) for p, copied in zip(parameters, copies, strict=True))
+    with adapters_disabled(modules):
+        assert torch.equal(base.output(), before)
+    assert all(torch.equal(value, weights[key]) for key, value in base_weights(base.unet).items())
+
+
+@pytest.mark.parametrize("rank", [RANK, RANK + 1])
+def test_initialising_a_trained_dora_adapter_takes_its_magnitudes_from_the_base(base, rank):
+    before = base.output()
+    modules = run_dora(base)
+    base.train(all_trainable(modules))
+    magnitudes = {id(layer.lora_magnitude_vector["default"].weight) for layer in lora_layers(base.unet).values()}
+    initialize(modules, "orthonormal", rank=rank, progress=False)
+    assert torch.equal(base.output(), before)
+    assert set(ranks_of(base.unet).values()) == {rank}
+    for module in modules.values():
+        assert_magnitudes_are_the_bases_row_norms(module)
+    # An optimiser made before still holds them.
+    assert magnitudes == {
+        id(layer.lora_magnitude_vector["default"].weight) for layer in lora_layers(base.unet).values()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("state", ["raw", "add_adapter"])
+def test_dora_on_a_sixteen_bit_base_has_float32_magnitudes_and_the_bases_function(base, dtype, state):
+    base.unet = adapted(base.unet.to(dtype), state, TARGETS["unet"], use_dora=True)
+    initialize({"unet": base.unet}, "orthonormal", rank=RANK, target_modules=TARGETS, use_dora=True, progress=False)
+    assert_magnitudes_are_the_bases_row_norms(base.unet)
+    for name, layer in lora_layers(base.unet).items():
+        x = torch.randn(3, layer.get_base_layer().in_features).to(dtype)
+        assert torch.equal(layer(x), layer.get_base_layer()(x)), name
+
+
+@pytest.mark.parametrize("variable", [False, True])
+@EVERY_STATE
+def test_a_dora_state_round_trip_is_bit_exact_and_goes_on_alike(base, variable, state):
+    fresh = base.copy()
+    modules = run_dora(base, variable_rank=variable)
+    base.train(all_trainable(modules))
+    saved = adapter_state_dict(modules)
+    assert sum(key.endswith(".magnitude") for key in saved) == 16 + 8
+    for component, targets in TARGETS.items():
+        setattr(fresh, component, adapted(getattr(fresh, component), state, targets, use_dora=True))
+    restored = {component: getattr(fresh, component) for component in TARGETS}
+    load_adapter_state_dict(restored, saved)
+    again = adapter_state_dict(restored)
+    assert again.keys() == saved.keys()
+    assert all(torch.equal(again[key], value) for key, value in saved.items())
+    for model, parts in ((base, modules), (fresh, restored)):
+        model.train(all_trainable(parts))
+    assert torch.equal(fresh.output(), base.output())
+
+
+def test_a_dora_state_and_a_plain_adapter_do_not_mix(base):
+    plain, fresh = base.copy(), base.copy()
+    dora_state = adapter_state_dict({"unet": run_dora(base)["unet"]})
+    plain_state = adapter_state_dict(run(plain, "gaussian"))
+    with pytest.raises(ValueError, match="hold a DoRA magnitude, but adapter 'default' does not use DoRA"):
+        load_adapter_state_dict({"unet": plain.unet}, dora_state)
+    with pytest.raises(ValueError, match=r"no DoRA magnitude for layer 'unet\.down_blocks.*without an adapter"):
+        load_adapter_state_dict({"unet": base.unet}, plain_state)
+    load_adapter_state_dict({"unet": fresh.unet}, dora_state)
+    assert all(layer.use_dora["default"] for layer in lora_layers(fresh.unet).values())
+
+
+@pytest.mark.parametrize("state", ["raw", "get_peft_model"])
+def test_dora_refuses_an_offset_twin_and_leaves_the_module_as_it_was(state):
+    module = adapted(tiny_attention(), state, ["to_q"], use_dora=True)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    factors = LoraFactors(torch.randn(2, 16), torch.randn(16, 2))
+    with pytest.raises(ValueError, match=r"'to_q'.*offset twin.*DoRA.*eva or orthonormal, or drop use_dora"):
+        attach(module, {"to_q": AdapterWeights(factors, 1.0, offset=factors)}, use_dora=True)
+    assert module.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("variable", [False, True])
+@EVERY_STATE
+def test_a_dora_file_loads_in_the_stock_pipeline(pipeline, base, tmp_path, variable, state):
+    modules = run_dora(base, state, variable_rank=variable)
+    base.train(all_trainable(modules))
+    assert relative_error(base.output(), RandomSD(pipeline.unet, pipeline.text_encoder).output()) > 1e-2
+    path = save_diffusers_lora(modules, tmp_path)
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["unet.use_dora"] is metadata["text_encoder.use_dora"] is True
+    loaded = stock(pipeline, path)
+    assert float((loaded.output() - base.output()).abs().max()) < 1e-4
+    trained = {name: layer.lora_magnitude_vector["default"].weight for name, layer in lora_layers(base.unet).items()}
+    for name, layer in lora_layers(loaded.unet, "default_0").items():
+        assert torch.equal(layer.lora_magnitude_vector["default_0"].weight, trained[name])
+
+
+def test_a_dora_adapter_saved_by_peft_reloads(base, tmp_path):
+    fresh = base.copy()
+    modules = run_dora(base, "get_peft_model", variable_rank=True)
+    base.train(all_trainable(modules))
+    for component, module in modules.items():
+        module.save_pretrained(tmp_path / component)
+        setattr(fresh, component, PeftModel.from_pretrained(getattr(fresh, component), tmp_path / component))
+    assert relative_error(fresh.output(), base.output()) < 1e-6
+
+
+# --- compression ----------------------------------------------------------------------------------------------------
+
+
+def dense_products(module: nn.Module) -> dict[str, Tensor]:
+    """All that each layer's adapter and twin add to its weight, in float64, from the parameters themselves."""
+    products: dict[str, Tensor] = {}
+    for name, weights in adapter_weights(module).items():
+        products[name] = product(weights.factors, weights.scaling)
+        if weights.offset is not None:
+            products[name] -= product(weights.offset, weights.scaling)
+    return products
+
+
+def discarded_by_svd(matrix: Tensor, rank: int) -> float:
+    return float((matrix - best_rank(matrix, rank)).square().sum() / matrix.square().sum())
+
+
+@pytest.mark.parametrize(("name", "variable"), [("eva", True), ("pissa", False), ("pissa", True)])
+@pytest.mark.parametrize("export_rank", [1, 3, 5])
+def test_compression_is_the_best_approximation_and_says_what_it_discards(base, name, variable, export_rank):
+    modules = run(base, name, variable_rank=variable)
+    base.train(all_trainable(modules))
+    products, full = dense_products(base.unet), exported_factors(base.unet)
+    energy = discarded_energy(modules, export_rank)
+    assert energy.keys() == {f"unet.{key}" for key in full}
+    for key, factors in exported_factors(base.unet, export_rank=export_rank).items():
+        rank = full[key].lora_A.shape[0]
+        assert factors.lora_A.shape[0] == factors.lora_B.shape[1] == min(rank, export_rank)
+        assert factors.lora_A.dtype == factors.lora_B.dtype == torch.float32
+        if rank <= export_rank:
+            assert energy[f"unet.{key}"] == 0
+            assert all(torch.equal(a, b) for a, b in zip(factors, full[key], strict=True))
+            continue
+        assert relative_error(product(factors), best_rank(products[key], export_rank)) < 1e-4
+        assert energy[f"unet.{key}"] == pytest.approx(discarded_by_svd(products[key], export_rank), rel=1e-3, abs=1e-9)
+        gram_A, gram_B = factors.lora_A @ factors.lora_A.mT, factors.lora_B.mT @ factors.lora_B
+        assert relative_error(gram_A, gram_B) < 1e-4  # balanced
+    assert max(energy.values()) > 1e-3 or export_rank >= max(factors.lora_A.shape[0] for factors in full.values())
+
+
+@pytest.mark.parametrize("name", ["eva", "pissa"])
+def test_a_compressed_and_padded_file_is_the_base_plus_the_best_approximations(pipeline, base, tmp_path, name):
+    reference = base.copy()
+    modules = run(base, name, ("unet", "text_encoder"), variable_rank=True)
+    base.train(all_trainable(modules))
+    for component, module in modules.items():
+        for key, delta in dense_products(module).items():
+            getattr(reference, component).get_submodule(key).weight.data += best_rank(delta, 2).float()
+    assert relative_error(reference.output(), base.output()) > 1e-3
+    diffusers_file = save_diffusers_lora(modules, tmp_path, export_rank=2, pad_rank=3)
+    kohya_file = save_kohya_lora(modules, tmp_path / "kohya.safetensors", export_rank=2, pad_rank=3)
+    for path, ending in ((diffusers_file, "lora_A.weight"), (kohya_file, "lora_down.weight")):
+        tensors = load_file(path)
+        assert {value.shape[0] for key, value in tensors.items() if key.endswith(ending)} == {3}
+        assert {float(value) for key, value in tensors.items() if key.endswith(".alpha")} <= {3.0}
+        assert float((stock(pipeline, path).output() - reference.output()).abs().max()) < 1e-4
+
+
+def test_an_untrained_adapter_discards_nothing_and_can_still_be_trained_from_its_file(base):
+    twin = base.copy()
+    modules = run(base, "eva")
+    assert set(discarded_energy(modules, 1).values()) == {0.0}
+    for key, factors in exported_factors(base.unet, export_rank=2).items():
+        assert torch.equal(factors.lora_A, exported_factors(base.unet)[key].lora_A[:2])
+        assert not factors.lora_B.any()
+    # B A - B0 A0 = 0 with factors that are not: what is left is rounding, of which no share is discarded.
+    assert set(discarded_energy(run(twin, "pissa"), 1).values()) == {0.0}
+
+
+def test_a_layer_narrower_than_its_rank_is_compressed_too():
+    module = tiny_attention(features=4, hidden=24)
+    factors = LoraFactors(torch.randn(10, 4), torch.randn(24, 10))
+    attach(module, {"up": AdapterWeights(factors, 0.5)})
+    compressed = exported_factors(module, export_rank=6)["up"]
+    assert compressed.lora_A.shape[0] <= 6
+    assert relative_error(product(compressed), product(factors, 0.5)) < 1e-6
+    assert discarded_energy({"x": module}, 6) == {"x.up": 0.0}
+    assert discarded_energy({"x": module}, 2)["x.up"] == pytest.approx(discarded_by_svd(product(factors), 2))
+
+
+def test_export_ranks_that_cannot_be_are_refused(base, tmp_path):
+    modules = run(base, "gaussian")
+    for call in (
+        lambda: save_diffusers_lora(modules, tmp_path, export_rank=0),
+        lambda: save_kohya_lora(modules, tmp_path / "x.safetensors", export_rank=0),
+        lambda: discarded_energy(modules, 0),
+        lambda: exported_factors(base.unet, export_rank=0),
+    ):
+        with pytest.raises(ValueError, match="export_rank 0 must be at least 1"):
+            call()
+    with pytest.raises(ValueError, match=r"pad_rank 2 is smaller than the exported rank 3 of .*export_rank"):
+        save_kohya_lora(modules, tmp_path / "x.safetensors", export_rank=3, pad_rank=2)
+    assert not list(tmp_path.iterdir())
 
 
 # --- layers without an adapter --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorainit_diffusers.collect import Collection, collect, known_length
-from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, SecondMoment
+from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, InputsAndReference, SecondMoment
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -159,6 +159,23 @@ def test_one_pass_for_both_gathers_what_two_passes_do():
         assert torch.equal(statistic.inputs.covariance(), inputs.statistics[name].covariance())
         assert torch.equal(statistic.gradient.mean(), gradients.statistics[name].mean())
     assert all(weight.grad is None for weight in module.parameters())
+
+
+def test_a_pass_over_a_reference_is_joined_layer_by_layer():
+    module = tiny_attention()
+    inputs, reference = run(module, token_batches(3)), run(module, token_batches(2, seed=1))
+    joined = inputs.with_reference(reference)
+    assert joined.leaders == inputs.leaders
+    assert joined.num_passes == 5
+    assert joined.forward_s == inputs.forward_s + reference.forward_s
+    assert joined.statistics_s == inputs.statistics_s + reference.statistics_s
+    assert joined.statistics.keys() == inputs.statistics.keys()
+    for name, statistic in joined.statistics.items():
+        assert isinstance(statistic, InputsAndReference)
+        # No copies: layers that one tensor feeds hold one moment of each distribution between them.
+        assert statistic.inputs is inputs.statistics[inputs.leaders[name]]
+        assert statistic.reference is reference.statistics[reference.leaders[name]]
+    assert joined.statistics["to_v"].reference is joined.statistics["to_q"].reference  # type: ignore[union-attr]
 
 
 def test_gradients_of_float16_weights_do_not_underflow():
@@ -401,6 +418,19 @@ def test_non_finite_activations_name_layer_batch_and_timesteps(poison):
 
     with pytest.raises(ValueError, match=re.escape("'2' in batch 1 (timesteps [3, 7])")):
         run(model, batches, loss, describe_step=lambda: "timesteps [3, 7]")
+
+
+def test_messages_call_a_batch_what_the_caller_calls_it():
+    module = nn.Sequential(nn.Linear(16, 4))
+    with pytest.raises(ValueError, match=r"got no reference batches.*at least one reference batch"):
+        run(module, [], batch_name="reference batch")
+    with pytest.raises(ValueError, match="'0' in reference batch 1"):
+        run(
+            module,
+            [token_batches(1)[0], torch.full((2, 16), float("nan"))],
+            lambda batch: module(batch).mean(),
+            batch_name="reference batch",
+        )
 
 
 def test_non_finite_gradients_name_layer_and_batch():

@@ -16,20 +16,25 @@ from core_fixtures import (
     ATTENTION_LAYERS,
     TinyAttention,
     adapted,
+    product,
     relative_error,
+    ridged,
     squared_loss,
+    symmetric_power,
     tiny_attention,
     token_batches,
 )
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lorainit_diffusers import METHODS, InitReport, adapter_state_dict, initialize, make_method, save_diffusers_lora
+from lorainit_diffusers import METHODS, InitReport, adapter_state_dict, initialize, make_method
 from lorainit_diffusers.adapters import lora_layers, unwrap
 from lorainit_diffusers.families.base import StepRecord
+from lorainit_diffusers.initialize import ZERO_DELTA_OPTIONS
 
 TARGETS = list(ATTENTION_LAYERS)
 PEFT_STATES = [state for state in ADAPTED_STATES if state != "add_adapter"]  # that one is a method of diffusers' models
+MEASURED = make_method("cntlora", {"constraint": "alignment", "pretraining": "measured"})
 SCORELESS = ("olora", "milora", "orthonormal", "orthogonal", "gaussian", "kaiming")
 EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
 
@@ -265,6 +270,124 @@ def test_batches_are_drawn_once_up_to_the_cap():
     assert not drawn  # a method that observes nothing draws nothing
 
 
+# --- a reference ----------------------------------------------------------------------------------------------------
+
+
+def inputs_of(module: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """All rows that each layer sees, recorded by hooks of our own."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in TARGETS}
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: rows[name].append(args[0].detach().reshape(-1, args[0].shape[-1]))
+        )
+        for name in TARGETS
+    ]
+    for batch in batches:
+        module.eval()(batch)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+@pytest.mark.parametrize("share_inputs", [True, False])
+def test_reference_batches_are_what_the_inputs_are_aligned_with(share_inputs):
+    module, batches, reference = tiny_attention(), token_batches(3), token_batches(2, seed=1)
+    seen, wanted = inputs_of(module, batches), inputs_of(module, reference)
+    bases = {name: module.get_submodule(name).weight.detach().double() for name in TARGETS}
+    report = run(module, MEASURED, batches, reference_batches=reference, rank=16, share_inputs=share_inputs)
+    for name, layer in lora_layers(module).items():
+        root = symmetric_power(ridged(seen[name], 0.1), 0.5)
+        inverse = torch.linalg.inv(root)
+        aligned = inverse @ symmetric_power(root @ ridged(wanted[name], 0.1) @ root, 0.5) @ inverse
+        change = product((layer.lora_A["default"].weight, layer.lora_B["default"].weight))
+        assert relative_error(bases[name] + change, bases[name] @ aligned) < 1e-4, name
+        assert float(change.detach().norm()) > 0.01 * float(bases[name].norm())
+        assert report.layers[name].num_rows == 2 * 4 * 20
+    assert report.num_passes == 5
+    assert report.options["pretraining"] == "measured"
+    assert report.layers["to_v"].shared_group == ("to_q" if share_inputs else "to_v")
+    expected = tiny_attention().eval()(batches[0])
+    assert relative_error(module.eval()(batches[0]), expected) < 1e-5  # the twin keeps step 0
+
+
+def test_the_same_data_as_reference_asks_for_no_change_because_both_passes_draw_the_same_noise():
+    module = tiny_attention()
+
+    def loss(batch: Tensor) -> Tensor:
+        return squared_loss(module)(batch + torch.randn_like(batch))
+
+    bases = {name: module.get_submodule(name).weight.detach().clone() for name in TARGETS}
+    run(module, MEASURED, token_batches(), loss, reference_batches=token_batches())
+    for name, layer in lora_layers(module).items():
+        change = product((layer.lora_A["default"].weight, layer.lora_B["default"].weight))
+        assert float(change.detach().norm()) < 1e-5 * float(bases[name].norm())
+
+
+def test_reference_batches_are_drawn_once_up_to_the_cap_after_the_others():
+    drawn: list[str] = []
+
+    def batches(kind: str) -> Iterator[Tensor]:
+        for batch in token_batches(5):
+            drawn.append(kind)
+            yield batch
+
+    report = run(tiny_attention(), MEASURED, batches("data"), reference_batches=batches("reference"), num_batches=2)
+    assert drawn == ["data", "data", "reference", "reference"]
+    assert report.num_passes == 4
+
+
+def test_both_passes_run_the_base_model_and_restore_everything():
+    fresh, trained = tiny_attention(), tiny_attention()
+    options = {"reference_batches": token_batches(seed=1)}
+    run(fresh, MEASURED, **options)
+    run(trained, "gaussian")
+    for layer in lora_layers(trained).values():
+        layer.lora_B["default"].weight.data.normal_()
+    broken = token_batches(seed=1)
+
+    def loss(batch: Tensor) -> Tensor:
+        if batch is broken[1]:
+            raise RuntimeError("broken reference")
+        return squared_loss(trained)(batch)
+
+    trained.train()
+    values = {key: value.clone() for key, value in trained.state_dict().items()}
+    with pytest.raises(RuntimeError, match="broken reference"):
+        run(trained, MEASURED, loss=loss, reference_batches=broken)
+    assert all(torch.equal(value, values[key]) for key, value in trained.state_dict().items())
+    assert trained.training
+    assert all(not layer.disable_adapters for layer in lora_layers(trained).values())
+    assert all(not m._forward_pre_hooks for m in trained.modules())
+    run(trained, MEASURED, **options)
+    assert_same(factors(trained), factors(fresh))
+
+
+def test_variable_ranks_with_a_reference():
+    report = run(tiny_attention(), MEASURED, reference_batches=token_batches(seed=1), variable_rank=True)
+    ranks = [layer.rank for layer in report.layers.values()]
+    assert sum(ranks) == 24
+    assert len(set(ranks)) > 1
+
+
+def test_reference_batches_are_given_exactly_where_they_are_used():
+    missing = r"pass reference_batches, samples of the pre-training distribution such as DreamBooth's class images"
+    refused(tiny_attention(), missing, MEASURED)
+    for method in ("cntlora", "eva", "lora_ga", "gradient_step", "pissa", "gaussian"):
+        refused(
+            tiny_attention(),
+            rf"'{method}' with these options does not use reference_batches; leave them out",
+            method,
+            reference_batches=token_batches(1),
+        )
+
+
+def test_a_reference_that_is_empty_or_not_finite_is_named():
+    with pytest.raises(ValueError, match="got no reference batches"):
+        run(tiny_attention(), MEASURED, reference_batches=[])
+    with pytest.raises(ValueError, match="layer 'to_q' in reference batch 0"):
+        run(tiny_attention(), MEASURED, reference_batches=[torch.full((2, 20, 16), float("nan"))])
+
+
 # --- few rows -------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +432,23 @@ def test_a_layer_with_fewer_rows_than_rank_falls_back_and_says_so(name, variable
     assert relative_error(module(batches[0]), expected) < 1e-5
     if variable:
         assert layer.rank >= 1
+
+
+@pytest.mark.parametrize("few", ["data", "reference"])
+def test_a_layer_falls_back_where_either_distribution_has_fewer_rows_than_rank(few):
+    module, many, three = Pooled(), token_batches(3), [batch[:1] for batch in token_batches(3)]
+    batches, reference = (three, many) if few == "data" else (many, three)
+    report = run(
+        module,
+        MEASURED,
+        batches,
+        lambda b: module(b).square().mean(),
+        target_modules=["tokens", "pooled"],
+        reference_batches=reference,
+    )
+    assert report.layers["pooled"].num_rows == 3
+    assert "3 rows" in report.layers["pooled"].fallback
+    assert report.layers["tokens"].fallback is None
 
 
 def test_rows_accumulate_over_batches_before_a_layer_falls_back():
@@ -423,6 +563,36 @@ def test_a_family_brings_its_loss_targets_masks_and_stratified_timesteps():
     assert not torch.equal(factors(other.module)[".to_q.lora_A"], factors(family.module)[".to_q.lora_A"])
 
 
+def test_a_reference_has_its_own_strata_and_masks():
+    family = TinyFamily()
+    report = initialize(
+        family, MEASURED, token_batches(3), reference_batches=token_batches(2, seed=1), rank=4, progress=False
+    )
+    assert family.strata == [3, 2]
+    assert report.layers["model.to_q"].num_rows == 2 * 4 * 5
+    family = TinyFamily()
+    reference = iter(token_batches(4, seed=1))
+    initialize(family, MEASURED, token_batches(3), reference_batches=reference, num_batches=2, rank=4, progress=False)
+    assert family.strata == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["eva", "cntlora", "corda"])
+def test_padding_counts_only_where_it_is_not_masked(name):
+    """Tokens from the sixth on are padding: `to_q` is fed by the batch itself, so other padding is all that differs."""
+    results = {}
+    for mask_padding in (True, False):
+        for padding in (1.0, 3.0):
+            family, batches = TinyFamily(), token_batches(3)
+            for batch in batches:
+                batch[:, 5:] *= padding
+            report = initialize(family, name, batches, rank=4, mask_padding=mask_padding, progress=False)
+            assert report.layers["model.to_q"].num_rows == 3 * 4 * (5 if mask_padding else 20)
+            results[mask_padding, padding] = factors(family.module)[".to_q.lora_A"]
+    assert torch.equal(results[True, 1.0], results[True, 3.0])
+    assert not torch.allclose(results[False, 1.0], results[False, 3.0], atol=1e-3)
+    assert not torch.allclose(results[False, 1.0], results[True, 1.0], atol=1e-3)
+
+
 def test_non_finite_values_in_a_family_name_layer_batch_and_timesteps():
     family = TinyFamily()
     with pytest.raises(ValueError, match=re.escape("layer 'model.to_q' in batch 0 (timesteps [3, 7])")):
@@ -527,22 +697,66 @@ def test_wrapped_modules_are_refused(tmp_path: Path):
         run(nn.DataParallel(tiny_attention()))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if make_method(name).step_zero == "offset"])
-def test_dora_with_an_offset_is_refused(name):
-    config = LoraConfig(r=4, target_modules=TARGETS, use_dora=True)
-    module = get_peft_model(tiny_attention(), config)
+@pytest.mark.parametrize("name", [name for name in METHODS if make_method(name).step_zero != "equal"])
+def test_dora_with_an_offset_or_a_moved_start_is_refused(name):
+    refused(tiny_attention(), f"'{name}'.*DoRA", name, use_dora=True)
+    module = get_peft_model(tiny_attention(), LoraConfig(r=4, target_modules=TARGETS, use_dora=True))
     refused(module, f"'{name}'.*DoRA", name, target_modules=None)
 
 
-def test_dora_with_a_zero_delta_starts_as_the_base_and_is_not_exported_wrongly(tmp_path: Path):
+def test_the_remedy_for_dora_is_one_that_works():
+    refused(
+        tiny_attention(),
+        r"use base=down_only \(--init_option\), or a zero-delta init such as eva or orthonormal, or drop use_dora",
+        "cntlora",
+        use_dora=True,
+    )
+    refused(tiny_attention(), r"; use a zero-delta init such as eva", "pissa", use_dora=True)
+    for name, options in ZERO_DELTA_OPTIONS.items():
+        method = make_method(name, options)
+        assert method.step_zero == "equal"
+        module = tiny_attention()
+        run(module, method, use_dora=True)
+        assert all(layer.use_dora["default"] for layer in lora_layers(module).values())
+    for name in ("eva", "orthonormal"):
+        assert make_method(name).step_zero == "equal"
+
+
+def test_new_dora_adapters_start_as_the_base_with_its_magnitudes():
+    module = tiny_attention()
+    bases = {name: module.get_submodule(name).weight.detach().clone() for name in TARGETS}
+    run(module, "eva", use_dora=True)
+    for name, layer in lora_layers(module).items():
+        assert layer.use_dora["default"]
+        magnitudes = layer.lora_magnitude_vector["default"].weight
+        torch.testing.assert_close(magnitudes.detach(), bases[name].norm(dim=1), rtol=1e-5, atol=0)
+    expected = tiny_attention().eval()(token_batches(1)[0])
+    assert relative_error(module.eval()(token_batches(1)[0]), expected) < 1e-5
+
+
+def test_an_existing_adapter_says_whether_it_is_dora():
+    module = get_peft_model(tiny_attention(), LoraConfig(r=4, target_modules=TARGETS))
+    run(module, "pissa", target_modules=None, use_dora=True)  # the adapter is a plain one
+    assert not any(layer.use_dora.get("default", False) for layer in lora_layers(module).values())
+
+
+def test_an_existing_dora_adapter_starts_as_the_base_again():
     module = get_peft_model(tiny_attention(), LoraConfig(r=4, target_modules=TARGETS, use_dora=True))
+    for layer in lora_layers(module).values():  # as if it had been trained
+        layer.lora_B["default"].weight.data.normal_()
+        layer.lora_magnitude_vector["default"].weight.data.mul_(1.5)
     run(module, "eva", target_modules=None)
     expected = tiny_attention().eval()(token_batches(1)[0])
     assert relative_error(module.eval()(token_batches(1)[0]), expected) < 1e-5
-    with pytest.raises(ValueError, match="DoRA"):
-        save_diffusers_lora({"unet": module}, tmp_path)
-    with pytest.raises(ValueError, match="DoRA"):
-        adapter_state_dict({"unet": module})
+
+
+def test_one_component_with_dora_is_enough_to_refuse_an_offset():
+    modules = {
+        "plain": get_peft_model(tiny_attention(), LoraConfig(r=4, target_modules=TARGETS)),
+        "dora": get_peft_model(tiny_attention(), LoraConfig(r=4, target_modules=TARGETS, use_dora=True)),
+    }
+    with pytest.raises(ValueError, match="base=down_only"):
+        initialize(modules, "cntlora", token_batches(), lambda batch: pytest.fail("the loss must not run"))
 
 
 @pytest.mark.parametrize("name", ["pissa", "cntlora", "milora"])

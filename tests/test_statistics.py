@@ -12,7 +12,7 @@ import torch
 from core_fixtures import largest_principal_angle, relative_error, rows_with_spectrum, run_as_processes
 from torch import Tensor
 
-from lorainit_diffusers.statistics import GradientMean, SecondMoment, SketchedSecondMoment
+from lorainit_diffusers.statistics import GradientMean, InputsAndReference, SecondMoment, SketchedSecondMoment
 
 TOLERANCE = 2e-6
 FEATURES = 24
@@ -421,6 +421,17 @@ def test_sixteen_bit_gradients_accumulate_in_float32():
         statistic.update(small)  # each is below half a float16 step at 4: they would vanish in a float16 sum
     expected = (4.0 + 100 * float(small[0, 0])) / 101
     torch.testing.assert_close(statistic.mean(), torch.full((2, 3), expected), rtol=1e-6, atol=0)
+
+
+def test_a_pair_of_distributions_has_seen_as_many_rows_as_the_smaller(rows):
+    pair = InputsAndReference(SecondMoment(FEATURES), SecondMoment(FEATURES))
+    assert pair.num_rows == 0
+    pair.inputs.update(rows)
+    assert pair.num_rows == 0
+    pair.reference.update(rows[:30])
+    assert pair.num_rows == 30
+    pair.reference.merge(pair.inputs)
+    assert pair.num_rows == len(rows)
 
 
 def test_the_gradient_that_was_passed_may_be_reused_by_the_caller():

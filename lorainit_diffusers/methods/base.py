@@ -9,12 +9,12 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, get_args, get_origin
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.statistics import InputsAndGradient, InputStatistic, Statistic
+from lorainit_diffusers.statistics import InputsAndGradient, InputsAndReference, InputStatistic, Statistic
 
 Observes = Literal["nothing", "inputs", "gradients", "inputs and gradients"]
 StepZero = Literal["equal", "offset", "moved"]
-# What a collection pass gathers of one layer.
-Observed = Statistic | InputsAndGradient
+# What the collection gathers of one layer.
+Observed = Statistic | InputsAndGradient | InputsAndReference
 
 
 class LoraFactors(NamedTuple):
@@ -49,7 +49,8 @@ class Initializer(Protocol):
     """An initialisation: a frozen dataclass of hyper-parameters, without state.
 
     Attributes:
-        observes: what its collection pass looks at.
+        observes: what its collection pass looks at. A method of ``"inputs"`` whose statistic is an
+            ``InputsAndReference`` gets a second pass over reference batches.
     """
 
     observes: ClassVar[Observes]

@@ -8,12 +8,15 @@ both factors, and ranks vary.
 Let S = E[x x'] over the fine-tuning inputs of a layer, S_l = S + ridge (eigenvalues floored) and W0 its weight.
 
 * ``"alignment"``: the adapted layer gives the fine-tuning inputs the output second moment that the pre-trained layer
-  gave its pre-training inputs, taken as isotropic (layers follow normalisations):
+  gave its pre-training inputs. These are taken as isotropic (layers follow normalisations):
   (W0 + D) S_l (W0 + D)' = c^2 W0 W0'. Of all solutions D = W0 (c S_l^(-1/2) - I) is the one that displaces the inputs
   least (the optimal-transport map); c^2 is the mean eigenvalue of S_l, so isotropic inputs give D = 0.
+  Or they are measured on samples of the pre-training distribution, with second moment S_p (S_pl with its own ridge):
+  (W0 + D) S_l (W0 + D)' = W0 S_pl W0', and D = W0 (T - I) with the optimal-transport map between two Gaussians,
+  T = S_l^(-1/2) (S_l^(1/2) S_pl S_l^(1/2))^(1/2) S_l^(-1/2) (Knott & Smith 1984). Equal distributions give D = 0.
 * ``"decorrelation"``: (W0 + D) X = W0 X_p with X_p uncorrelated with X gives the ridge solution D = -W0 S S_l^(-1).
 
-Both are functions of S times W0, so everything is computed in the eigenbasis of S with row scalings.
+Everything is computed in the eigenbasis of S, where all of these but T are row scalings of W0.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from lorainit_diffusers.methods.base import (
     kaiming_input_power,
     one_if_zero,
 )
-from lorainit_diffusers.statistics import SecondMoment, Statistic
+from lorainit_diffusers.statistics import InputsAndReference, SecondMoment
 
 # Directions that the fine-tuning data never excites would otherwise dominate the inverse.
 EIGENVALUE_FLOOR = 1e-4
@@ -48,7 +51,7 @@ class CNTLoRA:
 
     Attributes:
         constraint: which constraint D solves, see the module's docstring.
-        ridge: added to S, as a multiple of its mean eigenvalue.
+        ridge: added to S, as a multiple of its mean eigenvalue; to S_p likewise, of its own.
         truncation: ``"activation"`` keeps the best rank-r approximation of the output change on the data (SVD of
             D S_l^(1/2)); ``"weight"`` that of D itself.
         gauge: how B A = D_r is split. ``"whitened"``: the hidden activations A x are uncorrelated with equal variance
@@ -59,6 +62,8 @@ class CNTLoRA:
         gamma: of ``"active"``.
         scale: one scalar moves between A and B (``"down_only"``: scales A). ``"paper"``: ||A||_F = ||B||_F
             (``"down_only"``: ||A||_F = sqrt(rank)); ``"matched"``: E||A x||^2 as PEFT's Kaiming initialisation has it.
+        pretraining: what ``"alignment"`` takes the pre-training inputs for. ``"isotropic"``: white, as strong as the
+            fine-tuning inputs; ``"measured"``: as the reference batches have them, which ``initialize`` then needs.
     """
 
     observes: ClassVar[Observes] = "inputs"
@@ -70,11 +75,17 @@ class CNTLoRA:
     base: Literal["offset", "down_only", "active"] = "offset"
     gamma: float = 0.1
     scale: Literal["paper", "matched"] = "paper"
+    pretraining: Literal["isotropic", "measured"] = "isotropic"
 
     def __post_init__(self) -> None:
         check_choices(self)
         if self.ridge < 0:
             raise ValueError(f"ridge is {self.ridge}; it must not be negative")
+        if self.pretraining == "measured" and self.constraint != "alignment":
+            raise ValueError(
+                f"pretraining is 'measured', which constraint {self.constraint!r} does not use; "
+                "set constraint='alignment' as well, or leave pretraining at 'isotropic'"
+            )
 
     @property
     def step_zero(self) -> StepZero:
@@ -82,24 +93,38 @@ class CNTLoRA:
         steps: dict[str, StepZero] = {"offset": "offset", "down_only": "equal", "active": "moved"}
         return steps[self.base]
 
-    def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
-        """The exact second moment of the inputs."""
+    def statistic(self, in_features: int, out_features: int, rank: int) -> Observed | None:
+        """The exact second moment of the inputs; with ``pretraining="measured"``, that of the reference too."""
+        if self.pretraining == "measured":
+            return InputsAndReference(SecondMoment(in_features), SecondMoment(in_features))
         return SecondMoment(in_features)
 
     def solve(
         self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
-        """Scores are the shares of ||D S_l^(1/2)||_F^2 (``truncation="weight"``: of ||D||_F^2)."""
+        """Scores are the shares of ||D S_l^(1/2)||_F^2 (``truncation="weight"``: of ||D||_F^2).
+
+        Raises:
+            ValueError: the statistic is not the one that this method asked for.
+        """
+        reference: SecondMoment | None = None
+        if self.pretraining == "measured":
+            if not isinstance(statistic, InputsAndReference):
+                raise ValueError(
+                    "pretraining='measured' needs the inputs and their reference; run the collection pass over both"
+                )
+            statistic, reference = statistic.inputs, statistic.reference
         inputs = input_statistic(statistic)
         values, vectors = inputs.eigh(centered=False)
-        mean_eigenvalue = one_if_zero(values.mean())
-        ridged = (values + self.ridge * mean_eigenvalue).clamp_min(EIGENVALUE_FLOOR * mean_eigenvalue)
+        ridged = self._ridged(values)
         root = ridged.sqrt()
-        if self.constraint == "alignment":
-            change = ridged.mean().sqrt() / root - 1  # D = W0 vectors diag(change) vectors'
+        projected = weight.to(vectors.dtype) @ vectors  # (out, in), columns in the eigenbasis of S, as delta's are
+        if reference is not None:
+            delta = projected @ self._transport_minus_one(root, vectors, reference)
+        elif self.constraint == "alignment":
+            delta = projected * (ridged.mean().sqrt() / root - 1)
         else:
-            change = -values / ridged
-        delta = (weight.to(vectors.dtype) @ vectors) * change  # (out, in), columns in the eigenbasis of S
+            delta = projected * (-values / ridged)
         metric = root if self.truncation == "activation" else torch.ones_like(root)
         truncated = SVD(*(part.to(root.dtype) for part in top_svd(delta * metric, max_rank)))
         total = (delta * metric).square().sum()
@@ -122,6 +147,22 @@ class CNTLoRA:
             return LoraFactors(lora_A.float().contiguous(), lora_B.float().contiguous())
 
         return Solution(scores, factors)
+
+    def _ridged(self, values: Tensor) -> Tensor:
+        """(features,) eigenvalues with the ridge added and the floor applied."""
+        mean_eigenvalue = one_if_zero(values.mean())
+        return (values + self.ridge * mean_eigenvalue).clamp_min(EIGENVALUE_FLOOR * mean_eigenvalue)
+
+    def _transport_minus_one(self, root: Tensor, vectors: Tensor, reference: SecondMoment) -> Tensor:
+        """(features, features) T - I in the eigenbasis of S, where S_l^(1/2) is diag(``root``)."""
+        reference_values, reference_vectors = reference.eigh(centered=False)
+        # In float64 at any size: the condition number of the product is that of S_l times that of S_pl.
+        scale = root.double()
+        half = scale[:, None] * (vectors.mT.double() @ reference_vectors.double())
+        half = half * self._ridged(reference_values).double().sqrt()
+        squared, basis = torch.linalg.eigh(half @ half.mT)  # S_l^(1/2) S_pl S_l^(1/2)
+        transport = (basis * squared.clamp_min(0).sqrt() @ basis.mT) / torch.outer(scale, scale)
+        return (transport - torch.eye(len(scale), dtype=scale.dtype, device=scale.device)).to(root.dtype)
 
     def _factor(self, lora_A: Tensor, lora_B: Tensor, values: Tensor, trace: float) -> Tensor:
         """The scalar that A is multiplied and B divided by; ``lora_A`` is in the eigenbasis of S."""

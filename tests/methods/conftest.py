@@ -12,14 +12,29 @@ from torch import Tensor
 
 from lorainit_diffusers.initialize import make_method
 from lorainit_diffusers.methods import Solution
+from lorainit_diffusers.statistics import InputsAndReference
 
 
 @pytest.fixture
-def solve() -> Callable[..., Solution]:
-    """solve(name, weight, observed, max_rank, scaling=, seed=, **options): the method's solution for one layer.
+def fill() -> Callable[[Any, Any], None]:
+    """fill(statistic, observed): feed it in batches.
 
-    `observed` are rows of inputs, a list of gradients, or a pair of both, fed to the method's own statistic in batches.
+    `observed` are rows of inputs, a list of gradients, a pair of both, or a pair of rows and reference rows.
     """
+
+    def run(statistic: Any, observed: Any) -> None:
+        if isinstance(statistic, InputsAndReference):
+            feed(statistic.inputs, observed[0])
+            feed(statistic.reference, observed[1])
+        else:
+            feed(statistic, observed)
+
+    return run
+
+
+@pytest.fixture
+def solve(fill: Callable[[Any, Any], None]) -> Callable[..., Solution]:
+    """solve(name, weight, observed, max_rank, scaling=, seed=, **options): the method's solution for one layer."""
 
     def run(
         name: str,
@@ -35,7 +50,7 @@ def solve() -> Callable[..., Solution]:
         statistic = method.statistic(weight.shape[1], weight.shape[0], max_rank)
         if statistic is not None:
             assert observed is not None
-            feed(statistic, observed)
+            fill(statistic, observed)
         generator = torch.Generator().manual_seed(seed)
         return method.solve(weight, statistic, max_rank, scaling=scaling, generator=generator)
 

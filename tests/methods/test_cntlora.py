@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorainit_diffusers.methods import Solution
 from lorainit_diffusers.methods.cntlora import CNTLoRA
+from lorainit_diffusers.statistics import InputsAndReference, SecondMoment
 
 IN = 12
 SHAPES = [(8, IN), (IN, IN), (20, IN)]
@@ -45,7 +46,7 @@ def inputs(mean: float = 0.4) -> Tensor:
     return rows_with_spectrum(400, [0.8**index for index in range(IN)], mean=mean)
 
 
-def full_change(solve, weight: Tensor, rows: Tensor, **options) -> Tensor:
+def full_change(solve, weight: Tensor, rows: Tensor | tuple[Tensor, Tensor], **options) -> Tensor:
     """D itself: B A at full rank."""
     rank = min(weight.shape)
     factors = solve("cntlora", weight, rows, rank, scaling=0.5, **options).factors(rank)
@@ -167,6 +168,135 @@ def test_eigenvalues_are_floored(solve):
     factors = (values.mean() / values).sqrt() - 1
     assert relative_error(change, weight.double() @ (vectors * factors @ vectors.mT)) < 1e-3
     assert float(factors.max()) < 110
+
+
+# --- measured pre-training inputs -----------------------------------------------------------------------------------
+
+
+def references(mean: float = -0.2) -> Tensor:
+    return rows_with_spectrum(300, [0.9**index for index in range(IN)], mean=mean, seed=1)
+
+
+def transport_of(moment: Tensor, wanted: Tensor) -> Tensor:
+    """The optimal-transport map from N(0, moment) to N(0, wanted)."""
+    root, inverse = symmetric_power(moment, 0.5), symmetric_power(moment, -0.5)
+    return inverse @ symmetric_power(root @ wanted @ root, 0.5) @ inverse
+
+
+def floored(rows: Tensor) -> Tensor:
+    """X'X/n with its eigenvalues floored at 1e-4 of their mean."""
+    values, vectors = torch.linalg.eigh(second_moment_of(rows))
+    return vectors * values.clamp_min(1e-4 * values.mean()) @ vectors.mT
+
+
+def in_a_subspace(rows: Tensor, dimension: int, seed: int = 0) -> Tensor:
+    basis = torch.linalg.qr(torch.randn(IN, IN, generator=torch.Generator().manual_seed(seed))).Q[:, :dimension]
+    return rows @ basis @ basis.mT
+
+
+@EVERY_SHAPE
+@pytest.mark.parametrize("ridge", [0.01, 0.1, 1.0])
+def test_measured_alignment_is_the_closed_form_and_gives_the_data_the_output_moment_of_the_reference(
+    solve, shape, ridge
+):
+    weight, rows, reference = draw_weight(*shape), inputs(), references()
+    change = full_change(solve, weight, (rows, reference), pretraining="measured", ridge=ridge)
+    moment, wanted = ridged(rows, ridge), ridged(reference, ridge)
+    weight = weight.double()
+    assert relative_error(weight + change, weight @ transport_of(moment, wanted)) < 1e-5
+    outputs = weight @ wanted @ weight.mT
+    assert relative_error((weight + change) @ moment @ (weight + change).mT, outputs) < 1e-5
+    assert relative_error(weight @ moment @ weight.mT, outputs) > 0.1  # the base does not
+
+
+def test_the_measured_alignment_is_the_optimal_transport_map(solve):
+    """T is symmetric and positive definite: of all maps with T S_l T' = S_pl there is one such (Brenier)."""
+    weight = draw_weight(IN, IN)
+    change = full_change(solve, weight, (inputs(), references()), pretraining="measured")
+    transport = torch.linalg.solve(weight.double(), weight.double() + change)
+    assert relative_error(transport.mT, transport) < 1e-4
+    assert float(torch.linalg.eigvalsh((transport + transport.mT) / 2).min()) > 0.1
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+@pytest.mark.parametrize("dimension", [IN, 5])  # 5: most directions are floored where there is no ridge
+def test_a_reference_equal_to_the_inputs_needs_no_alignment(solve, ridge, dimension):
+    weight, rows = draw_weight(8, IN), in_a_subspace(inputs(), dimension)
+    change = full_change(solve, weight, (rows, rows.flip(0)), pretraining="measured", ridge=ridge)
+    assert float(change.norm()) < 1e-4 * float(weight.norm())
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+@pytest.mark.parametrize("relative", [1.0, 0.3])
+def test_an_isotropic_reference_is_the_isotropic_solution_up_to_its_size(solve, ridge, relative):
+    """S_p = c^2 I with c^2 = relative^2 times the mean eigenvalue of S: W0 + D scales along."""
+    weight, rows = draw_weight(8, IN), inputs()
+    size = relative * (second_moment_of(rows).trace() / IN).sqrt()
+    reference = (size * IN**0.5 * torch.eye(IN)).float()  # X'X/n over IN rows: size^2 I
+    isotropic = full_change(solve, weight, rows, ridge=ridge)
+    measured = full_change(solve, weight, (rows, reference), pretraining="measured", ridge=ridge)
+    weight = weight.double()
+    assert relative_error(weight + measured, relative * (weight + isotropic)) < 1e-5
+
+
+@pytest.mark.parametrize(("of_inputs", "of_reference"), [(IN, 5), (5, IN), (5, 7)])
+def test_eigenvalues_of_either_moment_are_floored(solve, of_inputs, of_reference):
+    weight = draw_weight(8, IN)
+    rows, reference = in_a_subspace(inputs(), of_inputs), in_a_subspace(references(), of_reference, seed=1)
+    change = full_change(solve, weight, (rows, reference), pretraining="measured", ridge=0.0)
+    weight = weight.double()
+    assert relative_error(weight + change, weight @ transport_of(floored(rows), floored(reference))) < 1e-3
+
+
+@EVERY_GAUGE
+@pytest.mark.parametrize("scale", ["paper", "matched"])
+def test_measured_alignment_is_truncated_and_factored_as_the_isotropic_one_is(solve, gauge, scale):
+    weight, rows, reference = draw_weight(20, IN), inputs(), references()
+    options = {"pretraining": "measured", "gauge": gauge, "scale": scale}
+    transport = transport_of(ridged(rows, 0.1), ridged(reference, 0.1))
+    change = weight.double() @ (transport - torch.eye(IN, dtype=torch.float64))
+    root = symmetric_power(ridged(rows, 0.1), 0.5)
+    solution = solve("cntlora", weight, (rows, reference), RANK, scaling=0.25, **options)
+    expected = best_rank(change @ root, RANK) @ torch.linalg.inv(root)
+    assert relative_error(product(solution.factors(RANK), 0.25), expected) < 1e-5
+    values = torch.linalg.svdvals(change @ root)
+    torch.testing.assert_close(solution.scores, values[:RANK] ** 2 / values.square().sum(), atol=1e-6, rtol=1e-4)
+    plain = solve("cntlora", weight, (rows, reference), RANK, truncation="weight", **options).factors(RANK)
+    assert relative_error(product(plain), best_rank(change, RANK)) < 1e-4
+    down = solve("cntlora", weight, (rows, reference), RANK, base="down_only", **options).factors(RANK)
+    assert float(down.lora_B.abs().max()) == 0.0
+    lora_A = solution.factors(RANK).lora_A
+    assert relative_error(down.lora_A, lora_A * (down.lora_A.norm() / lora_A.norm())) < 1e-5
+
+
+def test_measured_alignment_of_a_large_layer_keeps_its_digits():
+    """Above the size of float64 statistics, with a mean direction that holds most of the power."""
+    features, generator = 800, torch.Generator().manual_seed(0)
+    statistic = CNTLoRA(constraint="alignment", pretraining="measured").statistic(features, 8, 8)
+    assert isinstance(statistic, InputsAndReference)
+    decay = 0.995 ** torch.arange(features)
+    for part, strength in ((statistic.inputs, 4.0), (statistic.reference, 2.0)):
+        part.update(torch.randn(1000, features, generator=generator) * decay + strength)
+    moments = []
+    for part in (statistic.inputs, statistic.reference):
+        moment = part.second_moment().double()
+        moments.append(moment + 0.1 * moment.diagonal().mean() * torch.eye(features, dtype=torch.float64))
+    values, vectors = statistic.inputs.eigh(centered=False)
+    assert values.dtype == torch.float32
+    ridged_values = (values + 0.1 * values.mean()).sqrt()
+    method = CNTLoRA(constraint="alignment", pretraining="measured")
+    change = method._transport_minus_one(ridged_values, vectors, statistic.reference).double()
+    transport = vectors.double() @ change @ vectors.double().mT + torch.eye(features, dtype=torch.float64)
+    # The float32 eigenvectors of S alone cost 1e-3; a float32 matrix square root in the middle would cost 4e-2.
+    assert relative_error(transport, transport_of(*moments)) < 5e-3
+
+
+def test_what_is_observed_follows_from_the_pretraining():
+    assert isinstance(CNTLoRA(constraint="alignment").statistic(IN, 8, RANK), SecondMoment)
+    measured = CNTLoRA(constraint="alignment", pretraining="measured")
+    assert isinstance(measured.statistic(IN, 8, RANK), InputsAndReference)
+    with pytest.raises(ValueError, match="collection pass over both"):
+        measured.solve(draw_weight(8, IN), SecondMoment(IN), RANK, scaling=1.0, generator=torch.Generator())
 
 
 # --- truncation -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_fixtures import draw_weight, feed, rows_with_spectrum
+from core_fixtures import draw_weight, product, relative_error, rows_with_spectrum
 from torch import Tensor
 
 from lorainit_diffusers.initialize import make_method
@@ -18,6 +18,7 @@ SHAPES = [(24, 16), (16, 24), (20, 20)]
 RANK = 4
 RANDOM = {"kaiming", "gaussian", "orthonormal", "orthogonal"}
 EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
+MEASURED = {"constraint": "alignment", "pretraining": "measured"}
 VARIANTS = [
     *((name, {}) for name in METHODS),
     *(
@@ -27,6 +28,12 @@ VARIANTS = [
         for gauge in ("whitened", "activation", "balanced")
         for base in ("offset", "down_only", "active")
         for scale in ("paper", "matched")
+    ),
+    *(
+        ("cntlora", {**MEASURED, "truncation": truncation, "gauge": gauge, "base": base})
+        for truncation in ("activation", "weight")
+        for gauge in ("whitened", "activation", "balanced")
+        for base in ("offset", "down_only", "active")
     ),
     *(
         ("eva", {"centered": centered, "whiten": whiten, "scale": scale, "sketch_columns": columns})
@@ -52,7 +59,7 @@ VARIANTS_OF_INPUTS = [(name, options) for name, options in VARIANTS if METHODS[n
 
 def states(statistic: Any) -> list[dict[str, Tensor]]:
     """The state of a statistic, or of each of its two parts."""
-    parts = [statistic.inputs, statistic.gradient] if hasattr(statistic, "gradient") else [statistic]
+    parts = vars(statistic).values() if dataclasses.is_dataclass(statistic) else [statistic]
     return [part.state_dict() for part in parts]
 
 
@@ -60,13 +67,21 @@ def _identify(value: object) -> str:
     return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
+EVERY_STATISTIC = pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in METHODS), ("cntlora", MEASURED)], ids=_identify
+)
 EVERY_VARIANT = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=_identify)
 EVERY_VARIANT_OF_INPUTS = pytest.mark.parametrize(("name", "options"), VARIANTS_OF_INPUTS, ids=_identify)
 
 
-def observations(name: str, shape: tuple[int, int], rows: Tensor | None = None) -> Any:
+def observations(
+    name: str, shape: tuple[int, int], rows: Tensor | None = None, options: dict[str, Any] | None = None
+) -> Any:
+    deviations = [0.8**index for index in range(shape[1])]
     if rows is None:
-        rows = rows_with_spectrum(150, [0.8**index for index in range(shape[1])], mean=0.3)
+        rows = rows_with_spectrum(150, deviations, mean=0.3)
+    if (options or {}).get("pretraining") == "measured":
+        return rows, rows_with_spectrum(120, deviations, mean=-0.2, seed=1)
     gradients = [draw_weight(*shape, seed=seed) for seed in (5, 6)]
     observes = METHODS[name].observes
     return {"nothing": None, "inputs": rows, "gradients": gradients, "inputs and gradients": (rows, gradients)}[
@@ -112,18 +127,19 @@ def test_a_method_is_a_frozen_dataclass(name):
     assert (method.statistic(16, 16, RANK) is None) == (method.observes == "nothing")
 
 
-@EVERY_METHOD
+@EVERY_STATISTIC
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [2, 4, 8])
-def test_factors_have_the_right_shape_and_type_at_every_rank(solve, name, shape, rank):
-    solution = solve(name, draw_weight(*shape), observations(name, shape), 8)
+def test_factors_have_the_right_shape_and_type_at_every_rank(solve, name, options, shape, rank):
+    solution = solve(name, draw_weight(*shape), observations(name, shape, options=options), 8, **options)
     assert_valid(solution.factors(rank), shape, rank)
 
 
 @EVERY_VARIANT
 def test_the_step_zero_that_a_method_claims_is_the_one_it_has(solve, name, options):
     shape = (24, 16)
-    factors = solve(name, draw_weight(*shape), observations(name, shape), RANK, scaling=0.5, **options).factors(RANK)
+    observed = observations(name, shape, options=options)
+    factors = solve(name, draw_weight(*shape), observed, RANK, scaling=0.5, **options).factors(RANK)
     assert_valid(factors, shape, RANK)
     change = (factors.lora_B.double() @ factors.lora_A.double()).abs().max()
     if make_method(name, options).step_zero == "equal":
@@ -136,7 +152,8 @@ def test_the_step_zero_that_a_method_claims_is_the_one_it_has(solve, name, optio
 @EVERY_VARIANT
 def test_scores_descend_from_at_most_one_and_are_shares(solve, name, options):
     shape = (24, 16)
-    scores = solve(name, draw_weight(*shape), observations(name, shape), RANK, **options).scores
+    observed = observations(name, shape, options=options)
+    scores = solve(name, draw_weight(*shape), observed, RANK, **options).scores
     if scores is None:
         assert name in RANDOM | {"olora", "milora"}
         return
@@ -148,13 +165,13 @@ def test_scores_descend_from_at_most_one_and_are_shares(solve, name, options):
     assert float(scores.sum()) <= 1 + 1e-5
 
 
-@EVERY_METHOD
-def test_neither_weight_nor_statistic_is_changed(name):
+@EVERY_STATISTIC
+def test_neither_weight_nor_statistic_is_changed(fill, name, options):
     shape = (16, 24)
-    weight, method = draw_weight(*shape), make_method(name)
+    weight, method = draw_weight(*shape), make_method(name, options)
     statistic = method.statistic(shape[1], shape[0], RANK)
     if statistic is not None:
-        feed(statistic, observations(name, shape))
+        fill(statistic, observations(name, shape, options=options))
         state = copy.deepcopy(states(statistic))
     original = weight.clone()
     method.solve(weight, statistic, RANK, scaling=0.5, generator=torch.Generator()).factors(RANK)
@@ -165,15 +182,15 @@ def test_neither_weight_nor_statistic_is_changed(name):
                 assert torch.equal(value, before[key])
 
 
-@EVERY_METHOD
+@EVERY_STATISTIC
 @pytest.mark.parametrize("size", [24, 544])  # 544: the randomised decompositions
-def test_the_generator_is_the_only_source_of_randomness(solve, name, size):
+def test_the_generator_is_the_only_source_of_randomness(solve, name, options, size):
     shape, seen = (size, size), []
-    weight, observed = draw_weight(*shape), observations(name, shape)
+    weight, observed = draw_weight(*shape), observations(name, shape, options=options)
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
         state = torch.get_rng_state()
-        seen.append(solve(name, weight, observed, RANK, seed=7).factors(RANK))
+        seen.append(solve(name, weight, observed, RANK, seed=7, **options).factors(RANK))
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(seen[0].lora_A, seen[1].lora_A)
     assert torch.equal(seen[0].lora_B, seen[1].lora_B)
@@ -186,11 +203,11 @@ def test_the_seed_matters_for_the_random_methods_only(solve, name):
     assert torch.equal(first.lora_A, second.lora_A) == (name not in RANDOM)
 
 
-@EVERY_METHOD
-def test_a_zero_weight_gives_finite_factors_and_scores(solve, name):
+@EVERY_STATISTIC
+def test_a_zero_weight_gives_finite_factors_and_scores(solve, name, options):
     """Zero-initialised output projections are common (ControlNet, DiT)."""
     shape = (24, 16)
-    solution = solve(name, torch.zeros(shape), observations(name, shape))
+    solution = solve(name, torch.zeros(shape), observations(name, shape, options=options), **options)
     assert_valid(solution.factors(RANK), shape, RANK)
     if solution.scores is not None:
         assert torch.isfinite(solution.scores).all()
@@ -201,7 +218,10 @@ def test_dead_inputs_and_zero_gradients_give_finite_factors_and_scores(solve, na
     shape = (24, 16)
     rows, gradients = torch.zeros(150, shape[1]), [torch.zeros(shape)]
     dead = {"inputs": rows, "gradients": gradients, "inputs and gradients": (rows, gradients)}
-    solution = solve(name, draw_weight(*shape), dead.get(METHODS[name].observes), **options)
+    observed = dead.get(METHODS[name].observes)
+    if options.get("pretraining") == "measured":
+        observed = (rows, rows)
+    solution = solve(name, draw_weight(*shape), observed, **options)
     assert_valid(solution.factors(RANK), shape, RANK)
     if solution.scores is not None:
         assert torch.isfinite(solution.scores).all()
@@ -212,17 +232,44 @@ def test_constant_rows_give_finite_factors_and_scores(solve, name, options):
     """One row a sample, all the same: a pooled unconditional embedding, say."""
     shape = (24, 16)
     rows = torch.linspace(-1, 2, shape[1]).expand(40, -1)
-    solution = solve(name, draw_weight(*shape), observations(name, shape, rows), **options)
+    solution = solve(name, draw_weight(*shape), observations(name, shape, rows, options), **options)
     assert_valid(solution.factors(RANK), shape, RANK)
     assert solution.scores is not None
     assert torch.isfinite(solution.scores).all()
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.observes != "nothing"])
-def test_a_method_that_observes_refuses_to_solve_without_its_statistic(name):
-    method = make_method(name)
+@EVERY_STATISTIC
+def test_a_method_that_observes_refuses_to_solve_without_its_statistic(name, options):
+    method = make_method(name, options)
+    if method.observes == "nothing":
+        return
     with pytest.raises(ValueError, match="collection pass"):
         method.solve(draw_weight(16, 16), None, RANK, scaling=1.0, generator=torch.Generator())
+
+
+@EVERY_STATISTIC
+def test_the_split_of_the_rows_into_batches_does_not_matter(name, options):
+    if METHODS[name].observes != "inputs":
+        return
+    shape, solutions = (24, 16), []
+    observed = observations(name, shape, options=options)
+    for sizes in (150, 40, 1):
+        method = make_method(name, options)
+        statistic = method.statistic(shape[1], shape[0], RANK)
+        pairs = [(statistic, observed)]
+        if isinstance(observed, tuple):
+            pairs = [(statistic.inputs, observed[0]), (statistic.reference, observed[1])]
+        for part, rows in pairs:
+            for batch in rows.flip(0).split(sizes):
+                part.update(batch)
+        solutions.append(method.solve(draw_weight(*shape), statistic, RANK, scaling=1.0, generator=torch.Generator()))
+    expected = solutions[0].factors(RANK)
+    for solution in solutions[1:]:
+        factors = solution.factors(RANK)
+        torch.testing.assert_close(solution.scores, solutions[0].scores, rtol=1e-4, atol=1e-7)
+        assert relative_error(factors.lora_A.mT @ factors.lora_A, expected.lora_A.mT @ expected.lora_A) < 1e-4
+        if bool(expected.lora_B.any()):
+            assert relative_error(product(factors), product(expected)) < 1e-4
 
 
 def test_unknown_names_and_options_list_the_known_ones():
@@ -236,6 +283,7 @@ def test_unknown_names_and_options_list_the_known_ones():
     ("name", "options", "message"),
     [
         ("cntlora", {"ridge": -0.1}, "ridge is -0.1"),
+        ("cntlora", {"pretraining": "measured"}, "'decorrelation' does not use; set constraint='alignment'"),
         ("corda", {"ridge": 0.0}, "ridge is 0.0"),
         ("lora_ga", {"gamma": 0.0}, "gamma is 0.0"),
         ("gradient_whitened", {"ridge": 0.0}, "ridge is 0.0"),
@@ -255,6 +303,7 @@ def test_hyper_parameters_that_cannot_work_are_refused(name, options, message):
         ("cntlora", {"gauge": "white"}),
         ("cntlora", {"base": "moved"}),
         ("cntlora", {"scale": "match"}),
+        ("cntlora", {"pretraining": "measure"}),
         ("eva", {"whiten": "yes"}),
         ("eva", {"scale": "match"}),
         ("lora_ga", {"direction": "ArB"}),
