@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a small Stable Diffusion base, and few threads."""
+"""Fixtures shared by all tests: small Stable Diffusion bases, and few threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sd_fixtures import ROOT, write_images, write_random_sd
+from sd_fixtures import ROOT, write_images, write_random_sd, write_random_sdxl
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,6 +23,15 @@ def random_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base") / "random-sd"
     write_random_sd(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Stable Diffusion XL pipeline folder: 32x32 images, 8x8x4 latents, 350k parameters in the UNet."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base") / "random-sdxl"
+    write_random_sdxl(folder)
     return folder
 
 
