@@ -5,11 +5,13 @@ from __future__ import annotations
 from lorainit_diffusers.adapters import (
     adapter_state_dict,
     adapters_disabled,
+    discarded_energy,
     load_adapter_state_dict,
     save_diffusers_lora,
     save_kohya_lora,
     trainable_parameters,
 )
+from lorainit_diffusers.checkpoint_hooks import register_checkpoint_hooks
 from lorainit_diffusers.initialize import initialize, make_method
 from lorainit_diffusers.methods import METHODS, Initializer, LoraFactors
 from lorainit_diffusers.report import InitReport, LayerReport
@@ -24,9 +26,11 @@ __all__ = [
     "LoraFactors",
     "adapter_state_dict",
     "adapters_disabled",
+    "discarded_energy",
     "initialize",
     "load_adapter_state_dict",
     "make_method",
+    "register_checkpoint_hooks",
     "save_diffusers_lora",
     "save_kohya_lora",
     "trainable_parameters",
