@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from common import ROOT, derive_seed, evaluating, layer_names
+from common import ROOT, derive_seed, evaluating
 from common_data import CaptionedImages, DataOrder, ImageRecord, fixed_batches, load_image, read_data
+from common_options import layer_names
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor
@@ -59,12 +60,13 @@ def split_records(args: argparse.Namespace) -> tuple[list[ImageRecord], list[Ima
     records, heldout = read_data(args)
     if heldout:
         return records, heldout
-    if len(records) < 4:
+    unique = list(dict.fromkeys(records))  # a repeated image must not be on both sides
+    if len(unique) < 4:
         raise ValueError(
-            f"a comparison needs held-out images: the data has {len(records)} images and no heldout folder beside "
+            f"a comparison needs held-out images: the data has {len(unique)} images and no heldout folder beside "
             "train; add images, so that a quarter of them can be held out"
         )
-    return [r for i, r in enumerate(records) if i % 4 != 3], records[3::4]
+    return [r for i, r in enumerate(unique) if i % 4 != 3] * args.repeats, unique[3::4]
 
 
 class StableDiffusionTask:
@@ -81,7 +83,7 @@ class StableDiffusionTask:
         if resolution % self.family.resolution_multiple:
             raise ValueError(f"--resolution {resolution} is not a multiple of {self.family.resolution_multiple}")
         self.train_set, self.validation_set = (
-            CaptionedImages(some, self.family.tokenize([r.caption for r in some]), resolution, True, False)
+            CaptionedImages(some, self.family.caption_inputs([r.caption for r in some]), resolution, True, False)
             for some in (self.records, self.heldout)
         )
         for images in (self.train_set, self.validation_set):
@@ -187,7 +189,7 @@ class ImageScorer:
     def _real(self, encoder: ImageEncoder, records: Sequence[ImageRecord], normalize: bool = True) -> Tensor:
         key = (encoder.name, len(records), records[0].path.as_posix(), normalize)
         if key not in self._features:
-            images = [load_image(record.path) for record in records]
+            images = [load_image(record) for record in records]
             self._features[key] = encoder.encode_images(images, normalize=normalize)
         return self._features[key]
 

@@ -35,23 +35,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from common import (
-    ROOT,
+from common import ROOT, prepare_output_dir, run_script, save_sample_row, seeded_generator, versions, write_json
+from common_compare import BUNDLED_BASE, ImageScorer, StableDiffusionTask, encoder_names, split_records
+from common_options import (
     add_dataset_arguments,
     add_lora_arguments,
     add_optimizer_arguments,
     build_method,
     check_positive,
     make_optimizer,
-    prepare_output_dir,
-    run_script,
-    save_sample_row,
-    seeded_generator,
     validate_shared_arguments,
-    versions,
-    write_json,
 )
-from common_compare import BUNDLED_BASE, ImageScorer, StableDiffusionTask, encoder_names, split_records
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -69,8 +63,10 @@ BASELINES = ("gaussian", "orthonormal")
 # A killed comparison goes on only with the same of these; the grid itself may grow.
 FIXED_ARGUMENTS = (
     *("pretrained_model_name_or_path", "revision", "variant", "train_data_dir", "instance_data_dir", "instance_prompt"),
+    *("dataset_name", "dataset_config_name", "max_train_samples", "repeats"),
     *("image_column", "caption_column", "resolution", "rank", "lora_alpha", "lora_dropout", "use_rslora"),
     *("lora_layers", "train_text_encoder", "snr_gamma", "init_num_batches", "equal_parameters", "optimizer"),
+    *("use_8bit_adam", "lr_num_cycles", "lr_power"),
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "lr_scheduler"),
     *("lr_warmup_steps", "max_train_steps", "train_batch_size", "mixed_precision", "eval_steps", "image_steps"),
     *("encoders", "num_eval_prompts", "drift_prompts", "validation_inference_steps", "validation_guidance_scale"),
@@ -131,6 +127,8 @@ class Init:
             solved = init.method.solve(torch.eye(8), None, 2, scaling=1.0, generator=torch.Generator())
             if solved.scores is None:
                 raise ValueError(f"--inits {label!r}: {name} gives no scores to allocate ranks by; drop variable_rank")
+        if getattr(init.method, "pretraining", None) == "measured":
+            raise ValueError(f"--inits {label!r}: pretraining=measured needs class images, which a comparison has not")
         if init.a_lr_ratio < 0:
             raise ValueError(f"--inits {label!r}: a_lr_ratio={init.a_lr_ratio} must not be negative")
         return init
@@ -187,7 +185,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_optimizer_arguments(parser, max_train_steps=100)
     args = parser.parse_args(argv)
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
-    if args.train_data_dir is None and args.instance_data_dir is None:
+    if args.train_data_dir is None and args.instance_data_dir is None and args.dataset_name is None:
         args.train_data_dir = str(ROOT / "assets" / "data" / "high-contrast")
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
@@ -200,8 +198,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         setattr(args, name, chosen)
     check_positive(
         args,
-        *("rank", "resolution", "init_num_batches", "train_batch_size", "max_train_steps", "num_eval_prompts"),
-        *("validation_inference_steps", "sample_batch_size", "num_workers"),
+        *("init_num_batches", "num_eval_prompts", "validation_inference_steps", "sample_batch_size", "num_workers"),
     )
     validate_shared_arguments(args)
     for name in ("inits", "learning_rates", "seeds"):
@@ -352,7 +349,12 @@ def train(
     ]
     optimizer = make_optimizer(args, groups)
     scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
     )
     rows: list[Row] = []
     train_s = 0.0
@@ -558,7 +560,7 @@ def write_config(
     output_dir: Path, args: argparse.Namespace, argv: Sequence[str], device: str, num_images: int, num_heldout: int
 ) -> None:
     """Write what the report says of the comparison beside its numbers."""
-    dataset = Path(args.instance_data_dir or args.train_data_dir)
+    dataset = args.instance_data_dir or args.train_data_dir or args.dataset_name
     write_json(
         output_dir / "config.json",
         {

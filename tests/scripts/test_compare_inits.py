@@ -21,6 +21,7 @@ import train_sd_lora
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from script_fixtures import argv_of, run_main
 from sd_fixtures import ROOT, write_images
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -72,16 +73,6 @@ def random_clip(tmp_path_factory: pytest.TempPathFactory, random_sd: Path) -> Pa
     return folder
 
 
-def arguments(options: dict[str, Any]) -> list[str]:
-    argv: list[str] = []
-    for flag, value in options.items():
-        if value is True:
-            argv.append(f"--{flag}")
-        elif value is not None and value is not False:
-            argv += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return argv
-
-
 @pytest.fixture
 def options(random_sd: Path, random_clip: Path, image_dir: Path, tmp_path: Path) -> dict[str, Any]:
     return {
@@ -99,8 +90,7 @@ def compare(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Compare
     monkeypatch.setattr(common_compare, "MIN_VALIDATION_SAMPLES", 4)
 
     def call(**changed: Any) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)  # a script has a process of its own
-        return compare_inits.main(arguments({**options, **changed}))
+        return run_main(compare_inits, {**options, **changed})
 
     return call
 
@@ -279,6 +269,14 @@ def test_without_a_held_out_folder_a_quarter_is_held_out(compare, tmp_path):
     assert (config["num_images"], config["num_heldout_images"]) == (6, 2)
 
 
+def test_repeated_images_are_not_on_both_sides(options, tmp_path):
+    write_images(tmp_path / "plain", count=8)
+    argv = argv_of({**options, "train_data_dir": tmp_path / "plain", "repeats": 3})
+    training, heldout = common_compare.split_records(compare_inits.parse_args(argv))
+    assert (len(training), len(heldout)) == (18, 2)
+    assert not set(training) & set(heldout)
+
+
 @pytest.mark.usefixtures("no_report")
 def test_images_of_one_subject_have_no_pairs(compare, tmp_path):
     write_images(tmp_path / "plain", count=8)
@@ -296,6 +294,7 @@ def test_images_of_one_subject_have_no_pairs(compare, tmp_path):
         ({"inits": ["eva:init_num_batches=few"]}, "'few' is not a value of init_num_batches"),
         ({"inits": ["eva:init_num_batches=0"]}, "init_num_batches=0.*at least 1"),
         ({"inits": ["gaussian:variable_rank=true"]}, "gaussian:variable_rank=true.*no scores"),
+        ({"inits": ["cntlora:constraint=alignment,pretraining=measured"]}, "pretraining=measured needs class images"),
         ({"inits": ["eva", "eva"]}, "--inits eva eva: name each once"),
         ({"learning_rates": [0.0]}, "--learning_rates 0.0: must be positive"),
         ({"eval_steps": [1, 5]}, r"--eval_steps \[0, 1, 2, 5\].*--max_train_steps 2"),
@@ -336,7 +335,7 @@ def test_a_worker_that_fails_says_why(compare, monkeypatch):
 def test_a_real_kill_and_a_second_start_end_with_the_same_results(options, tmp_path):
     def command(name: str) -> list[str]:
         changed = {**options, "output_dir": tmp_path / name, "num_workers": 2, "seeds": [0, 1], "max_train_steps": 8}
-        return [sys.executable, str(ROOT / "train_scripts" / "compare_inits.py"), *arguments(changed)]
+        return [sys.executable, str(ROOT / "train_scripts" / "compare_inits.py"), *argv_of(changed)]
 
     subprocess.run(command("whole"), check=True)
     for moment in (8.0, 14.0, 20.0):
@@ -354,7 +353,7 @@ def test_the_processes_of_a_launch_split_the_grid(options, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29518"]
     script = str(ROOT / "train_scripts" / "compare_inits.py")
     changed = {**options, "num_workers": None, "num_eval_prompts": 4}
-    subprocess.run([*launch, script, *arguments(changed)], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    subprocess.run([*launch, script, *argv_of(changed)], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     out = tmp_path / "out"
     assert not list(out.glob("worker-*.log"))  # no workers of their own
     assert len(rows(out)) == 6

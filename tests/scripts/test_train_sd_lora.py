@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import common_export
+import common_run
 import pytest
 import torch
 import train_sd_lora
 from accelerate.state import AcceleratorState
-from diffusers import StableDiffusionPipeline
+from accelerate.tracking import GeneralTracker
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.errors import LocalTokenNotFoundError
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from script_fixtures import FAST, argv_of, losses, read_json, run_main, weights
 from sd_fixtures import ROOT, write_images
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from lorainit_diffusers import adapters_disabled
 from lorainit_diffusers.methods import METHODS
 
 Run = Callable[..., Path]
 SCORED = ("cntlora", "eva", "lora_ga", "pissa")  # some of the methods that can allocate ranks
-FAST = {
-    "init": "cntlora",
-    "rank": 2,
-    "max_train_steps": 2,
-    "train_batch_size": 2,
-    "init_num_batches": 2,
-    "validation_inference_steps": 1,
-    "validation_prompt": "a cat",
-    "seed": 0,
+DREAMBOOTH = {
+    "train_data_dir": None,
+    "instance_data_dir": "/x",
+    "instance_prompt": "a sks cat",
+    "class_prompt": "a cat",
 }
 
 
@@ -50,16 +59,7 @@ def run(random_sd: Path, image_dir: Path, tmp_path: Path) -> Run:
             **FAST,
             **options,
         }
-        argv: list[str] = []
-        for flag, value in options.items():
-            if value is not None and value is not False:
-                argv += (
-                    [f"--{flag}"]
-                    if value is True
-                    else [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-                )
-        AcceleratorState._reset_state(reset_partial_state=True)  # a script has a process of its own
-        return train_sd_lora.main(argv)
+        return run_main(train_sd_lora, options)
 
     return call
 
@@ -67,21 +67,8 @@ def run(random_sd: Path, image_dir: Path, tmp_path: Path) -> Run:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a tiny run's time is its pictures; tests of weights do without."""
-    monkeypatch.setattr(train_sd_lora, "plot_loss", lambda *args: None)
-    monkeypatch.setattr(train_sd_lora, "draw_samples", lambda *args: [Image.new("RGB", (32, 32))])
-
-
-def weights(directory: Path) -> dict[str, Tensor]:
-    return load_file(directory / "pytorch_lora_weights.safetensors")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def losses(directory: Path, key: str = "loss") -> list[float]:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line[key] for line in lines if key in line]
+    monkeypatch.setattr(common_export, "plot_loss", lambda *args: None)
+    monkeypatch.setattr(common_run, "draw_samples", lambda *args: [Image.new("RGB", (32, 32))])
 
 
 # ------------------------------------------------------------------------------------------------------------- outputs
@@ -133,13 +120,13 @@ def test_every_method_trains_and_reloads_on_the_original_base(
     trained: dict[str, Any] = {}
     options = {"num_inference_steps": 2, "output_type": "pt", "guidance_scale": 2.0}
 
-    def remember(family: Any, prompts: Any, args: Any) -> list[Image.Image]:
+    def remember(args: Any, family: Any, prompts: Any) -> list[Image.Image]:
         trained["family"], pipeline = family, family.pipeline()
         trained["images"] = pipeline("a cat", generator=torch.Generator().manual_seed(0), **options).images
         return [Image.new("RGB", (32, 32))]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_sd_lora, "draw_samples", remember)
+        patch.setattr(common_run, "draw_samples", remember)
         out = run(init=init, lora_alpha=5, learning_rate=1e-2, **more)
     pipeline = StableDiffusionPipeline.from_pretrained(random_sd, safety_checker=None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -217,6 +204,18 @@ def test_same_seed_same_result(run: Run) -> None:
         {"train_batch_size": 3},
         {"gradient_accumulation_steps": 2},
         {"mixed_precision": "bf16"},
+        {"aspect_ratio_buckets": "32,32;16,32"},
+        {"max_train_samples": 2},
+        {"repeats": 3},
+        {"prediction_type": "v_prediction"},
+        {"clip_skip": 1},
+        {"scale_lr": True},
+        {"use_ema": True, "max_train_steps": 3},
+        {"adam_beta2": 0.5},
+        {"adam_epsilon": 1.0},
+        {"optimizer": "prodigy"},
+        {"lr_scheduler": "polynomial", "lr_power": 2.0},
+        {"num_train_epochs": 3},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -230,15 +229,50 @@ def test_flag_changes_the_result(run: Run, options: dict[str, Any], default_weig
 def default_weights(random_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     folder = tmp_path_factory.mktemp("default")
     write_images(folder / "train")
-    argv = ["--pretrained_model_name_or_path", str(random_sd), "--train_data_dir", str(folder / "train")]
-    for flag, value in FAST.items():
-        argv += [f"--{flag}", str(value)]
-    return weights(train_sd_lora.main([*argv, "--output_dir", str(folder / "out")]))
+    options = {"pretrained_model_name_or_path": random_sd, "train_data_dir": folder / "train", **FAST}
+    return weights(run_main(train_sd_lora, {**options, "output_dir": folder / "out"}))
 
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
-    "options", [{"gradient_checkpointing": True}, {"dataloader_num_workers": 1}, {"checkpointing_steps": 1}]
+    ("shared", "option"),
+    [
+        ({"use_ema": True, "max_train_steps": 4}, {"ema_decay": 0.1}),
+        ({"lr_scheduler": "polynomial", "max_train_steps": 3}, {"lr_power": 3.0}),
+        ({"lr_scheduler": "cosine_with_restarts", "max_train_steps": 4}, {"lr_num_cycles": 2}),
+        ({"resolution": 16}, {"image_interpolation_mode": "nearest"}),
+        ({"optimizer": "prodigy", "learning_rate": 1e2, "max_train_steps": 4}, {"prodigy_beta3": 0.1}),
+        ({"optimizer": "prodigy", "learning_rate": 1.0}, {"no-prodigy_decouple": True}),
+        ({"optimizer": "prodigy", "learning_rate": 1.0}, {"no-prodigy_use_bias_correction": True}),
+        ({"optimizer": "prodigy", "learning_rate": 1e2, "max_train_steps": 4}, {"no-prodigy_safeguard_warmup": True}),
+        ({"train_text_encoder": True}, {"no-init_mask_padding": True}),
+        ({"instance_data_dir": "", "class_prompt": "a cat"}, {"prior_loss_weight": 5.0}),
+        ({"instance_data_dir": "", "class_prompt": "a cat"}, {"num_class_images": 2}),
+        ({"instance_data_dir": "", "class_prompt": "a cat"}, {"class_prompt": "a dog"}),
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_option_of_an_option_changes_the_result(
+    run: Run, image_dir: Path, shared: dict[str, Any], option: dict[str, Any]
+) -> None:
+    if "instance_data_dir" in shared:
+        prior = {"instance_prompt": "a sks cat", "with_prior_preservation": True, "num_class_images": 1}
+        shared = {**prior, **shared, "instance_data_dir": image_dir / "train", "train_data_dir": None}
+    first, second = weights(run("a", **shared)), weights(run("b", **{**shared, **option}))
+    assert first.keys() == second.keys()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"dataloader_num_workers": 1},
+        {"checkpointing_steps": 1},
+        {"pre_compute_text_embeddings": True},
+        {"offload": True},
+    ],
 )
 def test_flag_that_changes_only_the_way_there(
     run: Run, options: dict[str, Any], default_weights: dict[str, Tensor]
@@ -260,14 +294,14 @@ def test_text_encoder_gets_its_own_learning_rate(run: Run) -> None:
 def test_mixed_precision_trains_float32_adapters_on_a_half_base(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes: dict[str, set[torch.dtype]] = {}
 
-    def look(family: Any, prompts: Any, args: Any) -> list[Image.Image]:
+    def look(args: Any, family: Any, prompts: Any) -> list[Image.Image]:
         parameters = list(family.unet.parameters())
         dtypes["trained"] = {parameter.dtype for parameter in parameters if parameter.requires_grad}
         dtypes["frozen"] = {parameter.dtype for parameter in parameters if not parameter.requires_grad}
         dtypes["vae"] = {parameter.dtype for parameter in family.vae.parameters()}
         return [Image.new("RGB", (32, 32))]
 
-    monkeypatch.setattr(train_sd_lora, "draw_samples", look)
+    monkeypatch.setattr(common_run, "draw_samples", look)
     run(mixed_precision="bf16")
     assert dtypes == {"trained": {torch.float32}, "frozen": {torch.bfloat16}, "vae": {torch.float32}}
 
@@ -373,7 +407,7 @@ def test_a_new_run_does_not_mix_with_the_checkpoints_of_an_old_one(run: Run) -> 
 def test_two_processes_share_one_initialisation(random_sd: Path, image_dir: Path, tmp_path: Path) -> None:
     script = str(ROOT / "train_scripts" / "train_sd_lora.py")
     options = {**FAST, "pretrained_model_name_or_path": random_sd, "train_data_dir": image_dir, "init_batch_size": 1}
-    argv = [text for flag, value in options.items() for text in (f"--{flag}", str(value))]
+    argv = argv_of(options)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launch, script, *argv, "--output_dir", str(tmp_path / "out")]
@@ -383,6 +417,494 @@ def test_two_processes_share_one_initialisation(random_sd: Path, image_dir: Path
     tokens = 8 * 8 * 2 * 2  # of the outermost self-attention: two batches of one image in each of two processes
     assert max(layer["num_rows"] for layer in layers.values()) == tokens
     assert len(losses(tmp_path / "out")) == 2
+
+
+# -------------------------------------------------------------------------------- options that act on something else
+
+
+def test_every_option_is_in_a_test() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    for action in train_sd_lora.make_parser()._actions:
+        if action.dest != "help":
+            named = (*(f'"{prefix}{action.dest}"' for prefix in ("", "no-", "--")), f"{action.dest}=")
+            assert any(name in source for name in named), f"--{action.dest} has no test"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_options_of_loading_reach_the_loader(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+    load = train_sd_lora.StableDiffusionFamily.from_pretrained
+
+    def spy(path: Any, **options: Any) -> Any:
+        seen.update(options)
+        return load(path, **{**options, "revision": None})
+
+    monkeypatch.setattr(train_sd_lora.StableDiffusionFamily, "from_pretrained", spy)
+    run(revision="abc", cache_dir=tmp_path / "cache", offload=True, max_train_steps=1)
+    assert seen["revision"] == "abc"
+    assert seen["cache_dir"] == str(tmp_path / "cache")
+    assert seen["offload"] is True
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_variant_chooses_the_weight_files(run: Run, random_sd: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(random_sd, tmp_path / "base")
+    for path in list(base.rglob("*.safetensors")):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    with pytest.raises(FileNotFoundError, match="cannot load the base model"):
+        run(pretrained_model_name_or_path=base)
+    assert run(pretrained_model_name_or_path=base, variant="fp16", max_train_steps=1).is_dir()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_another_vae(run: Run, random_sd: Path, tmp_path: Path, default_weights: dict[str, Tensor]) -> None:
+    vae = AutoencoderKL.from_pretrained(random_sd, subfolder="vae")
+    vae.encoder.conv_in.weight.data.mul_(-3.0)
+    vae.save_pretrained(tmp_path / "vae")
+    changed = weights(run(pretrained_vae_model_name_or_path=tmp_path / "vae"))
+    assert any(not torch.equal(changed[name], default_weights[name]) for name in changed)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_xformers_and_tf32_are_switched_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    known = {"xformers": object()}
+    calls: list[str] = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: known.get(name) or find_spec(name, *rest))
+    monkeypatch.setattr("common_options.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(common_run, "start_accelerator", None)  # never reached: is_available lies
+    args = train_sd_lora.parse_args(["--enable_xformers_memory_efficient_attention", "--allow_tf32"])
+    monkeypatch.undo()
+
+    class Family:
+        resolution, resolution_multiple = 32, 4
+
+        class unet:
+            @staticmethod
+            def enable_xformers_memory_efficient_attention() -> None:
+                calls.append("xformers")
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        accelerator = common_run.start_accelerator(args)
+        assert torch.backends.cuda.matmul.allow_tf32
+        common_run.settle_options(args, Family(), accelerator, None)
+        assert calls == ["xformers"]
+        args.allow_tf32 = False
+        common_run.start_accelerator(args)
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_text_embeddings_are_computed_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {True: 0, False: 0}
+    forward = CLIPTextModel.forward
+    for cached in (True, False):
+
+        def count(self: Any, *args: Any, cached: bool = cached, **options: Any) -> Any:
+            calls[cached] += 1
+            return forward(self, *args, **options)
+
+        monkeypatch.setattr(CLIPTextModel, "forward", count)
+        run(str(cached), pre_compute_text_embeddings=cached, max_train_steps=4)
+    assert calls[True] <= 3 < calls[False]  # training set, held-out set, perhaps the empty caption
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("option", [{"cache_latents": True}, {}], ids=lambda option: "-".join(option))
+def test_latents_are_encoded_once(run: Run, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any]) -> None:
+    calls: list[int] = []
+    encode = train_sd_lora.StableDiffusionFamily.encode_images
+
+    def count(self: Any, pixel_values: Tensor) -> Any:
+        calls.append(len(pixel_values))
+        return encode(self, pixel_values)
+
+    monkeypatch.setattr(train_sd_lora.StableDiffusionFamily, "encode_images", count)
+    run(**option, max_train_steps=3)
+    held_out, training, steps = 2, 4, (2 + 3) * 2
+    assert sum(calls) == held_out + (training if option else steps)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_gradient_checkpointing_is_switched_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    on: list[str] = []
+    monkeypatch.setattr(UNet2DConditionModel, "enable_gradient_checkpointing", lambda self: on.append("unet"))
+    monkeypatch.setattr(CLIPTextModel, "gradient_checkpointing_enable", lambda self: on.append("text_encoder"))
+    run(gradient_checkpointing=True, train_text_encoder=True, max_train_steps=1)
+    assert on == ["unet", "text_encoder"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_learning_rate_is_scaled_by_the_batch(run: Run) -> None:
+    options: dict[str, Any] = {"learning_rate": 1e-4, "gradient_accumulation_steps": 2, "max_train_steps": 1}
+    assert losses(run("a", **options), "lr") == [1e-4]
+    assert losses(run("b", **options, scale_lr=True), "lr") == pytest.approx([4e-4])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_epochs_count_images_and_repeats(run: Run) -> None:
+    assert len(losses(run("a", num_train_epochs=2))) == 4
+    assert len(losses(run("b", num_train_epochs=2, repeats=3))) == 12
+    assert len(losses(run("c", num_train_epochs=2, max_train_samples=1))) == 2
+    assert len(losses(run("d", num_train_epochs=2, gradient_accumulation_steps=2))) == 2
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_eight_bit_adam(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, groups: Any, **options: Any) -> None:
+            made.append(options)
+            super().__init__(groups, **options)
+
+    package = types.ModuleType("bitsandbytes")
+    package.optim = types.SimpleNamespace(AdamW8bit=AdamW8bit)
+    package.__spec__ = importlib.machinery.ModuleSpec("bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    run(use_8bit_adam=True, adam_beta1=0.8, max_train_steps=1)
+    assert made == [{"betas": (0.8, 0.999), "weight_decay": 1e-2, "eps": 1e-8}]
+
+
+def test_samples_are_drawn_as_the_options_say(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, dict[str, Any]]] = []
+
+    def spy(self: Any, prompts: Any, seeds: Any, **options: Any) -> list[Image.Image]:
+        calls.append((len(prompts), options))
+        return [Image.new("RGB", (32, 32)) for _ in prompts]
+
+    monkeypatch.setattr(train_sd_lora.StableDiffusionFamily, "sample", spy)
+    run(
+        validation_prompt=["a", "b", "c"],
+        validation_inference_steps=7,
+        validation_guidance_scale=2.5,
+        sample_batch_size=2,
+        max_train_steps=1,
+    )
+    assert [count for count, _ in calls] == [2, 1] * 3
+    assert calls[0][1] == {"resolution": 32, "num_inference_steps": 7, "guidance_scale": 2.5}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_use_dora_trains_magnitudes(run: Run, random_sd: Path) -> None:
+    out = run(use_dora=True, init="eva", learning_rate=1e-2, max_train_steps=3)
+    magnitudes = {name: t for name, t in weights(out).items() if name.endswith("lora_magnitude_vector")}
+    assert len(magnitudes) == 32
+    base = load_file(random_sd / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, magnitude in magnitudes.items():
+        layer = name.removeprefix("unet.").removesuffix(".lora_magnitude_vector")
+        start = base[f"{layer}.weight"].norm(dim=1)
+        assert 0 < (magnitude - start).abs().max() < 0.1  # from the base's row norms, and trained
+    kohya = load_file(out / "pytorch_lora_weights_kohya.safetensors")
+    assert sum(name.endswith(".dora_scale") for name in kohya) == 32
+
+
+def test_trackers_get_losses_and_pictures(run: Run) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = run(report_to="tensorboard", logging_dir="events")
+    events = accumulator.EventAccumulator(str(next((out / "events").rglob("events.out.tfevents.*")).parent))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert {event.step for event in events.Images("samples")} == {0, 2}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_report_to_wandb(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[int | None, list[str]]] = []
+    monkeypatch.setattr(common_run, "Accelerator", _with_tracker(logged))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    run(report_to="wandb", max_train_steps=1)
+    assert (1, ["loss", "lr", "grad_norm", "step_s"]) in logged
+    assert (0, ["samples"]) in logged
+
+
+def _with_tracker(logged: list[tuple[int | None, list[str]]]) -> Callable[..., Any]:
+    """The accelerator with a tracker that is called wandb, in place of the service."""
+
+    class Tracker(GeneralTracker):
+        name = "wandb"
+        requires_logging_directory = False
+        tracker = None
+
+        def __init__(self) -> None:
+            super().__init__(_blank=True)
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            assert "hub_token" not in values
+
+        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+            logged.append((step, list(values)))
+
+        log_images = log
+
+    def make(**options: Any) -> Any:
+        assert options.pop("log_with") == "wandb"
+        return accelerate.Accelerator(**options, log_with=Tracker())
+
+    return make
+
+
+# -------------------------------------------------------------------------------------------------------------- exports
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_export_rank_compresses_and_says_what_it_discards(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = weights(run("a", learning_rate=1e-2))
+    small = run("b", learning_rate=1e-2, export_rank=1)
+    assert "--export_rank 1 discards " in capsys.readouterr().out
+    energy = read_json(small / "config.json")["discarded_energy"]
+    for name, lora_A in weights(small).items():
+        if ".lora_A" in name:
+            other = name.replace("lora_A", "lora_B")
+            assert lora_A.shape[0] == 1
+            full = whole[other].double() @ whole[name].double()
+            cut = weights(small)[other].double() @ lora_A.double()
+            expected = 1 - (torch.linalg.svdvals(full)[0] / full.norm()).square()
+            assert energy[name.removesuffix(".lora_A.weight")] == pytest.approx(float(expected), abs=1e-4)
+            assert float(((full - cut).norm() / full.norm()).square()) == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_pad_rank(run: Run) -> None:
+    out = run(variable_rank=True, pad_rank=8)
+    assert {t.shape[0] for name, t in weights(out).items() if "lora_A" in name} == {8}
+    with pytest.raises(ValueError, match="--pad_rank 3 is smaller than the largest rank in the file, 4"):
+        run("b", pad_rank=3)
+    assert not (out.parent / "b" / "metrics.jsonl").exists() or losses(out.parent / "b") == []
+    assert run("c", pad_rank=3, export_rank=2).is_dir()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_push_to_hub(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def create_repo(name: str, **options: Any) -> Any:
+        calls.append(("create", {"name": name, **options}))
+        return types.SimpleNamespace(repo_id=f"me/{name}")
+
+    monkeypatch.setattr("huggingface_hub.create_repo", create_repo)
+    monkeypatch.setattr("huggingface_hub.upload_folder", lambda **options: calls.append(("upload", options)))
+    out = run(push_to_hub=True, hub_token="secret", hub_model_id="my-lora", checkpointing_steps=1)
+    assert [kind for kind, _ in calls] == ["create", "upload"]
+    assert calls[0][1] == {"name": "my-lora", "exist_ok": True, "token": "secret"}
+    assert calls[1][1]["repo_id"] == "me/my-lora"
+    assert calls[1][1]["folder_path"] == str(out)
+    assert "checkpoint-*/**" in calls[1][1]["ignore_patterns"]
+    for path in out.rglob("*"):
+        assert path.is_dir() or b"secret" not in path.read_bytes(), path
+    assert "my-lora" in (out / "README.md").read_text(encoding="utf-8")
+
+    def refuse(name: str, **options: Any) -> Any:
+        raise LocalTokenNotFoundError("nobody is logged in")
+
+    monkeypatch.setattr("huggingface_hub.create_repo", refuse)
+    monkeypatch.setattr(train_sd_lora.StableDiffusionFamily, "from_pretrained", _must_not_load)
+    with pytest.raises(ValueError, match=r"--push_to_hub cannot make the repository 'b' .*hf auth login"):
+        run("b", push_to_hub=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- dry run
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"variable_rank": True}, {"gradient_checkpointing": True, "init": "eva", "use_dora": True}],
+    ids=lambda more: "-".join(more),
+)
+def test_dry_run_says_what_the_run_would_do(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: dict[str, Any]
+) -> None:
+    run("dry", dry_run=True, **more)
+    assert not (tmp_path / "dry").exists()
+    lines = capsys.readouterr().out.splitlines()
+    planned = {
+        line.split()[0]: (int(line.split()[1]), int(line.split()[2].replace(",", "")))
+        for line in lines
+        if line.startswith("unet.")
+    }
+    out = run("real", **more)
+    report = read_json(out / "init_report.json")["layers"]
+    assert {name: rank for name, (rank, _) in planned.items()} == {n: layer["rank"] for n, layer in report.items()}
+    trained = read_json(out / "config.json")["num_trainable_parameters"]
+    assert sum(count for _, count in planned.values()) == trained
+    assert f"{trained:,d} trained parameters" in lines
+    sizes = {line[:34].strip(): float(line[34:].split()[0].replace(",", "")) for line in lines if line.endswith("MiB")}
+    assert sizes["together"] == pytest.approx(sum(sizes.values()) - sizes["together"], abs=0.01)
+    assert sizes["optimiser (adamw)"] == pytest.approx(8 * trained / 2**20, abs=0.001)
+    assert (sizes["frozen twin"] > 0) == ("init" not in more)
+    assert sizes["activations (2 images)"] > 0
+
+
+def test_dry_run_counts_what_checkpointing_saves(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes: list[float] = []
+    for checkpointing in (False, True):
+        run(dry_run=True, gradient_checkpointing=checkpointing, train_batch_size=64, resolution=64)
+        line = next(line for line in capsys.readouterr().out.splitlines() if "activations (64 images)" in line)
+        sizes.append(float(line[34:].split()[0].replace(",", "")))
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- DreamBooth
+
+
+@pytest.mark.parametrize("init", ["cntlora", "gaussian"])
+def test_prior_preservation_draws_class_images_once(
+    run: Run, image_dir: Path, monkeypatch: pytest.MonkeyPatch, init: str
+) -> None:
+    drawn: list[int] = []
+    sample = common_run.sample
+
+    def spy(args: Any, family: Any, prompts: Any, seeds: Any) -> list[Image.Image]:
+        drawn.append(sum(prompt == "a cat" for prompt in prompts))
+        return sample(args, family, prompts, seeds)
+
+    monkeypatch.setattr(common_run, "sample", spy)
+    options: dict[str, Any] = {
+        **{"train_data_dir": None, "instance_data_dir": image_dir / "train", "instance_prompt": "a sks cat"},
+        **{"with_prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3, "sample_batch_size": 2},
+        **{"init": init, "validation_prompt": "x"},
+    }
+    out = run(**options)
+    assert drawn[:2] == [2, 1]
+    assert len(list((out / "class_images").glob("*.png"))) == 3
+    assert "images of `a cat`" in (out / "README.md").read_text(encoding="utf-8")
+    drawn.clear()
+    again = run("again", **options, class_data_dir=out / "class_images")
+    assert sum(drawn) == 0
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(out).items())
+    with pytest.raises(ValueError, match="a dog"):
+        run("other", **{**options, "class_prompt": "a dog"}, class_data_dir=out / "class_images")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_class_images_are_the_measured_pre_training_data(run: Run, image_dir: Path) -> None:
+    options: dict[str, Any] = {
+        **{"train_data_dir": None, "instance_data_dir": image_dir / "train", "instance_prompt": "a sks cat"},
+        **{"with_prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3, "init_only": True},
+    }
+    isotropic = run("a", **options, init_option="constraint=alignment")
+    measured = run("b", **options, init_option=["constraint=alignment", "pretraining=measured"])
+    assert read_json(isotropic / "init_report.json")["num_passes"] == 2
+    assert read_json(measured / "init_report.json")["num_passes"] == 4
+    # apart, the instance images alone are the fine-tuning data: half of the rows of a batch with both
+    rows = [read_json(out / "init_report.json")["layers"].values() for out in (isotropic, measured)]
+    assert [row["num_rows"] for row in rows[0]] == [2 * row["num_rows"] for row in rows[1]]
+    assert any(not torch.equal(value, weights(measured)[name]) for name, value in weights(isotropic).items())
+
+
+# ------------------------------------------------------------------------------------------------------------- datasets
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_dataset_by_name(run: Run, image_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "set"
+    for config in ("first", "second"):
+        rows = {
+            "picture": [str(path) for path in sorted((image_dir / "train").glob("*.png"))],
+            "words": [f"picture {index}" for index in range(4)],
+        }
+        if config == "second":
+            rows = {name: values[:2] for name, values in rows.items()}
+        table = datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image())
+        (folder / config).mkdir(parents=True)
+        table.to_parquet(folder / config / "train-00000-of-00001.parquet")
+    header = "---\nconfigs:\n" + "".join(
+        f"- config_name: {c}\n  data_files: {c}/train-*\n" for c in ("first", "second")
+    )
+    (folder / "README.md").write_text(header + "---\n", encoding="utf-8")
+    options: dict[str, Any] = {
+        **{"train_data_dir": None, "dataset_name": folder, "image_column": "picture", "caption_column": "words"},
+        **{"cache_dir": tmp_path / "cache"},
+    }
+    out = run("a", **options, dataset_config_name="first")
+    assert read_json(out / "config.json")["num_images"] == 4
+    from_folder = run("b", train_data_dir=image_dir / "train")
+    assert all(torch.equal(value, weights(out)[name]) for name, value in weights(from_folder).items())
+    second = run("c", **options, dataset_config_name="second")
+    assert read_json(second / "config.json")["num_images"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ real kill
+
+
+@pytest.mark.parametrize("init", ["cntlora"])
+def test_killed_run_resumes_to_the_same_weights(random_sd: Path, image_dir: Path, tmp_path: Path, init: str) -> None:
+    script = str(ROOT / "train_scripts" / "train_sd_lora.py")
+    options = {
+        **{**FAST, "init": init, "max_train_steps": 40, "checkpointing_steps": 3, "checkpoints_total_limit": 1},
+        **{"pretrained_model_name_or_path": random_sd, "train_data_dir": image_dir, "lr_scheduler": "cosine"},
+        **{"validation_steps": 10, "lora_dropout": 0.1, "caption_dropout": 0.2, "noise_offset": 0.1},
+    }
+    argv = argv_of({**options, "use_ema": True, "train_text_encoder": True, "random_flip": True})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def command(out: Path) -> list[str]:
+        return [sys.executable, script, *argv, "--output_dir", str(out), "--resume_from_checkpoint", "latest"]
+
+    def lines(out: Path) -> int:
+        path = out / "metrics.jsonl"
+        return path.read_bytes().count(b'"loss"') if path.exists() else 0
+
+    killed = tmp_path / "killed"
+    for kill_after in (1, 14):  # before the first checkpoint, and between two
+        process = subprocess.Popen(command(killed), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and lines(killed) < kill_after:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert 0 < lines(killed) < 40
+    subprocess.run(command(killed), env=environment, check=True, capture_output=True)
+    whole = tmp_path / "whole"
+    subprocess.run(command(whole), env=environment, check=True, capture_output=True)
+    expected, resumed = weights(whole), weights(killed)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+    assert losses(killed) == losses(whole)
+    assert (killed / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
+    assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-39"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"use_ema": True},
+        {"use_dora": True, "init": "eva"},
+        {"optimizer": "prodigy", "learning_rate": 1.0, "init": "eva"},
+        {"aspect_ratio_buckets": "32,32;16,32"},
+        {"cache_latents": True, "pre_compute_text_embeddings": True},
+        {"prior": True},
+    ],
+    ids=lambda more: "-".join(more),
+)
+def test_every_state_is_resumed(run: Run, image_dir: Path, more: dict[str, Any]) -> None:
+    if more.pop("prior", False):
+        more = {
+            **{"train_data_dir": None, "instance_data_dir": image_dir / "train", "instance_prompt": "a sks cat"},
+            **{"with_prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3},
+        }
+    options: dict[str, Any] = {"max_train_steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": 3, **more}
+    out = run(**options)
+    expected = weights(out)
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "pytorch_lora_weights.safetensors").unlink()
+    run(**options, resume_from_checkpoint="latest")
+    resumed = weights(out)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_latest_starts_anew_where_there_is_no_checkpoint(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    first = weights(run("a"))
+    second = weights(run("b", resume_from_checkpoint="latest"))
+    assert "so the run starts anew" in capsys.readouterr().out
+    assert all(torch.equal(second[name], first[name]) for name in first)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -400,10 +922,30 @@ def test_two_processes_share_one_initialisation(random_sd: Path, image_dir: Path
         ({"train_data_dir": "/no/such/folder"}, "--train_data_dir '/no/such/folder' is not a directory"),
         ({"instance_data_dir": "/x", "instance_prompt": "y"}, "exclude each other"),
         ({"train_data_dir": None, "instance_data_dir": "/x"}, "give both or neither"),
+        ({"instance_prompt": "a cat"}, "is for --instance_data_dir or --dataset_name"),
+        ({"dataset_name": "/x"}, "--train_data_dir and --dataset_name exclude each other"),
+        ({"dataset_config_name": "x"}, "--dataset_config_name needs --dataset_name"),
+        ({"class_prompt": "a cat"}, "--class_prompt has no effect without --with_prior_preservation"),
+        ({"class_data_dir": "/x"}, "--class_data_dir has no effect without --with_prior_preservation"),
+        ({"with_prior_preservation": True}, "--with_prior_preservation needs --class_prompt"),
+        ({"with_prior_preservation": True, "class_prompt": "a cat"}, "belongs to DreamBooth"),
+        ({**DREAMBOOTH, "with_prior_preservation": True, "aspect_ratio_buckets": "auto"}, "leave out --aspect_ratio"),
+        ({**DREAMBOOTH, "with_prior_preservation": True, "prior_loss_weight": -1}, "--prior_loss_weight -1"),
+        ({"init_option": ["pretraining=measured", "constraint=alignment"]}, "add --with_prior_preservation"),
+        ({"init_option": "pretraining=measured"}, "pretraining"),
+        ({"use_dora": True}, "base=down_only"),
+        ({"init": "pissa", "use_dora": True}, "use_dora"),
+        ({"init_only": True, "export_rank": 1}, "which is zero before training with --init cntlora"),
+        ({"ema_decay": 1.0}, "--ema_decay 1.0: must be at least 0 and below 1"),
+        ({"pre_compute_text_embeddings": True, "train_text_encoder": True}, "leave out --train_text_encoder"),
+        ({"use_8bit_adam": True, "optimizer": "sgd"}, "--use_8bit_adam is a form of adamw"),
+        ({"optimizer": "prodigy", "train_text_encoder": True, "text_encoder_lr": 0.5}, "one step size for all"),
+        ({"num_train_epochs": 0}, "--num_train_epochs 0: must be at least 1"),
+        ({"export_rank": 0}, "--export_rank 0: must be at least 1"),
+        ({"clip_skip": 0}, "--clip_skip 0: must be at least 1"),
         ({"rank_budget": 9}, "need --variable_rank"),
         ({"lora_layers": " , "}, "--lora_layers is empty"),
         ({"cache_latents": True, "random_flip": True}, "leave out --random_flip"),
-        ({"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint latest: there is no checkpoint"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "--resume_from_checkpoint checkpoint-7: no such checkpoint"),
         ({"pretrained_model_name_or_path": "/no/such/base"}, "base model '/no/such/base' is not a folder"),
         ({"enable_xformers_memory_efficient_attention": True}, "--enable_xformers_memory_efficient_attention needs"),
@@ -429,12 +971,26 @@ def test_fp16_needs_cuda(run: Run) -> None:
         run(mixed_precision="fp16")
 
 
-def test_missing_packages_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "package", "extra"),
+    [
+        ({"report_to": "tensorboard"}, "tensorboard", "tracking"),
+        ({"report_to": "wandb"}, "wandb", "wandb"),
+        ({"optimizer": "prodigy"}, "prodigyopt", "prodigy"),
+        ({"use_8bit_adam": True}, "bitsandbytes", "8bit"),
+        ({"train_data_dir": None, "dataset_name": "a/b"}, "datasets", "datasets"),
+        ({"enable_xformers_memory_efficient_attention": True}, "xformers", "xformers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_missing_packages_are_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], package: str, extra: str
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--report_to tensorboard needs the package tensorboard"):
-        run(report_to="tensorboard")
-    with pytest.raises(ValueError, match="--optimizer prodigy needs the package prodigyopt"):
-        run(optimizer="prodigy")
+    flag = list(options)[-1]
+    message = rf"--{flag}.* needs the package {package}, .*pip install \"lorainit-diffusers\[{extra}\]\""
+    with pytest.raises(ValueError, match=message):
+        run(**options)
 
 
 def test_bad_data_is_found_before_the_base_is_loaded(

@@ -1,0 +1,132 @@
+"""Prior preservation (DreamBooth, arXiv:2208.12242): the class images, and batches with both kinds of images."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from common import derive_seed
+from common_data import ImageRecord, check_images, list_images
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+SETTINGS_FILE = "class_images.json"
+_GENERATED = re.compile(r"class-\d{5,}\.png")
+
+
+def generate_class_images(
+    directory: str | os.PathLike[str],
+    *,
+    prompt: str,
+    count: int,
+    draw: Callable[[list[str], list[int]], Sequence[Image.Image]],
+    batch_size: int,
+    settings: Mapping[str, object],
+    process: int = 0,
+    num_processes: int = 1,
+    progress: bool = True,
+) -> list[ImageRecord]:
+    """The first `count` class images of a folder; those that it lacks are drawn and stay there.
+
+    Image i has its own seed, so a generation that was killed goes on to the same images. Of several processes each
+    draws its share: wait for the others before the images are read.
+
+    Args:
+        directory: the folder; made if need be. A user's own images in it count.
+        prompt: the prompt of the class, which is also the caption.
+        count: how many images are wanted.
+        draw: prompts and seeds to images.
+        batch_size: images that are drawn at once.
+        settings: what else the drawn images depend on, such as base and steps; written beside them.
+        process: index of this process.
+        num_processes: how many draw.
+        progress: show a bar.
+
+    Raises:
+        ValueError: as `missing_class_images`.
+    """
+    folder = Path(directory)
+    missing = missing_class_images(folder, prompt=prompt, count=count, settings=settings)
+    present = set(list_images(folder))
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_description(prompt, settings), indent=2) + "\n"
+        # before the first image, and by every process: no generated image is ever without it
+        scratch = folder / f"class_images-{process}.tmp"
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, folder / SETTINGS_FILE)
+    share = [index for index in missing if index % num_processes == process]
+    with tqdm(desc="class images", total=len(share), disable=not progress or not share) as bar:
+        for start in range(0, len(share), batch_size):
+            indices = share[start : start + batch_size]
+            images = draw([prompt] * len(indices), [derive_seed("class", index) for index in indices])
+            for index, image in zip(indices, images, strict=True):
+                path = _generated_path(folder, index)
+                scratch = path.with_suffix(".tmp")
+                image.save(scratch, format="PNG")
+                os.replace(scratch, path)
+            bar.update(len(indices))
+    # the other processes' images may not be there yet
+    paths = sorted(present | {_generated_path(folder, index) for index in missing})
+    return [ImageRecord(path, prompt) for path in paths[:count]]
+
+
+def missing_class_images(
+    directory: str | os.PathLike[str], *, prompt: str, count: int, settings: Mapping[str, object]
+) -> list[int]:
+    """Which generated images a folder of class images still needs; the others have been decoded once.
+
+    Raises:
+        ValueError: when the folder's images were generated with another prompt or other settings, or one is unreadable.
+    """
+    folder = Path(directory)
+    flag = f"--class_data_dir {str(directory)!r}"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{flag} is not a directory; give a folder")
+    settings_path = folder / SETTINGS_FILE
+    if settings_path.is_file():
+        try:
+            saved = dict(json.loads(settings_path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{str(settings_path)!r} is not a JSON object ({error}); delete it and class-*.png"
+            ) from error
+        wanted = _description(prompt, settings)
+        for name in {**wanted, **saved}:
+            if saved.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"{flag} has images generated with {name} {saved.get(name)!r}, not {wanted.get(name)!r}; give "
+                    f"another --class_data_dir, or delete its {SETTINGS_FILE} and class-*.png"
+                )
+    paths = list_images(folder) if folder.is_dir() else []
+    check_images([ImageRecord(path, prompt) for path in paths])
+    own = [path for path in paths if path.parent != folder or not _GENERATED.fullmatch(path.name)]
+    return [index for index in range(count - len(own)) if not _generated_path(folder, index).is_file()]
+
+
+def pair_batches(
+    instance_batches: Iterable[Mapping[str, Tensor]], class_batches: Iterable[Mapping[str, Tensor]]
+) -> Iterator[dict[str, Tensor]]:
+    """Each instance batch with a class batch behind it, and `is_class`: bool, one a sample.
+
+    Raises:
+        ValueError: when one of the two ends before the other.
+    """
+    for instances, classes in zip(instance_batches, class_batches, strict=True):
+        pair = {name: torch.cat([rows, classes[name]]) for name, rows in instances.items()}
+        sizes = [len(next(iter(batch.values()))) for batch in (instances, classes)]
+        pair["is_class"] = torch.arange(sum(sizes)) >= sizes[0]
+        yield pair
+
+
+def _description(prompt: str, settings: Mapping[str, object]) -> dict[str, object]:
+    return json.loads(json.dumps({"prompt": prompt, **settings}, default=str))
+
+
+def _generated_path(folder: Path, index: int) -> Path:
+    return folder / f"class-{index:05d}.png"

@@ -1,0 +1,168 @@
+"""The files that a run leaves: the LoRA in both formats, the model card, the upload."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from accelerate import Accelerator
+from common import write_json, write_model_card
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from torch import nn
+
+from lorainit_diffusers import adapters
+from lorainit_diffusers.evaluation import plot_loss
+
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_WEIGHT_NAME = "pytorch_lora_weights_kohya.safetensors"
+
+
+def check_export(args: argparse.Namespace, modules: Mapping[str, nn.Module]) -> None:
+    """See, before hours of training, that the result can be padded as asked for.
+
+    Raises:
+        ValueError: when `--pad_rank` is smaller than a layer's rank in the file.
+    """
+    if args.pad_rank is None:
+        return
+    ranks = [f.lora_A.shape[0] for module in modules.values() for f in adapters.exported_factors(module).values()]
+    largest = max(ranks) if args.export_rank is None else min(max(ranks), args.export_rank)
+    if args.pad_rank < largest:
+        raise ValueError(
+            f"--pad_rank {args.pad_rank} is smaller than the largest rank in the file, {largest} (an init with an "
+            "offset is saved with twice its rank); raise it, or compress with --export_rank"
+        )
+
+
+def save_result(
+    args: argparse.Namespace,
+    modules: Mapping[str, nn.Module],
+    config: dict[str, Any],
+    init_report: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    accelerator: Accelerator,
+    *,
+    pipeline_class: str,
+    tags: Sequence[str],
+) -> None:
+    """Write what a finished run leaves beside its pictures: both formats, the loss curve, `config.json`, the card."""
+    output_dir = Path(args.output_dir)
+    title = f"{args.init}, rank {args.rank}, learning rate {args.learning_rate:g}"
+    plot_loss(metrics, output_dir / "loss.png", title)
+    save_lora(args, modules, config, accelerator)
+    write_json(output_dir / "config.json", config)
+    write_card(args, init_report, metrics, pipeline_class, tags)
+
+
+def save_lora(
+    args: argparse.Namespace, modules: Mapping[str, nn.Module], config: dict[str, Any], accelerator: Accelerator
+) -> None:
+    """Write both formats, each right on the original base; `config` gets what a compression discards."""
+    output_dir = Path(args.output_dir)
+    if args.export_rank is not None:
+        energy = adapters.discarded_energy(modules, args.export_rank)
+        worst = max(energy, key=lambda name: energy[name])
+        config["discarded_energy"] = energy
+        accelerator.print(
+            f"--export_rank {args.export_rank} discards {sum(energy.values()) / len(energy):.2%} of the energy of the "
+            f"change on average, at most {energy[worst]:.2%} ({worst})"
+        )
+    provenance = {"init": config["method"], "versions": config["versions"], "seeds": config["seeds"]}
+    ranks: dict[str, Any] = {"export_rank": args.export_rank, "pad_rank": args.pad_rank}
+    adapters.save_diffusers_lora(modules, output_dir, weight_name=WEIGHT_NAME, provenance=provenance, **ranks)
+    adapters.save_kohya_lora(modules, output_dir / KOHYA_WEIGHT_NAME, **ranks)
+
+
+def write_card(
+    args: argparse.Namespace,
+    init_report: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    pipeline_class: str,
+    tags: Sequence[str],
+) -> None:
+    """Write the model card: what it is, how it was made and how to use it."""
+    losses = [line["validation_loss"] for line in metrics if "validation_loss" in line]
+    outcome = f"Validation loss (held-out images, fixed noise): {losses[0]:.4f} -> {losses[-1]:.4f}." if losses else ""
+    base, totals = args.pretrained_model_name_or_path, init_report["totals"]
+    prompt = args.instance_prompt or "a prompt in the style of the captions"
+    data = args.instance_data_dir or args.train_data_dir or args.dataset_name
+    prior = (
+        f"\n| prior preservation | {args.num_class_images} images of `{args.class_prompt}`, weight \
+{args.prior_loss_weight:g} |"
+        if args.with_prior_preservation
+        else ""
+    )
+    body = f"""
+LoRA for `{base}`, initialised with **{args.init}** (step 0: {init_report["step_zero"]}).
+
+![base, step 0 and end](samples.png)
+
+| | |
+|---|---|
+| initialisation | {args.init}, {totals["num_layers"]} layers, sum of ranks {totals["sum_of_ranks"]} |
+| collection | {init_report["num_passes"]} batches of {args.init_batch_size}, seed {args.init_seed} |
+| rank, alpha | {args.rank}, {args.lora_alpha:g}{" (DoRA)" if args.use_dora else ""} |
+| training | {args.max_train_steps} steps, batch {args.train_batch_size} x {args.gradient_accumulation_steps}, \
+{args.optimizer}, learning rate {args.learning_rate:g}, seed {args.seed}{", moving average" if args.use_ema else ""} |
+| data | `{data}` |{prior}
+
+{outcome}
+
+```python
+from diffusers import {pipeline_class}
+
+pipeline = {pipeline_class}.from_pretrained({base!r})
+pipeline.load_lora_weights({(args.hub_model_id or str(args.output_dir))!r}, weight_name="{WEIGHT_NAME}")
+image = pipeline({prompt!r}).images[0]
+```
+
+`{KOHYA_WEIGHT_NAME}` holds the same LoRA for ComfyUI, A1111 and sd-scripts. The licences of the base
+model and of the training images apply.
+"""
+    write_model_card(
+        Path(args.output_dir) / "README.md",
+        title=f"{args.init} LoRA",
+        base_model=base,
+        prompt=args.instance_prompt,
+        tags=[*tags, "text-to-image", "lora", "diffusers", "lorainit-diffusers"],
+        body=body,
+    )
+
+
+def open_hub_repository(args: argparse.Namespace) -> str | None:
+    """Make the repository that `--push_to_hub` uploads to, before anything is trained; its full name.
+
+    Raises:
+        ValueError: when the hub refuses, or nobody is logged in.
+    """
+    if not args.push_to_hub:
+        return None
+    name = args.hub_model_id or Path(args.output_dir).name
+    try:
+        return huggingface_hub.create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--push_to_hub cannot make the repository {name!r} ({reason}); log in with `hf auth login`, "
+            "set --hub_model_id owner/name, or leave it out"
+        ) from error
+
+
+def upload(args: argparse.Namespace, repository: str) -> None:
+    """Upload the result without checkpoints, logs and class images."""
+    huggingface_hub.upload_folder(
+        repo_id=repository,
+        folder_path=args.output_dir,
+        token=args.hub_token,
+        commit_message="LoRA and how it was made",
+        ignore_patterns=[
+            "checkpoint-*/**",
+            ".checkpoint-*/**",
+            f"{args.logging_dir}/**",
+            "class_images/**",
+            "samples/**",
+        ],
+    )

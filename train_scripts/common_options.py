@@ -1,0 +1,456 @@
+"""The options of the training scripts, with the names of diffusers' examples, and the checks that need no model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common_data import INTERPOLATIONS
+from diffusers.optimization import SchedulerType
+
+from lorainit_diffusers.initialize import check_zero_delta, make_method
+from lorainit_diffusers.methods import METHODS, Initializer
+
+# Extras of the package, by the module that they install.
+EXTRAS = {
+    "bitsandbytes": "8bit",
+    "datasets": "datasets",
+    "prodigyopt": "prodigy",
+    "tensorboard": "tracking",
+    "wandb": "wandb",
+    "xformers": "xformers",
+}
+
+
+# ------------------------------------------------------------------------------------------------------ option groups
+
+
+def add_init_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the LoRA starts."""
+    add = parser.add_argument_group("initialisation").add_argument
+    add("--init", default="cntlora", help=f"one of {', '.join(METHODS)} (default cntlora)")
+    add("--init_num_batches", type=int, default=64, help="batches that the collection pass sees (default 64)")
+    add("--init_batch_size", type=int, help="their size (default: train_batch_size)")
+    add("--init_seed", type=int, help="seed of the collection pass and of random initialisations (default: seed)")
+    add("--init_option", action="append", default=[], metavar="KEY=VALUE", help="hyper-parameter of the method")
+    add(
+        "--init_mask_padding",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave the padding tokens of the text encoders out of the statistics (default: on)",
+    )
+    add("--init_only", action="store_true", help="write the initialised LoRA and its report, and stop")
+    add("--variable_rank", action="store_true", help="give each layer a rank by its scores, under the budget")
+    add("--rank_budget", type=int, help="sum of the ranks with --variable_rank (default: rank x layers)")
+    add("--max_rank", type=int, help="largest rank of a layer with --variable_rank (default: twice the rank)")
+    add("--dry_run", action="store_true", help="print layers, ranks, parameters and memory, and stop; trains nothing")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, default_base: str | None) -> None:
+    """The base model, and how it is held in memory."""
+    add = parser.add_argument_group("model").add_argument
+    default = "required" if default_base is None else "default: the bundled base"
+    add("--pretrained_model_name_or_path", default=default_base, help=f"folder or hub name ({default})")
+    add("--pretrained_vae_model_name_or_path", help="another VAE (default: the base's, in float32)")
+    add("--revision", help="hub revision")
+    add("--variant", help="weight variant, such as fp16")
+    add("--enable_xformers_memory_efficient_attention", action="store_true")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs, except in statistics")
+    add("--offload", action="store_true", help="keep the VAE and frozen text encoders in CPU memory while unused")
+
+
+def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
+    """The adapters."""
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", type=int, default=8, help="rank of every layer, or on average with --variable_rank (default 8)")
+    add("--lora_alpha", type=float, help="default: the rank, so that the scale is 1")
+    add("--lora_dropout", type=float, default=0.0)
+    add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank)")
+    add("--lora_layers", help="comma-separated names or name endings of the denoiser's layers (default: attention)")
+    add("--train_text_encoder", action="store_true", help="LoRA on the text encoders' attention, too")
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Where images and captions are; returns the group's `add_argument`."""
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data_dir", help="captioned images: metadata.jsonl or .csv, or a .txt beside each")
+    add("--instance_data_dir", help="DreamBooth: images of one subject")
+    add("--instance_prompt", help="DreamBooth: the prompt for all of them, with a rare token")
+    add("--dataset_name", help="hub name or folder of a dataset with an image and a caption column")
+    add("--dataset_config_name", help="configuration of that dataset")
+    add("--cache_dir", help="where downloads are kept (default: Hugging Face's own)")
+    add("--image_column", help="default: file_name in a folder's metadata, image in a dataset")
+    add("--caption_column", help="default: text")
+    add("--max_train_samples", type=int, help="use the first images only")
+    add("--repeats", type=int, default=1, help="how often each image counts in an epoch (default 1)")
+    add("--resolution", type=int, help="side of the square crops in pixels (default: the base's)")
+    return add
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Images and captions, and what is done to the images."""
+    add = add_dataset_arguments(parser)
+    add("--center_crop", action="store_true", help="crop the centre instead of a random place")
+    add("--random_flip", action="store_true", help="mirror half of the images")
+    add("--image_interpolation_mode", choices=INTERPOLATIONS, default="lanczos")
+    add("--aspect_ratio_buckets", help='sizes such as "1024,1024;768,1344" (height,width), or auto (default: squares)')
+    add("--cache_latents", action="store_true", help="encode the images once; implies --center_crop")
+    add("--pre_compute_text_embeddings", action="store_true", help="encode the captions once")
+    add("--dataloader_num_workers", type=int, default=0)
+
+
+def add_dreambooth_arguments(parser: argparse.ArgumentParser) -> None:
+    """Prior preservation: images of the class keep the model from forgetting it."""
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", action="store_true", help="train on images of the class, too")
+    add("--class_prompt", help="prompt of the class, such as 'a photo of a dog'")
+    add("--class_data_dir", help="images of the class; missing ones are generated (default: in output_dir)")
+    add("--num_class_images", type=int, default=100, help="images of the class (default 100)")
+    add("--prior_loss_weight", type=float, default=1.0)
+    add("--sample_batch_size", type=int, default=4, help="images generated at once (default 4)")
+
+
+def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
+    """The denoising loss."""
+    add = parser.add_argument_group("loss").add_argument
+    add("--snr_gamma", type=float, help="min-SNR weighting (5.0 is usual; default: off)")
+    add("--noise_offset", type=float, default=0.0)
+    add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: the base's")
+    add("--caption_dropout", type=float, default=0.0, help="share of samples that train without their caption")
+    add("--clip_skip", type=int, help="text encoder layers to leave out at the end, as the pipelines count them")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Learning rates, accumulation, averages."""
+    add = parser.add_argument_group("training").add_argument
+    add("--learning_rate", type=float, default=1e-3)
+    add("--text_encoder_lr", type=float, help="default: learning_rate")
+    add("--scale_lr", action="store_true", help="multiply learning rates by processes x accumulation x batch size")
+    add("--num_train_epochs", type=int, help="instead of --max_train_steps: passes over the images")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    add("--use_dora", action="store_true", help="train magnitude and direction (DoRA, arXiv:2402.09353)")
+    add("--use_ema", action="store_true", help="sample and save a moving average of the LoRA weights")
+    add("--ema_decay", type=float, default=0.999, help="its decay, reached as (1 + step) / (10 + step) (default 0.999)")
+    add_optimizer_arguments(parser, max_train_steps=200)
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser, max_train_steps: int) -> None:
+    """Optimiser, schedule, length and precision: what one run and a comparison of runs have in common."""
+    add = parser.add_argument_group("optimiser").add_argument
+    add("--optimizer", default="adamw", choices=("adamw", "sgd", "prodigy"))
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes)")
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=1e-2)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--prodigy_beta3", type=float, help="default: square root of beta2")
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--prodigy_decouple", action=yes_or_no, default=True, help="decoupled weight decay")
+    add("--prodigy_use_bias_correction", action=yes_or_no, default=True)
+    add("--prodigy_safeguard_warmup", action=yes_or_no, default=True)
+    add("--max_grad_norm", type=float, default=1.0)
+    schedulers = [name.value for name in SchedulerType if name is not SchedulerType.PIECEWISE_CONSTANT]
+    add("--lr_scheduler", default="constant", choices=schedulers)
+    add("--lr_warmup_steps", type=int, default=0)
+    add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts (default 1)")
+    add("--lr_power", type=float, default=1.0, help="power of polynomial (default 1)")
+    add("--max_train_steps", type=int, default=max_train_steps, help=f"optimiser steps (default {max_train_steps})")
+    add("--train_batch_size", type=int, default=8, help="images a process and micro-step (default 8)")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is configured for")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Seeds, validation, checkpoints and outputs."""
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", help="default: outputs/<script>-<init>")
+    add("--seed", type=int, default=0)
+    add("--validation_prompt", nargs="+", help="prompts for samples (default: some training and held-out captions)")
+    add("--num_validation_images", type=int, default=1, help="samples a prompt (default 1)")
+    add("--validation_steps", type=int, default=50, help="steps between validation losses and sample rows (default 50)")
+    add("--validation_inference_steps", type=int, default=25)
+    add("--validation_guidance_scale", type=float, default=5.0)
+    add("--checkpointing_steps", type=int, default=500, help="steps between checkpoints (default 500)")
+    add("--checkpoints_total_limit", type=int, help="the oldest are deleted first")
+    add("--resume_from_checkpoint", help="latest, a checkpoint's name in output_dir, or its path")
+    add("--report_to", choices=("tensorboard", "wandb"))
+    add("--logging_dir", default="logs", help="inside output_dir (default logs)")
+    add("--export_rank", type=int, help="compress every layer of the saved LoRA to this rank; says what that discards")
+    add("--pad_rank", type=int, help="zero-pad every layer of the saved LoRA to this rank, for old loaders")
+    add("--push_to_hub", action="store_true", help="upload the result")
+    add("--hub_model_id", help="repository to upload to (default: the name of output_dir)")
+    add("--hub_token", help="default: the token of `hf auth login`")
+
+
+# ------------------------------------------------------------------------------------------- defaults, checks, objects
+
+
+def resolve_defaults(args: argparse.Namespace, script: str, default_data: Path | None) -> None:
+    """Fill in the options whose default depends on others.
+
+    Raises:
+        ValueError: when the base or the data has no default and is not given.
+    """
+    if args.pretrained_model_name_or_path is None:
+        raise ValueError(
+            "--pretrained_model_name_or_path is missing: give a folder in the diffusers layout or a hub name"
+        )
+    args.init_batch_size = args.train_batch_size if args.init_batch_size is None else args.init_batch_size
+    args.init_seed = args.seed if args.init_seed is None else args.init_seed
+    args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
+    args.text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
+    args.center_crop = args.center_crop or args.cache_latents
+    args.output_dir = f"outputs/{script}-{args.init}" if args.output_dir is None else args.output_dir
+    if args.train_data_dir is None and args.instance_data_dir is None and args.dataset_name is None:
+        if default_data is None:
+            raise ValueError("there is no data: give --train_data_dir, --instance_data_dir or --dataset_name")
+        args.train_data_dir = str(default_data)
+    if args.with_prior_preservation and args.class_data_dir is None:
+        args.class_data_dir = str(Path(args.output_dir) / "class_images")
+
+
+def validate_arguments(args: argparse.Namespace) -> None:
+    """Find what cannot work before anything is loaded.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    validate_shared_arguments(args)
+    check_positive(
+        args,
+        *("init_num_batches", "init_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+        *("rank_budget", "max_rank", "export_rank", "pad_rank", "checkpointing_steps", "checkpoints_total_limit"),
+        *("validation_steps", "num_validation_images", "validation_inference_steps", "num_class_images", "clip_skip"),
+        *("sample_batch_size",),
+    )
+    if not args.variable_rank and (args.rank_budget is not None or args.max_rank is not None):
+        raise ValueError("--rank_budget and --max_rank need --variable_rank")
+    if args.cache_latents and args.random_flip:
+        raise ValueError("--cache_latents keeps one encoding of each image: leave out --random_flip")
+    if args.pre_compute_text_embeddings and args.train_text_encoder:
+        raise ValueError("--pre_compute_text_embeddings keeps the embeddings of now: leave out --train_text_encoder")
+    if not 0.0 <= args.ema_decay < 1.0:
+        raise ValueError(f"--ema_decay {args.ema_decay}: must be at least 0 and below 1, such as 0.999")
+    _validate_prior_preservation(args)
+    if args.optimizer == "prodigy" and args.train_text_encoder and args.text_encoder_lr not in (0, args.learning_rate):
+        raise ValueError(
+            f"--text_encoder_lr {args.text_encoder_lr}: prodigy finds one step size for all; leave it out or give 0"
+        )
+    if args.report_to is not None:
+        require_package(args.report_to, f"--report_to {args.report_to}")
+    if args.enable_xformers_memory_efficient_attention:
+        flag = "--enable_xformers_memory_efficient_attention"
+        require_package("xformers", flag)
+        if not torch.cuda.is_available():
+            raise ValueError(f"{flag} needs a CUDA device; leave it out")
+
+
+def _validate_prior_preservation(args: argparse.Namespace) -> None:
+    if not args.with_prior_preservation:
+        for name in ("class_prompt", "class_data_dir"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} has no effect without --with_prior_preservation; add that, or leave it out")
+        return
+    if args.class_prompt is None:
+        raise ValueError(
+            "--with_prior_preservation needs --class_prompt, the prompt of the class without the rare token"
+        )
+    if args.instance_prompt is None:
+        raise ValueError(
+            "--with_prior_preservation belongs to DreamBooth: give --instance_data_dir and --instance_prompt"
+        )
+    if args.aspect_ratio_buckets is not None:
+        raise ValueError("--with_prior_preservation makes square class images: leave out --aspect_ratio_buckets")
+    if args.prior_loss_weight < 0:
+        raise ValueError(f"--prior_loss_weight {args.prior_loss_weight}: must not be negative")
+
+
+def check_method(args: argparse.Namespace, method: Initializer) -> None:
+    """See that the other options let this initialisation do what it is asked for.
+
+    Raises:
+        ValueError: naming the options and the remedy.
+    """
+    if getattr(method, "pretraining", None) == "measured" and not args.with_prior_preservation:
+        raise ValueError(
+            "--init_option pretraining=measured takes the class images as the pre-training data: "
+            "add --with_prior_preservation and --class_prompt"
+        )
+    if args.use_dora:
+        check_zero_delta(args.init, method)
+    if args.init_only and args.export_rank is not None and method.step_zero == "offset":
+        raise ValueError(
+            f"--export_rank compresses the change, which is zero before training with --init {args.init}: leave out "
+            "--export_rank or --init_only, or use an init without an offset, such as eva or cntlora with "
+            "--init_option base=down_only"
+        )
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """See that each of these options is at least 1 where it is given.
+
+    Raises:
+        ValueError: naming the option and its value.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+
+
+def validate_shared_arguments(args: argparse.Namespace) -> None:
+    """The options on data, adapters and optimiser that all scripts have.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    check_positive(
+        args,
+        *("rank", "resolution", "train_batch_size", "max_train_steps", "max_train_samples", "repeats", "lr_num_cycles"),
+    )
+    sources = ("train_data_dir", "instance_data_dir", "dataset_name")
+    given = [f"--{name}" for name in sources if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+    if args.instance_data_dir is not None and args.instance_prompt is None:
+        raise ValueError("--instance_data_dir and --instance_prompt go together: give both or neither")
+    if args.instance_prompt is not None and args.train_data_dir is not None:
+        raise ValueError("--instance_prompt is for --instance_data_dir or --dataset_name: give both or neither")
+    if args.dataset_name is not None:
+        require_package("datasets", "--dataset_name")
+    elif args.dataset_config_name is not None:
+        raise ValueError("--dataset_config_name needs --dataset_name")
+    if args.lora_layers is not None and not layer_names(args.lora_layers):
+        raise ValueError("--lora_layers is empty; name layers such as to_q,to_k")
+    if args.optimizer == "prodigy":
+        require_package("prodigyopt", "--optimizer prodigy")
+    if args.use_8bit_adam:
+        if args.optimizer != "adamw":
+            raise ValueError(f"--use_8bit_adam is a form of adamw: leave out --optimizer {args.optimizer}")
+        require_package("bitsandbytes", "--use_8bit_adam")
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--mixed_precision fp16 needs a CUDA device; use bf16 or no")
+
+
+def require_package(name: str, flag: str) -> None:
+    """Check that an optional package is installed.
+
+    Raises:
+        ValueError: when it is not.
+    """
+    if importlib.util.find_spec(name) is None:
+        remedy = f'pip install "lorainit-diffusers[{EXTRAS[name]}]" or leave it out'
+        raise ValueError(f"{flag} needs the package {name}, which is not installed; {remedy}")
+
+
+def layer_names(text: str) -> list[str]:
+    """The names in a comma-separated list."""
+    return text.replace(",", " ").split()
+
+
+def scale_learning_rates(args: argparse.Namespace, num_processes: int) -> None:
+    """Apply `--scale_lr`, as diffusers' examples do."""
+    if args.scale_lr:
+        factor = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+        args.learning_rate *= factor
+        args.text_encoder_lr *= factor
+
+
+def resolve_epochs(args: argparse.Namespace, batches_per_epoch: int, num_processes: int) -> None:
+    """Turn `--num_train_epochs` into steps: as many as it takes to see every image that often."""
+    if args.num_train_epochs is not None:
+        batches_per_step = args.gradient_accumulation_steps * num_processes
+        args.max_train_steps = args.num_train_epochs * math.ceil(batches_per_epoch / batches_per_step)
+
+
+# What decides the steps of a run: a resumed run must have the same.
+RESUMED_ARGUMENTS = (
+    *("init", "seed", "train_batch_size", "gradient_accumulation_steps", "train_text_encoder", "optimizer"),
+    *("use_8bit_adam", "resolution", "snr_gamma", "noise_offset", "prediction_type", "caption_dropout", "clip_skip"),
+    *("lora_dropout", "use_rslora", "use_dora", "use_ema", "ema_decay", "cache_latents", "aspect_ratio_buckets"),
+    *("with_prior_preservation", "prior_loss_weight", "num_class_images", "max_train_samples", "repeats"),
+)
+
+
+def check_resumed_arguments(args: argparse.Namespace, saved: Mapping[str, Any]) -> None:
+    """See that a resumed run is the one that wrote the checkpoint, in what decides its steps.
+
+    Raises:
+        ValueError: naming the first option that differs.
+    """
+    for name in RESUMED_ARGUMENTS:
+        if getattr(args, name) != saved.get(name):
+            raise ValueError(
+                f"--{name} is {getattr(args, name)!r}, but the checkpoint was written with {saved.get(name)!r}; "
+                "resume with the same, or leave out --resume_from_checkpoint"
+            )
+
+
+def make_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser that `--optimizer` names, over parameter groups that carry their learning rates."""
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups)
+    betas = (args.adam_beta1, args.adam_beta2)
+    if args.optimizer == "prodigy":
+        return importlib.import_module("prodigyopt").Prodigy(
+            groups,
+            betas=betas,
+            beta3=args.prodigy_beta3,
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    adamw = importlib.import_module("bitsandbytes").optim.AdamW8bit if args.use_8bit_adam else torch.optim.AdamW
+    return adamw(groups, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
+
+
+def build_method(name: str, options: Sequence[str]) -> Initializer:
+    """The initialisation `name` with its hyper-parameters set from `key=value` texts.
+
+    Raises:
+        ValueError: for an unknown name or key, or a value that the key's type does not take.
+    """
+    make_method(name)
+    method: Any = METHODS[name]
+    hints = typing.get_type_hints(method)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(method) if field.init}
+    values: dict[str, Any] = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals or key not in fields:
+            known = ", ".join(fields) or "none"
+            raise ValueError(f"--init_option {option!r}: give key=value with a key of {name} (known: {known})")
+        values[key] = _parse_option(option, text, fields[key])
+    return make_method(name, values)
+
+
+def _parse_option(option: str, text: str, hint: Any) -> Any:
+    accepted = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for kind in accepted:
+        if kind is type(None) and text.lower() == "none":
+            return None
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if typing.get_origin(kind) is typing.Literal and text in typing.get_args(kind):
+            return text
+        if kind in (int, float, str):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    wanted = " or ".join(
+        " | ".join(map(str, typing.get_args(kind))) if typing.get_origin(kind) is typing.Literal else str(kind.__name__)
+        for kind in accepted
+    )
+    raise ValueError(f"--init_option {option!r}: {text!r} is not {wanted}")

@@ -1,0 +1,85 @@
+"""What `--dry_run` prints: what would be trained, and an estimate of the memory."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+import torch
+from common_run import enable_gradient_checkpointing
+from torch import Tensor
+
+from lorainit_diffusers import adapters
+from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
+from lorainit_diffusers.methods import Initializer
+
+# Bytes of optimiser state for each trained parameter.
+OPTIMIZER_BYTES = {"adamw": 8, "sgd": 0, "prodigy": 16}
+EIGHT_BIT_ADAM_BYTES = 2
+
+
+def print_plan(
+    args: argparse.Namespace,
+    family: LatentDiffusionFamily,
+    method: Initializer,
+    batch: Mapping[str, Tensor],
+) -> None:
+    """Say what would be trained: layers, ranks, parameters, and an estimate of the memory.
+
+    The activations are measured: the bytes that one forward pass of one image keeps for the backward pass.
+    """
+    total = factors = 0
+    print(f"{'layer':80s} {'rank':>5s} {'parameters':>11s}")
+    for component, module in family.adapted.items():
+        for name, layer in adapters.adapter_weights(module).items():
+            count = sum(tensor.numel() for tensor in (*layer.factors, layer.magnitude) if tensor is not None)
+            factors += sum(tensor.numel() for tensor in layer.factors)
+            total += count
+            print(f"{component + '.' + name:80s} {layer.factors.lora_A.shape[0]:5d} {count:11,d}")
+    print(f"{total:,d} trained parameters")
+
+    frozen = sum(
+        p.numel() * p.element_size()
+        for module in family.modules.values()
+        for name, p in module.named_parameters()
+        if ".lora_" not in name
+    )
+    slots = EIGHT_BIT_ADAM_BYTES if args.use_8bit_adam else OPTIMIZER_BYTES[args.optimizer]
+    images = args.train_batch_size * (2 if args.with_prior_preservation else 1)
+    parts = {
+        "base model": frozen,
+        "LoRA weights and gradients": 8 * total,
+        "frozen twin": 4 * factors if method.step_zero == "offset" else 0,
+        f"optimiser ({'8-bit ' if args.use_8bit_adam else ''}{args.optimizer})": slots * total,
+        "moving average": 4 * total if args.use_ema else 0,
+        f"activations ({images} images)": images * _activation_bytes(args, family, batch),
+    }
+    print(f"memory on {family.device}, estimated (without the buffers of kernels, collection and sampling):")
+    for what, size in {**parts, "together": sum(parts.values())}.items():
+        print(f"  {what:32s} {size / 2**20:12,.3f} MiB")
+
+
+def _activation_bytes(
+    args: argparse.Namespace,
+    family: LatentDiffusionFamily,
+    batch: Mapping[str, Tensor],
+) -> int:
+    weights = {p.untyped_storage().data_ptr() for module in family.modules.values() for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(family)
+    for module in family.adapted.values():
+        module.train()
+    one = {name: value[:1] for name, value in batch.items()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = family.loss(one, torch.Generator().manual_seed(0))  # held, so that no storage is used twice
+    size = sum(kept.values())
+    del loss
+    return size

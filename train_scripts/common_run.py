@@ -1,0 +1,559 @@
+"""What the LoRA training scripts share beside their loop: data, pictures, log, weight average, checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from common import (
+    average_gradients,
+    clear_sample_rows,
+    derive_seed,
+    evaluating,
+    load_sample_rows,
+    public_arguments,
+    read_metrics,
+    save_sample_row,
+    seeded_generator,
+)
+from common_classes import generate_class_images, pair_batches
+from common_data import (
+    BucketOrder,
+    CaptionedImages,
+    DataOrder,
+    ImageRecord,
+    choose_prompts,
+    fixed_batches,
+    parse_buckets,
+)
+from common_options import check_resumed_arguments, layer_names, make_optimizer, scale_learning_rates
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lorainit_diffusers import adapters, checkpoints
+from lorainit_diffusers.evaluation import fixed_noise_loss, sample_grid
+from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
+from lorainit_diffusers.initialize import initialize, make_method
+from lorainit_diffusers.methods import Initializer
+
+# --------------------------------------------------------------------------------------------------------------- start
+
+
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The accelerator of a run, with TF32 as asked for."""
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    project_dir = str(Path(args.output_dir) / args.logging_dir)
+    return Accelerator(mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=project_dir)
+
+
+def trains(args: argparse.Namespace) -> bool:
+    """Whether the run goes on after the initialisation."""
+    return not (args.init_only or args.dry_run)
+
+
+def find_state(args: argparse.Namespace, output_dir: Path) -> checkpoints.TrainingState | None:
+    """The checkpoint to continue from; `latest` starts anew where a run was killed before its first one.
+
+    Raises:
+        FileNotFoundError: when the checkpoint that is named does not exist.
+        ValueError: when the directory holds an earlier run's checkpoints and nothing says to continue.
+    """
+    known = checkpoints.list_checkpoints(output_dir)
+    if args.resume_from_checkpoint == "latest" and not known:
+        print(f"--resume_from_checkpoint latest: no checkpoint in {str(output_dir)!r} yet, so the run starts anew")
+        return None
+    if args.resume_from_checkpoint is not None:
+        return checkpoints.load_training_state(checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint))
+    if known and trains(args):
+        raise ValueError(
+            f"--output_dir {str(output_dir)!r} holds {known[-1].name} of an earlier run; continue it with "
+            "--resume_from_checkpoint latest, choose another directory, or delete its checkpoints"
+        )
+    return None
+
+
+def family_options(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+    """How `from_pretrained` loads the base.
+
+    The dtype is keyed on the accelerator: its precision may come from accelerate's configuration instead of the flag.
+    """
+    return {
+        "revision": args.revision,
+        "variant": args.variant,
+        "vae_path": args.pretrained_vae_model_name_or_path,
+        "cache_dir": args.cache_dir,
+        "weight_dtype": {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32),
+        "device": accelerator.device,
+        "train_text_encoder": args.train_text_encoder,
+        "snr_gamma": args.snr_gamma,
+        "noise_offset": args.noise_offset,
+        "caption_dropout": args.caption_dropout,
+        "prediction_type": args.prediction_type,
+        "clip_skip": args.clip_skip,
+        "prior_loss_weight": args.prior_loss_weight,
+        "offload": args.offload,
+    }
+
+
+def settle_options(
+    args: argparse.Namespace,
+    family: LatentDiffusionFamily,
+    accelerator: Accelerator,
+    state: checkpoints.TrainingState | None,
+) -> None:
+    """Fill in what depends on the base and the processes, then compare with the run that is resumed.
+
+    Raises:
+        ValueError: for a resolution that the base cannot have, or options that differ from the checkpoint's.
+    """
+    args.resolution = family.resolution if args.resolution is None else args.resolution
+    if args.resolution % family.resolution_multiple:
+        raise ValueError(f"--resolution {args.resolution} is not a multiple of {family.resolution_multiple}")
+    scale_learning_rates(args, accelerator.num_processes)
+    if state is not None:
+        check_resumed_arguments(args, state.extra["arguments"])
+    if args.enable_xformers_memory_efficient_attention:
+        family.unet.enable_xformers_memory_efficient_attention()
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def class_images(
+    args: argparse.Namespace, family: LatentDiffusionFamily, accelerator: Accelerator
+) -> list[ImageRecord]:
+    """The images of the class under prior preservation; what is missing is drawn by the base model and kept."""
+    if not args.with_prior_preservation or (args.dry_run and not args.variable_rank):
+        return []
+    settings = {
+        "base_model": args.pretrained_model_name_or_path,
+        "revision": args.revision,
+        "variant": args.variant,
+        "resolution": args.resolution,
+        "num_inference_steps": args.validation_inference_steps,
+        "guidance_scale": args.validation_guidance_scale,
+    }
+
+    records = generate_class_images(
+        args.class_data_dir,
+        prompt=args.class_prompt,
+        count=args.num_class_images,
+        draw=lambda prompts, seeds: sample(args, family, prompts, seeds),
+        batch_size=args.sample_batch_size,
+        settings=settings,
+        process=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        progress=accelerator.is_main_process,
+    )
+    accelerator.wait_for_everyone()  # each draws its share
+    return records
+
+
+class TrainingData:
+    """The image sets of a run, encoded as far as the options say, and its batches.
+
+    Attributes:
+        train: training images.
+        classes: images of the class under prior preservation.
+        heldout: held-out images, where there are any.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        family: LatentDiffusionFamily,
+        records: Sequence[ImageRecord],
+        heldout: Sequence[ImageRecord],
+        classes: Sequence[ImageRecord],
+        progress: bool,
+    ) -> None:
+        self.args, self.family = args, family
+        buckets = None
+        if args.aspect_ratio_buckets is not None:
+            buckets = parse_buckets(args.aspect_ratio_buckets, args.resolution, family.resolution_multiple)
+
+        def load(
+            chosen: Sequence[ImageRecord],
+            *,
+            cache: bool = args.cache_latents,
+            center_crop: bool = args.center_crop,
+            random_flip: bool = args.random_flip,
+            sizes: Sequence[tuple[int, int]] | None = None,
+        ) -> CaptionedImages:
+            captions = list(dict.fromkeys(record.caption for record in chosen))  # DreamBooth has one for all
+            row_of = {caption: row for row, caption in enumerate(captions)}
+            rows = torch.tensor([row_of[record.caption] for record in chosen])
+            encode = family.embed_captions if args.pre_compute_text_embeddings else family.caption_inputs
+            images = CaptionedImages(
+                chosen,
+                {name: column[rows] for name, column in encode(captions).items()},
+                args.resolution,
+                center_crop,
+                random_flip,
+                interpolation=args.image_interpolation_mode,
+                buckets=sizes,
+            )
+            if cache:
+                images.cache_latents(family.encode_images, args.train_batch_size, progress=progress)
+            return images
+
+        self.train = load(records, sizes=buckets)
+        self.classes = load(classes) if classes else None
+        self.heldout = load(heldout, cache=True, center_crop=True, random_flip=False) if heldout else None
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Training batches that see every image."""
+        batch_size = self.args.train_batch_size
+        if len(self.train.buckets) == 1:
+            return -(-len(self.train) // batch_size)
+        return BucketOrder(self.train.bucket_of_image, batch_size, self.args.seed, range(0)).batches_per_epoch
+
+    def batches(self, seed: int, batch_size: int, numbers: range) -> Iterator[dict[str, Tensor]]:
+        """The training batches of these numbers; under prior preservation as many class images follow in each."""
+        instances = self.batches_of(self.train, seed, batch_size, numbers)
+        if self.classes is None:
+            return instances
+        return pair_batches(instances, self.batches_of(self.classes, derive_seed(seed, "class"), batch_size, numbers))
+
+    def training_batches(self, accelerator: Accelerator, first_step: int) -> Iterator[dict[str, Tensor]]:
+        """This process's batches of every micro-step after `first_step`."""
+        args, count = self.args, accelerator.num_processes
+        micro_steps = args.gradient_accumulation_steps * count
+        first, last = first_step * micro_steps + accelerator.process_index, args.max_train_steps * micro_steps
+        return self.batches(args.seed, args.train_batch_size, range(first, last, count))
+
+    def batches_of(
+        self, images: CaptionedImages, seed: int, batch_size: int, numbers: range
+    ) -> Iterator[dict[str, Tensor]]:
+        """Batches of one set; batch k is a function of (seed, k) alone."""
+        if len(images.buckets) == 1:
+            order: Any = DataOrder(len(images), batch_size, seed, numbers)
+        else:
+            order = BucketOrder(images.bucket_of_image, batch_size, seed, numbers)
+        return iter(DataLoader(images, batch_sampler=order, num_workers=self.args.dataloader_num_workers))
+
+    def for_initialisation(self, method: Initializer, accelerator: Accelerator) -> dict[str, Any]:
+        """The batches that `initialize` takes: those of training, or instance and class images apart.
+
+        They are apart where the class images stand for the pre-training data (CNTLoRA's measured constraint).
+        """
+        args, count = self.args, accelerator.num_processes
+        numbers = range(accelerator.process_index, args.init_num_batches * count, count)
+        if self.classes is None or getattr(method, "pretraining", None) != "measured":
+            return {"batches": self.batches(args.init_seed, args.init_batch_size, numbers)}
+        return {
+            "batches": self.batches_of(self.train, args.init_seed, args.init_batch_size, numbers),
+            "reference_batches": self.batches_of(self.classes, args.init_seed, args.init_batch_size, numbers),
+        }
+
+    def validation_loss(self) -> float | None:
+        """Loss on the held-out images under fixed noise; `None` where there are none."""
+        if self.heldout is None:
+            return None
+        with evaluating(self.family.adapted.values()):
+            return fixed_noise_loss(self.family, fixed_batches(self.heldout), len(self.heldout))
+
+
+# ------------------------------------------------------------------------------------------------------ initialisation
+
+
+def initialise(
+    args: argparse.Namespace,
+    family: LatentDiffusionFamily,
+    method: Initializer,
+    data: TrainingData,
+    accelerator: Accelerator,
+    state: checkpoints.TrainingState | None,
+) -> dict[str, Any]:
+    """Give the family its adapters, from the checkpoint or from the data; returns the report of the initialisation."""
+    modules = dict(family.adapted)
+    adapter_options = {"use_rslora": args.use_rslora, "lora_dropout": args.lora_dropout}
+    if state is not None:
+        adapters.load_adapter_state_dict(modules, state.tensors, **adapter_options)
+        return state.extra["init_report"]
+    targets = {name: family.default_targets(name) for name in modules}
+    if args.lora_layers is not None:
+        targets["unet"] = layer_names(args.lora_layers)
+    if args.dry_run and not args.variable_rank:
+        method = make_method("kaiming")  # ranks that do not depend on the data need no pass to be told
+    report = initialize(
+        family,
+        method,
+        **data.for_initialisation(method, accelerator),
+        rank=args.rank,
+        alpha=args.lora_alpha,
+        target_modules=targets,
+        num_batches=args.init_num_batches,
+        variable_rank=args.variable_rank,
+        rank_budget=args.rank_budget,
+        max_rank=args.max_rank,
+        seed=args.init_seed,
+        mask_padding=args.init_mask_padding,
+        use_dora=args.use_dora,
+        **adapter_options,
+        progress=accelerator.is_main_process,
+    )
+    accelerator.print(report.summary())
+    if accelerator.num_processes > 1:  # the same to the last digit everywhere
+        for module in modules.values():
+            for parameter in adapters.trainable_parameters(module):
+                parameter.data.copy_(broadcast(parameter.data))
+    return report.to_json()
+
+
+# ----------------------------------------------------------------------------------------------------- pictures and log
+
+
+def sample(
+    args: argparse.Namespace, family: LatentDiffusionFamily, prompts: Sequence[str], seeds: Sequence[int]
+) -> list[Image.Image]:
+    """One image a prompt, each from its own seed, drawn as the validation options say."""
+    return family.sample(
+        prompts,
+        seeds,
+        resolution=args.resolution,
+        num_inference_steps=args.validation_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+    )
+
+
+def draw_samples(args: argparse.Namespace, family: LatentDiffusionFamily, prompts: Sequence[str]) -> list[Image.Image]:
+    """One image a prompt with the weights as they are now; column k has the same seed in every call."""
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), args.sample_batch_size):
+        chunk = prompts[start : start + args.sample_batch_size]
+        seeds = [derive_seed(args.seed, "sample", start + column) for column in range(len(chunk))]
+        images += sample(args, family, chunk, seeds)
+    return images
+
+
+class Pictures:
+    """Rows of samples: the same prompts and seeds with the base, at step 0 and later. Only the main process draws."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        family: LatentDiffusionFamily,
+        records: Sequence[ImageRecord],
+        heldout: Sequence[ImageRecord],
+        accelerator: Accelerator,
+        state: checkpoints.TrainingState | None,
+    ) -> None:
+        self.args, self.family, self.trackers = args, family, accelerator.trackers
+        self.prompts = choose_prompts(args, records, heldout)
+        self.directory = Path(args.output_dir) / "samples"
+        self.draws = accelerator.is_main_process and trains(args)
+        if self.draws:
+            clear_sample_rows(self.directory, state.step if state is not None else None)
+
+    def add(self, name: str, step: int = 0) -> None:
+        """Draw a row and keep it as a file, so that a resumed run still has it; trackers get it, too."""
+        if not self.draws or (self.directory / f"{name}.png").exists():
+            return
+        with evaluating(self.family.adapted.values()):
+            images = draw_samples(self.args, self.family, list(self.prompts.values()))
+        save_sample_row(self.directory, name, images)
+        for tracker in self.trackers:
+            if tracker.name == "tensorboard":
+                pixels = np.stack([np.asarray(image) for image in images])
+                cast(Any, tracker).writer.add_images("samples", pixels, step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                cast(Any, tracker).log_images({"samples": [np.asarray(image) for image in images]}, step=step)
+
+    def save_grid(self, path: Path) -> None:
+        """All rows, labelled, in one picture."""
+        rows = load_sample_rows(self.directory)
+        labels = [f"{row} (end)" if row == f"step {self.args.max_train_steps}" else row for row in rows]
+        sample_grid(dict(zip(labels, rows.values(), strict=True)), list(self.prompts)).save(path)
+
+
+class RunLog:
+    """`metrics.jsonl`, one line a step or validation, and the trackers.
+
+    Attributes:
+        lines: all lines, those of the run that is resumed included.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, accelerator: Accelerator, name: str, state: checkpoints.TrainingState | None
+    ) -> None:
+        self.path, self.accelerator = Path(args.output_dir) / "metrics.jsonl", accelerator
+        self.lines = read_metrics(self.path, state.step) if state is not None else []
+        if not trains(args):
+            return
+        if args.report_to:
+            options = public_arguments(args).items()
+            accelerator.init_trackers(name, config={k: v for k, v in options if isinstance(v, (int, float, str))})
+        if accelerator.is_main_process:
+            scratch = self.path.with_suffix(".tmp")
+            scratch.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            os.replace(scratch, self.path)
+
+    def write(self, line: dict[str, float]) -> None:
+        """Add a line; its `step` is the trackers' step."""
+        self.lines.append(line)
+        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=int(line["step"]))
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+def backward_step(
+    args: argparse.Namespace,
+    family: LatentDiffusionFamily,
+    batches: Iterator[dict[str, Tensor]],
+    accelerator: Accelerator,
+    parameters: Sequence[nn.Parameter],
+    step: int,
+) -> tuple[float, float]:
+    """The gradients of one optimiser step, clipped: (mean loss, gradient norm).
+
+    Every random draw comes from (seed, step, micro-step, process), so a resumed run needs the step number only.
+
+    Raises:
+        ValueError: when the loss is no longer finite.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    for micro in range(args.gradient_accumulation_steps):
+        parts = (args.seed, "step", step, micro, accelerator.process_index)
+        torch.manual_seed(derive_seed(*parts))  # for the dropout of the adapters
+        loss = family.loss(next(batches), seeded_generator(*parts)) / args.gradient_accumulation_steps
+        accelerator.backward(loss)
+        total += loss.detach()
+    mean_loss = float(cast(Tensor, accelerator.reduce(total, "mean")))
+    if not np.isfinite(mean_loss):
+        raise ValueError(f"the loss is {mean_loss} at step {step}; lower --learning_rate {args.learning_rate}")
+    average_gradients(accelerator, parameters)
+    return mean_loss, float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm) or 0.0)
+
+
+class WeightAverage:
+    """An exponential moving average of the trained weights (`--use_ema`), or nothing at all."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float | None) -> None:
+        self.parameters = parameters
+        self.average = EMAModel(parameters, decay=decay) if decay is not None else None
+
+    def update(self) -> None:
+        """Follow one optimiser step."""
+        if self.average is not None:
+            self.average.step(self.parameters)
+
+    @contextmanager
+    def applied(self) -> Generator[None, None, None]:
+        """The model has the averaged weights inside the block."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it."""
+        if self.average is None:
+            return {}
+        return {f"ema.{index}": value for index, value in enumerate(self.average.shadow_params)}
+
+    def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Inverse of `state`, after `step` updates."""
+        if self.average is not None:
+            for index, value in enumerate(self.average.shadow_params):
+                value.copy_(tensors[f"ema.{index}"])
+            self.average.optimization_step = step
+
+
+class Optimization:
+    """What moves the trained weights, and what a checkpoint keeps of a run.
+
+    Attributes:
+        parameters: the trained weights.
+        optimizer: prepared by the accelerator.
+        lr_scheduler: stepped once an optimiser step, so it needs no correction for processes and accumulation.
+        average: the moving average of the weights.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        modules: Mapping[str, nn.Module],
+        accelerator: Accelerator,
+        state: checkpoints.TrainingState | None,
+    ) -> None:
+        self.args, self.modules, self.accelerator = args, modules, accelerator
+        groups = [
+            {
+                "params": adapters.trainable_parameters(module),
+                "lr": args.text_encoder_lr if name.startswith("text_encoder") else args.learning_rate,
+            }
+            for name, module in modules.items()
+        ]
+        self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer: Any = accelerator.prepare_optimizer(make_optimizer(args, groups))
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            self.optimizer.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+            num_cycles=args.lr_num_cycles,
+            power=args.lr_power,
+        )
+        self.average = WeightAverage(self.parameters, args.ema_decay if args.use_ema else None)
+        if state is not None:
+            state.restore(self.optimizer.optimizer, self.lr_scheduler)
+            self.average.load(state.tensors, state.step)
+            if accelerator.scaler is not None and state.extra["scaler"] is not None:
+                accelerator.scaler.load_state_dict(state.extra["scaler"])
+
+    def step(self) -> None:
+        """Use the gradients, and clear them."""
+        self.optimizer.step()
+        if not self.optimizer.step_was_skipped:
+            self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        self.average.update()
+
+    def save(self, step: int, init_report: Mapping[str, Any]) -> None:
+        """Write a checkpoint, the oldest making room before it; one always stays, whenever the run is killed."""
+        output_dir, limit = Path(self.args.output_dir), self.args.checkpoints_total_limit
+        if limit is not None:
+            checkpoints.prune_checkpoints(output_dir, max(limit - 1, 1))
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        checkpoints.save_training_state(
+            output_dir / f"checkpoint-{step}",
+            tensors={**adapters.adapter_state_dict(self.modules), **self.average.state()},
+            optimizer=self.optimizer.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            step=step,
+            extra={"arguments": public_arguments(self.args), "init_report": dict(init_report), "scaler": scaler},
+        )
+        if limit is not None:
+            checkpoints.prune_checkpoints(output_dir, limit)
+
+
+def enable_gradient_checkpointing(family: LatentDiffusionFamily) -> None:
+    """Recompute activations in the backward pass, in every module that is trained."""
+    for name, module in family.adapted.items():
+        if name == "unet":
+            cast(Any, module).enable_gradient_checkpointing()
+        else:
+            cast(Any, module).gradient_checkpointing_enable()
