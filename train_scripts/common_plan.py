@@ -36,13 +36,13 @@ def print_plan(
             factors += sum(tensor.numel() for tensor in layer.factors)
             total += count
             print(f"{component + '.' + name:80s} {layer.factors.lora_A.shape[0]:5d} {count:11,d}")
-    print(f"{total:,d} trained parameters")
+    print(f"{total:,d} trained parameters, to be initialised by {args.init}")
 
     frozen = sum(
         p.numel() * p.element_size()
         for module in family.modules.values()
         for name, p in module.named_parameters()
-        if ".lora_" not in name
+        if ".lora_" not in name and p.device == family.device  # --offload keeps some elsewhere
     )
     slots = EIGHT_BIT_ADAM_BYTES if args.use_8bit_adam else OPTIMIZER_BYTES[args.optimizer]
     images = args.train_batch_size * (2 if args.with_prior_preservation else 1)
@@ -55,7 +55,7 @@ def print_plan(
         f"activations ({images} images)": images * _activation_bytes(args, family, batch),
     }
     print(f"memory on {family.device}, estimated (without the buffers of kernels, collection and sampling):")
-    for what, size in {**parts, "together": sum(parts.values())}.items():
+    for what, size in {**{w: s for w, s in parts.items() if s}, "together": sum(parts.values())}.items():
         print(f"  {what:32s} {size / 2**20:12,.3f} MiB")
 
 

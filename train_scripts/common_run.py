@@ -287,11 +287,10 @@ def initialise(
     targets = {name: family.default_targets(name) for name in modules}
     if args.lora_layers is not None:
         targets["unet"] = layer_names(args.lora_layers)
-    if args.dry_run and not args.variable_rank:
-        method = make_method("kaiming")  # ranks that do not depend on the data need no pass to be told
+    needs_pass = args.variable_rank or not args.dry_run  # ranks that do not depend on the data can be told without
     report = initialize(
         family,
-        method,
+        method if needs_pass else make_method("kaiming"),
         **data.for_initialisation(method, accelerator),
         rank=args.rank,
         alpha=args.lora_alpha,
@@ -306,7 +305,8 @@ def initialise(
         **adapter_options,
         progress=accelerator.is_main_process,
     )
-    accelerator.print(report.summary())
+    if needs_pass:
+        accelerator.print(report.summary())
     if accelerator.num_processes > 1:  # the same to the last digit everywhere
         for module in modules.values():
             for parameter in adapters.trainable_parameters(module):

@@ -731,11 +731,11 @@ def test_dry_run_says_what_the_run_would_do(
     assert {name: rank for name, (rank, _) in planned.items()} == {n: layer["rank"] for n, layer in report.items()}
     trained = read_json(out / "config.json")["num_trainable_parameters"]
     assert sum(count for _, count in planned.values()) == trained
-    assert f"{trained:,d} trained parameters" in lines
+    assert f"{trained:,d} trained parameters, to be initialised by {more.get('init', 'cntlora')}" in lines
     sizes = {line[:34].strip(): float(line[34:].split()[0].replace(",", "")) for line in lines if line.endswith("MiB")}
     assert sizes["together"] == pytest.approx(sum(sizes.values()) - sizes["together"], abs=0.01)
     assert sizes["optimiser (adamw)"] == pytest.approx(8 * trained / 2**20, abs=0.001)
-    assert (sizes["frozen twin"] > 0) == ("init" not in more)
+    assert ("frozen twin" in sizes) == ("init" not in more)
     assert sizes["activations (2 images)"] > 0
 
 
@@ -832,11 +832,10 @@ def test_dataset_by_name(run: Run, image_dir: Path, tmp_path: Path, monkeypatch:
 # ------------------------------------------------------------------------------------------------------------ real kill
 
 
-@pytest.mark.parametrize("init", ["cntlora"])
-def test_killed_run_resumes_to_the_same_weights(random_sd: Path, image_dir: Path, tmp_path: Path, init: str) -> None:
+def test_killed_run_resumes_to_the_same_weights(random_sd: Path, image_dir: Path, tmp_path: Path) -> None:
     script = str(ROOT / "train_scripts" / "train_sd_lora.py")
     options = {
-        **{**FAST, "init": init, "max_train_steps": 40, "checkpointing_steps": 3, "checkpoints_total_limit": 1},
+        **{**FAST, "max_train_steps": 40, "checkpointing_steps": 3, "checkpoints_total_limit": 1},
         **{"pretrained_model_name_or_path": random_sd, "train_data_dir": image_dir, "lr_scheduler": "cosine"},
         **{"validation_steps": 10, "lora_dropout": 0.1, "caption_dropout": 0.2, "noise_offset": 0.1},
     }

@@ -15,8 +15,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from script_fixtures import FAST, read_json, run_main, weights
-
-from lorainit_diffusers.methods import METHODS
+from sd_fixtures import write_images
+from torch import Tensor
 
 Run = Callable[..., Path]
 
@@ -59,11 +59,10 @@ def test_writes_everything(run: Run) -> None:
     assert prefixes == {"lora_unet", "lora_te1", "lora_te2"}
 
 
-@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("init", "more"),
     [
-        *((init, {}) for init in METHODS),
+        *((init, {}) for init in ("cntlora", "lora_ga", "gradient_step", "gaussian")),
         ("cntlora", {"train_text_encoder": True, "variable_rank": True}),
         ("eva", {"train_text_encoder": True, "use_dora": True}),
     ],
@@ -107,10 +106,18 @@ def test_reloads_on_the_original_base(run: Run, random_sdxl: Path, init: str, mo
     ],
     ids=lambda options: "-".join(options),
 )
-def test_flag_changes_the_result(run: Run, options: dict[str, Any]) -> None:
-    shared: dict[str, Any] = {"train_text_encoder": True}
-    default, changed = weights(run("a", **shared)), weights(run("b", **shared, **options))
-    assert any(not torch.equal(changed[name], default[name]) for name in changed)
+def test_flag_changes_the_result(run: Run, options: dict[str, Any], default_weights: dict[str, Tensor]) -> None:
+    changed = weights(run(train_text_encoder=True, **options))
+    assert changed.keys() <= default_weights.keys()
+    assert any(not torch.equal(changed[name], default_weights[name]) for name in changed)
+
+
+@pytest.fixture(scope="module")
+def default_weights(random_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    folder = tmp_path_factory.mktemp("default")
+    write_images(folder / "train")
+    options = {"pretrained_model_name_or_path": random_sdxl, "train_data_dir": folder / "train", **FAST}
+    return weights(run_main(train_sdxl_lora, {**options, "output_dir": folder / "out", "train_text_encoder": True}))
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -118,7 +125,7 @@ def test_cached_embeddings_and_latents_give_the_same_kind_of_run(run: Run) -> No
     plain = weights(run("a"))
     cached = weights(run("b", pre_compute_text_embeddings=True, offload=True))
     for name, tensor in cached.items():
-        torch.testing.assert_close(tensor, plain[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(tensor, plain[name], rtol=1e-3, atol=1e-5)
     assert run("c", pre_compute_text_embeddings=True, cache_latents=True).is_dir()
 
 
