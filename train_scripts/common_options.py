@@ -191,6 +191,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hub_token", help="default: the token of `hf auth login`")
 
 
+def make_training_parser(description: str | None, default_base: str | None) -> argparse.ArgumentParser:
+    """All options of a script that trains one LoRA."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_init_arguments(parser)
+    add_model_arguments(parser, default_base)
+    add_lora_arguments(parser)
+    add_data_arguments(parser)
+    add_dreambooth_arguments(parser)
+    add_loss_arguments(parser)
+    add_training_arguments(parser)
+    add_run_arguments(parser)
+    return parser
+
+
 # ------------------------------------------------------------------------------------------- defaults, checks, objects
 
 

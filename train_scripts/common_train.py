@@ -1,0 +1,139 @@
+"""One LoRA training, from the options to the files: what `train_sd_lora.py` and `train_sdxl_lora.py` run.
+
+It reads from top to bottom: load, collect and initialise, train, evaluate, save. The families differ in what one
+training step is, which is theirs (`family.loss`), and in nothing here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from common import describe_run, prepare_output_dir, write_json
+from common_data import read_data
+from common_export import check_export, open_hub_repository, save_lora, save_result, upload
+from common_options import build_method, check_method, resolve_epochs
+from common_plan import print_plan
+from common_run import (
+    Optimization,
+    Pictures,
+    RunLog,
+    TrainingData,
+    backward_step,
+    class_images,
+    enable_gradient_checkpointing,
+    family_options,
+    find_state,
+    initialise,
+    settle_options,
+    start_accelerator,
+)
+from tqdm.auto import tqdm
+
+from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily, check_base
+
+
+def train_lora(args: argparse.Namespace, family_class: type[LatentDiffusionFamily], *, name: str, tag: str) -> Path:
+    """Train one LoRA and return the directory that it was written to.
+
+    Args:
+        args: the checked options of a script.
+        family_class: what the base is.
+        name: of the script, for trackers.
+        tag: of the base's kind, for the model card.
+
+    Raises:
+        ValueError, FileNotFoundError: for what the user can mend, in one line.
+    """
+    started = time.perf_counter()
+    method = build_method(args.init, args.init_option)
+    check_method(args, method)
+    check_base(args.pretrained_model_name_or_path, family_class.PIPELINE.__name__)
+    output_dir = Path(args.output_dir) if args.dry_run else prepare_output_dir(args.output_dir)
+    state = find_state(args, output_dir)
+    records, heldout = read_data(args)
+    repository = open_hub_repository(args)
+
+    # ---- load
+    accelerator = start_accelerator(args)
+    is_main = accelerator.is_main_process
+    family = family_class.from_pretrained(args.pretrained_model_name_or_path, **family_options(args, accelerator))
+    settle_options(args, family, accelerator, state)
+    classes = class_images(args, family, accelerator)
+    data = TrainingData(args, family, records, heldout, classes, progress=is_main)
+    resolve_epochs(args, data.batches_per_epoch, accelerator.num_processes)
+    first_step = state.step if state is not None else 0
+    log = RunLog(args, accelerator, name, state)
+    pictures = Pictures(args, family, records, heldout, accelerator, state)
+    pictures.add("base")
+
+    # ---- collect and initialise
+    init_report = initialise(args, family, method, data, accelerator, state)
+    if args.dry_run:
+        if is_main:
+            print_plan(args, family, method, next(data.training_batches(accelerator, 0)))
+        return output_dir
+    check_export(args, family.adapted)
+    optimization = Optimization(args, family.adapted, accelerator, state)
+    config = describe_run(args, method, accelerator)
+    config["num_images"], config["num_heldout_images"] = len(records), len(heldout)
+    config["num_trainable_parameters"] = sum(parameter.numel() for parameter in optimization.parameters)
+    if is_main:
+        write_json(output_dir / "init_report.json", init_report)
+        write_json(output_dir / "config.json", config)
+    if args.init_only:
+        if is_main:
+            save_lora(args, family.adapted, config, accelerator)
+            accelerator.print(f"wrote the initialised LoRA to {output_dir}")
+        accelerator.wait_for_everyone()
+        return output_dir
+
+    # ---- train
+    if args.gradient_checkpointing:  # only now: recomputation would count the activations of the collection twice
+        enable_gradient_checkpointing(family)
+
+    def validate(step: int) -> None:
+        with optimization.average.applied():
+            loss = data.validation_loss()
+            if loss is not None:
+                log.write({"step": step, "validation_loss": loss})
+            pictures.add(f"step-{step:06d}", step)
+
+    if state is None:
+        validate(0)
+    for module in family.adapted.values():
+        module.train()
+    batches = data.training_batches(accelerator, first_step)
+    progress = tqdm(desc="training", initial=first_step, total=args.max_train_steps, disable=not is_main)
+    for step in range(first_step + 1, args.max_train_steps + 1):
+        step_started = time.perf_counter()
+        loss, grad_norm = backward_step(args, family, batches, accelerator, optimization.parameters, step)
+        learning_rate = float(optimization.lr_scheduler.get_last_lr()[0])
+        optimization.step()
+        step_s = round(time.perf_counter() - step_started, 4)
+        log.write({"step": step, "loss": loss, "lr": learning_rate, "grad_norm": grad_norm, "step_s": step_s})
+        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        progress.update()
+        if step % args.validation_steps == 0 or step == args.max_train_steps:
+            validate(step)
+        if step % args.checkpointing_steps == 0 and is_main:
+            optimization.save(step, init_report)
+    progress.close()
+
+    # ---- evaluate and save
+    accelerator.wait_for_everyone()
+    if is_main:
+        pictures.save_grid(output_dir / "samples.png")
+        config["total_s"] = round(time.perf_counter() - started, 1)
+        with optimization.average.applied():
+            save_result(
+                *(args, family.adapted, config, init_report, log.lines, accelerator),
+                pipeline_class=family_class.PIPELINE.__name__,
+                tags=[tag],
+            )
+        if repository is not None:
+            upload(args, repository)
+        accelerator.print(f"done in {config['total_s']} s: {output_dir}")
+    accelerator.end_training()
+    return output_dir
