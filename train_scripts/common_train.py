@@ -31,7 +31,7 @@ from common_run import (
 )
 from tqdm.auto import tqdm
 
-from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily, check_base
+from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
 
 
 def train_lora(args: argparse.Namespace, family_class: type[LatentDiffusionFamily], *, name: str, tag: str) -> Path:
@@ -49,7 +49,7 @@ def train_lora(args: argparse.Namespace, family_class: type[LatentDiffusionFamil
     started = time.perf_counter()
     method = build_method(args.init, args.init_option)
     check_method(args, method)
-    check_base(args.pretrained_model_name_or_path, family_class.PIPELINE.__name__)
+    family_class.check_base(args.pretrained_model_name_or_path)
     output_dir = Path(args.output_dir) if args.dry_run else prepare_output_dir(args.output_dir)
     state = find_state(args, output_dir)
     records, heldout = read_data(args)

@@ -52,7 +52,7 @@ from tqdm.auto import tqdm
 
 from lorainit_diffusers import adapters
 from lorainit_diffusers.evaluation import Comparison, load_encoder, write_report
-from lorainit_diffusers.families.sd import check_base
+from lorainit_diffusers.families.sd import StableDiffusionFamily
 from lorainit_diffusers.initialize import initialize
 from lorainit_diffusers.methods import METHODS, Initializer
 
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_args(argv)
     inits = [Init.parse(label) for label in args.inits]
-    check_base(args.pretrained_model_name_or_path)
+    StableDiffusionFamily.check_base(args.pretrained_model_name_or_path)
     records, heldout = split_records(args)
     for encoder in encoder_names(args) if args.image_metrics != "none" else ():
         load_encoder(encoder)  # what cannot be scored is said before hours of training

@@ -155,7 +155,7 @@ class LatentDiffusionFamily(ABC):
             ValueError: when the base is of another family, or an option is out of its range.
         """
         name = os.fspath(path)
-        check_base(name, cls.PIPELINE.__name__)
+        cls.check_base(name)
         if prediction_type is not None:
             check_prediction_type(prediction_type)
         source: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
@@ -202,6 +202,31 @@ class LatentDiffusionFamily(ABC):
             ),
             **parts,
         )
+
+    @classmethod
+    def check_base(cls, name: str) -> None:
+        """See that a base given as a local folder exists and holds a pipeline of this family.
+
+        A name that can only be a hub repository is left to the loader.
+
+        Raises:
+            FileNotFoundError: when the folder is missing or is not in the diffusers layout.
+            ValueError: when it holds another kind of pipeline.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or "\\" in name:
+                raise FileNotFoundError(
+                    f"base model {name!r} is not a folder; give a folder in the diffusers layout or a hub name, owner/name"
+                )
+            return
+        index = folder / "model_index.json"
+        if not index.is_file():
+            raise FileNotFoundError(
+                f"base model folder {name!r} has no model_index.json; "
+                "convert single-file checkpoints to the diffusers layout"
+            )
+        check_pipeline_class(name, json.loads(index.read_text(encoding="utf-8")), cls.PIPELINE.__name__)
 
     # ---- what a family adds
 
@@ -578,31 +603,6 @@ def check_prediction_type(prediction_type: str) -> None:
     """
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
-
-
-def check_base(name: str, pipeline_class: str) -> None:
-    """See that a base given as a local folder exists and holds a pipeline of this class.
-
-    A name that can only be a hub repository is left to the loader.
-
-    Raises:
-        FileNotFoundError: when the folder is missing or is not in the diffusers layout.
-        ValueError: when it holds another kind of pipeline.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or "\\" in name:
-            raise FileNotFoundError(
-                f"base model {name!r} is not a folder; give a folder in the diffusers layout or a hub name (owner/name)"
-            )
-        return
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(
-            f"base model folder {name!r} has no model_index.json; "
-            "convert single-file checkpoints to the diffusers layout"
-        )
-    check_pipeline_class(name, json.loads(index.read_text(encoding="utf-8")), pipeline_class)
 
 
 def check_pipeline_class(name: str, index: Mapping[str, Any], pipeline_class: str) -> None:

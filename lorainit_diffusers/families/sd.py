@@ -19,10 +19,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from lorainit_diffusers.families import latent_diffusion
-from lorainit_diffusers.families.latent_diffusion import TEXT_ENCODER_TARGETS, UNET_TARGETS, LatentDiffusionFamily
-
-__all__ = ["TEXT_ENCODER_TARGETS", "UNET_TARGETS", "StableDiffusionFamily", "check_base"]
+from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
 
 
 @dataclass
@@ -73,13 +70,3 @@ class StableDiffusionFamily(LatentDiffusionFamily):
         if unskipped is not None:
             skipped = torch.where(unskipped[:, None, None], output[0], skipped)
         return {"prompt_embeds": skipped}
-
-
-def check_base(name: str) -> None:
-    """See that a base given as a local folder exists and is a Stable Diffusion text-to-image pipeline.
-
-    Raises:
-        FileNotFoundError: when the folder is missing or is not in the diffusers layout.
-        ValueError: when it holds another kind of pipeline.
-    """
-    latent_diffusion.check_base(name, StableDiffusionPipeline.__name__)

@@ -19,10 +19,7 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lorainit_diffusers.families import latent_diffusion
 from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
-
-__all__ = ["StableDiffusionXLFamily", "check_base"]
 
 
 @dataclass
@@ -104,13 +101,3 @@ class StableDiffusionXLFamily(LatentDiffusionFamily):
             "encoder_hidden_states": embeds["prompt_embeds"],
             "added_cond_kwargs": {"text_embeds": embeds["pooled_prompt_embeds"], "time_ids": time_ids},
         }
-
-
-def check_base(name: str) -> None:
-    """See that a base given as a local folder exists and is a Stable Diffusion XL text-to-image pipeline.
-
-    Raises:
-        FileNotFoundError: when the folder is missing or is not in the diffusers layout.
-        ValueError: when it holds another kind of pipeline.
-    """
-    latent_diffusion.check_base(name, StableDiffusionXLPipeline.__name__)

@@ -13,7 +13,7 @@ from sd_fixtures import write_random_sdxl
 from torch import Tensor, nn
 
 from lorainit_diffusers.families import ModelFamily
-from lorainit_diffusers.families.sdxl import StableDiffusionXLFamily, check_base
+from lorainit_diffusers.families.sdxl import StableDiffusionXLFamily
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 SIZES = {
@@ -269,11 +269,11 @@ def test_schedule_is_the_bases(family: StableDiffusionXLFamily, random_sdxl: Pat
 
 
 def test_check_base(random_sdxl: Path, random_sd: Path, tmp_path: Path) -> None:
-    check_base(str(random_sdxl))
-    check_base("owner/name")
+    StableDiffusionXLFamily.check_base(str(random_sdxl))
+    StableDiffusionXLFamily.check_base("owner/name")
     with pytest.raises(ValueError, match=r"use train_sd_lora\.py"):
-        check_base(str(random_sd))
+        StableDiffusionXLFamily.check_base(str(random_sd))
     with pytest.raises(FileNotFoundError, match="is not a folder"):
-        check_base(str(tmp_path / "nowhere"))
+        StableDiffusionXLFamily.check_base(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
-        check_base(str(tmp_path))
+        StableDiffusionXLFamily.check_base(str(tmp_path))
