@@ -217,7 +217,8 @@ class LatentDiffusionFamily(ABC):
         if not folder.is_dir():
             if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or "\\" in name:
                 raise FileNotFoundError(
-                    f"base model {name!r} is not a folder; give a folder in the diffusers layout or a hub name, owner/name"
+                    f"base model {name!r} is not a folder; "
+                    "give a folder in the diffusers layout or a hub name (owner/name)"
                 )
             return
         index = folder / "model_index.json"
