@@ -8,7 +8,8 @@ that PEFT injects are the same in all three, and everything here works on those.
 no ``requires_grad_``, ``set_adapter`` or ``enable_adapters`` can make them trainable, and no optimiser can find them.
 
 **Export.** ``scaling * B A - scaling * B0 A0`` is one LoRA of rank 2r, with the scaling folded into B and alpha = rank
-in every layer: whatever a loader assumes about alpha, the strength is right, on the original base.
+in every layer: whatever a loader assumes about alpha, the strength is right, on the original base. It is decomposed
+anew, because the two products nearly cancel, which half precision would not survive well.
 
 **DoRA** (arXiv:2402.09353, PEFT's ``use_dora``). A layer's weight is ``m (W + scaling * B A) / ||W + scaling * B A||``
 with one norm per row and a trainable magnitude m, which starts as the norms of W. Folding the scaling into B leaves
@@ -515,7 +516,10 @@ def exported_factors(
 ) -> dict[str, LoraFactors]:
     """Factors by layer name whose plain product B A is all that the adapter and its twin add to the base layer.
 
-    Rank r where there is no twin, 2r where there is one; float32, on the CPU.
+    Rank r where there is no twin, 2r where there is one; float32, on the CPU. With a twin the factors are the balanced
+    singular ones of the difference, not the two products side by side: a loader that casts them to half precision would
+    round two nearly equal products instead of what is left of them. Before training nothing is left, and the products
+    are kept, so that another trainer can start from the file.
 
     Args:
         module: adapted.
@@ -536,7 +540,8 @@ def exported_factors(
             lora_A = torch.cat([lora_A, weights.offset.lora_A])
             lora_B = torch.cat([lora_B, -weights.scaling * weights.offset.lora_B], dim=1)
         factors = LoraFactors(lora_A.float().cpu().contiguous(), lora_B.float().cpu().contiguous())
-        factors = factors if export_rank is None else _compress(factors, export_rank)
+        if weights.offset is not None or (export_rank is not None and lora_A.shape[0] > export_rank):
+            factors = _decomposed(factors, export_rank)
         exported[name] = factors if pad_rank is None else _pad(name, factors, pad_rank)
     return exported
 
@@ -577,15 +582,15 @@ def _exported_svd(factors: LoraFactors) -> SVD:
     return SVD(left, torch.where(values > rounding, values, 0.0), right)
 
 
-def _compress(factors: LoraFactors, rank: int) -> LoraFactors:
-    if factors.lora_A.shape[0] <= rank:
-        return factors
+def _decomposed(factors: LoraFactors, rank: int | None) -> LoraFactors:
+    """Balanced singular factors of B A, of at most this rank."""
     if not factors.lora_B.any():  # untrained: keep A's rows, or training from the file could not start
         return LoraFactors(factors.lora_A[:rank].contiguous(), factors.lora_B[:, :rank].contiguous())
     svd = _exported_svd(factors)
-    kept = min(rank, len(svd.values))  # a layer narrower than the rank has fewer triplets
-    root = svd.values[:kept].sqrt()
-    lora_A, lora_B = root[:, None] * svd.right[:kept], svd.left[:, :kept] * root
+    if rank is None and not svd.values.any():
+        return factors
+    root = svd.values[:rank].sqrt()  # a layer narrower than the rank has fewer triplets
+    lora_A, lora_B = root[:, None] * svd.right[:rank], svd.left[:, :rank] * root
     return LoraFactors(lora_A.float().contiguous(), lora_B.float().contiguous())
 
 

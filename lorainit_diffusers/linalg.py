@@ -120,5 +120,5 @@ def product_svd(left: Tensor, right: Tensor) -> SVD:
     """
     left_basis, left_triangle = torch.linalg.qr(left)
     right_basis, right_triangle = torch.linalg.qr(right.mT)
-    inner = torch.linalg.svd(left_triangle @ right_triangle.mT)
+    inner = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
     return SVD(left_basis @ inner.U, inner.S, inner.Vh @ right_basis.mT)

@@ -824,3 +824,31 @@ def test_layers_whose_names_end_alike_are_told_apart(tmp_path):
     assert relative_error(restored(x), peft_model(x)) < 1e-6
     for name, layer in lora_layers(restored).items():
         assert layer.scaling["default"] == pytest.approx(weights[name].scaling)
+
+
+@pytest.mark.parametrize("name", OFFSET)
+def test_half_precision_keeps_what_an_offset_init_has_learned(base, name):
+    """A reader in bfloat16 rounds the change itself, not the two products whose difference it is."""
+    modules = run(base, name)
+    base.train(all_trainable(modules), steps=2, learning_rate=1e-3)
+    weights = adapter_weights(base.unet)
+    for layer, exported in exported_factors(base.unet).items():
+        own, twin = weights[layer].factors, weights[layer].offset
+        change = weights[layer].scaling * (product(own) - product(twin))
+        rounded = LoraFactors(*(factor.bfloat16() for factor in exported))
+        assert exported.lora_A.shape[0] == 2 * RANK
+        assert relative_error(product(exported), change) < 1e-4
+        assert relative_error(product(rounded), change) < 4e-3  # of its 8 bits
+    side_by_side = product(LoraFactors(*(f.bfloat16() for f in own))) - product(
+        LoraFactors(*(f.bfloat16() for f in twin))
+    )
+    assert relative_error(weights[layer].scaling * side_by_side, change) > 4e-3
+
+
+@pytest.mark.parametrize("name", OFFSET)
+def test_an_untrained_offset_init_can_be_trained_from_its_file(base, name):
+    run(base, name)
+    for exported in exported_factors(base.unet).values():
+        assert exported.lora_A.any()
+        assert exported.lora_B.any()
+        assert product(exported).abs().max() < 1e-6
