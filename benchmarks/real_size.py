@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "change_by_step": float((trained - base).norm() / base.norm()),
         "reload_error": float((reloaded - trained).norm() / base.norm()),
     }
-    row = {name: float(f"{value:.3g}") for name, value in row.items()}
+    row = {name: value if isinstance(value, int) else float(f"{value:.3g}") for name, value in row.items()}
     print(json.dumps({"model": args.model, "init": args.init, **row}))
     return row
 
