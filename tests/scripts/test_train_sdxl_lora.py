@@ -122,10 +122,11 @@ def default_weights(random_sdxl: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.usefixtures("no_pictures")
 def test_cached_embeddings_and_latents_give_the_same_kind_of_run(run: Run) -> None:
-    plain = weights(run("a"))
-    cached = weights(run("b", pre_compute_text_embeddings=True, offload=True))
+    plain_sgd = {"optimizer": "sgd", "learning_rate": 0.1}  # Adam would blow rounding up where gradients are near zero
+    plain = weights(run("a", **plain_sgd))
+    cached = weights(run("b", **plain_sgd, pre_compute_text_embeddings=True, offload=True))
     for name, tensor in cached.items():
-        torch.testing.assert_close(tensor, plain[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(tensor, plain[name], rtol=1e-4, atol=1e-6)
     assert run("c", pre_compute_text_embeddings=True, cache_latents=True).is_dir()
 
 
