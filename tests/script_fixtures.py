@@ -47,6 +47,13 @@ def weights(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / "pytorch_lora_weights.safetensors")
 
 
+def changes(directory: Path) -> dict[str, Tensor]:
+    """What the LoRA adds to each weight; its factors are singular vectors, which rounding may turn."""
+    factors = weights(directory)
+    layers = [name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")]
+    return {layer: factors[f"{layer}.lora_B.weight"] @ factors[f"{layer}.lora_A.weight"] for layer in layers}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -29,7 +29,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from script_fixtures import FAST, argv_of, losses, read_json, run_main, weights
+from script_fixtures import FAST, argv_of, changes, losses, read_json, run_main, weights
 from sd_fixtures import ROOT, write_images
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -226,11 +226,16 @@ def test_flag_changes_the_result(run: Run, options: dict[str, Any], default_weig
 
 
 @pytest.fixture(scope="module")
-def default_weights(random_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def default_run(random_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("default")
     write_images(folder / "train")
     options = {"pretrained_model_name_or_path": random_sd, "train_data_dir": folder / "train", **FAST}
-    return weights(run_main(train_sd_lora, {**options, "output_dir": folder / "out"}))
+    return run_main(train_sd_lora, {**options, "output_dir": folder / "out"})
+
+
+@pytest.fixture
+def default_weights(default_run: Path) -> dict[str, Tensor]:
+    return weights(default_run)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -274,12 +279,10 @@ def test_option_of_an_option_changes_the_result(
         {"offload": True},
     ],
 )
-def test_flag_that_changes_only_the_way_there(
-    run: Run, options: dict[str, Any], default_weights: dict[str, Tensor]
-) -> None:
-    same = weights(run(**options))
-    for name, tensor in same.items():
-        torch.testing.assert_close(tensor, default_weights[name], rtol=1e-4, atol=1e-6)
+def test_flag_that_changes_only_the_way_there(run: Run, options: dict[str, Any], default_run: Path) -> None:
+    same, expected = changes(run(**options)), changes(default_run)
+    for name, change in same.items():
+        torch.testing.assert_close(change, expected[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("no_pictures")
