@@ -259,6 +259,8 @@ def validate_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--text_encoder_lr {args.text_encoder_lr}: prodigy finds one step size for all; leave it out or give 0"
         )
+    if args.report_to == "wandb" and args.hub_token is not None:
+        raise ValueError("--report_to wandb records the command line, --hub_token in it: use `hf auth login` instead")
     if args.report_to is not None:
         require_package(args.report_to, f"--report_to {args.report_to}")
     if args.enable_xformers_memory_efficient_attention:

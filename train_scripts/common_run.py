@@ -396,7 +396,13 @@ class RunLog:
             return
         if args.report_to:
             options = public_arguments(args).items()
-            accelerator.init_trackers(name, config={k: v for k, v in options if isinstance(v, (int, float, str))})
+            logging_dir = self.path.parent / args.logging_dir
+            logging_dir.mkdir(exist_ok=True)
+            accelerator.init_trackers(
+                name,
+                config={k: v for k, v in options if isinstance(v, (int, float, str))},
+                init_kwargs={"wandb": {"dir": str(logging_dir)}},
+            )
         if accelerator.is_main_process:
             scratch = self.path.with_suffix(".tmp")
             scratch.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")

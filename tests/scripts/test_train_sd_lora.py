@@ -942,6 +942,7 @@ def test_latest_starts_anew_where_there_is_no_checkpoint(run: Run, capsys: pytes
         ({"pre_compute_text_embeddings": True, "train_text_encoder": True}, "leave out --train_text_encoder"),
         ({"use_8bit_adam": True, "optimizer": "sgd"}, "--use_8bit_adam is a form of adamw"),
         ({"optimizer": "prodigy", "train_text_encoder": True, "text_encoder_lr": 0.5}, "one step size for all"),
+        ({"report_to": "wandb", "hub_token": "secret"}, "records the command line"),
         ({"num_train_epochs": 0}, "--num_train_epochs 0: must be at least 1"),
         ({"export_rank": 0}, "--export_rank 0: must be at least 1"),
         ({"clip_skip": 0}, "--clip_skip 0: must be at least 1"),
