@@ -562,4 +562,5 @@ def enable_gradient_checkpointing(family: LatentDiffusionFamily) -> None:
         if name == "unet":
             cast(Any, module).enable_gradient_checkpointing()
         else:
-            cast(Any, module).gradient_checkpointing_enable()
+            # the reentrant kind, transformers 4's default, needs inputs that require gradients: embeddings are frozen
+            cast(Any, module).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

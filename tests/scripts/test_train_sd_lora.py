@@ -536,9 +536,18 @@ def test_latents_are_encoded_once(run: Run, monkeypatch: pytest.MonkeyPatch, opt
 def test_gradient_checkpointing_is_switched_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     on: list[str] = []
     monkeypatch.setattr(UNet2DConditionModel, "enable_gradient_checkpointing", lambda self: on.append("unet"))
-    monkeypatch.setattr(CLIPTextModel, "gradient_checkpointing_enable", lambda self: on.append("text_encoder"))
+    monkeypatch.setattr(CLIPTextModel, "gradient_checkpointing_enable", lambda self, **_: on.append("text_encoder"))
     run(gradient_checkpointing=True, train_text_encoder=True, max_train_steps=1)
     assert on == ["unet", "text_encoder"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_gradient_checkpointing_reaches_the_text_encoder(run: Run) -> None:
+    options: dict[str, Any] = {"train_text_encoder": True, "optimizer": "sgd", "learning_rate": 0.1, "init": "gaussian"}
+    plain, checkpointed = changes(run("a", **options)), changes(run("b", **options, gradient_checkpointing=True))
+    assert any(change.any() for name, change in checkpointed.items() if name.startswith("text_encoder."))
+    for name, change in checkpointed.items():
+        torch.testing.assert_close(change, plain[name], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.usefixtures("no_pictures")
