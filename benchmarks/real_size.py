@@ -4,8 +4,13 @@
     python benchmarks/real_size.py --model sdxl --mixed_precision bf16
 
 Nothing is downloaded: the layout is that of the published checkpoints, the weights are random (the VAE is small: it is
-not measured). Prints one row: seconds of each stage, peak memory, and how far the UNet's output with the file, as the
-stock pipeline loads it on the original base, is from the trained model's, as a share of its norm.
+not measured). Prints one row: seconds of each stage, peak memory, and four differences between outputs of the UNet, as
+shares of the norm of the untouched base's:
+
+    start_error      after initialisation, against the untouched base (rounding, for methods that keep its function)
+    change_by_step   after the step, against before it
+    base_error       with the adapters taken off, against the untouched base: zero, or base weights were written
+    reload_error     with the file as the stock pipeline loads it on that base, against the trained model
 """
 
 from __future__ import annotations
@@ -68,7 +73,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def build(model: str, dtype: torch.dtype, train_text_encoder: bool) -> LatentDiffusionFamily:
+def build(model: str, dtype: torch.dtype, train_text_encoder: bool, device: str) -> LatentDiffusionFamily:
     """The family, frozen, with random weights."""
     tokenizer = CLIPTokenizer.from_pretrained(str(TOKENIZER), model_max_length=77)
     tokens = {
@@ -103,7 +108,7 @@ def build(model: str, dtype: torch.dtype, train_text_encoder: bool) -> LatentDif
             train_text_encoder=train_text_encoder,
         )
     for part in parts:
-        part.requires_grad_(False).eval()
+        part.requires_grad_(False).eval().to(device)
     return family
 
 
@@ -128,19 +133,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--train_text_encoder", action="store_true")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     seconds: dict[str, float] = {}
+    on_cuda = torch.device(args.device).type == "cuda"
 
     @contextmanager
     def timed(stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        if on_cuda:
+            torch.cuda.synchronize()
         seconds[stage] = time.perf_counter() - start
 
     with timed("build"):
-        family = build(
-            args.model, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32, args.train_text_encoder
-        )
+        dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+        family = build(args.model, dtype, args.train_text_encoder, args.device)
     side = args.resolution // 8
     generator = torch.Generator().manual_seed(0)
 
@@ -150,13 +158,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             latents = torch.randn(args.batch_size, 4, side, side, generator=generator)
             yield {"latents": latents, **family.caption_inputs(captions)}
 
-    with timed("initialize"):
-        report = initialize(family, args.init, batches(args.num_batches), rank=args.rank, num_batches=args.num_batches)
-    print(report.summary())
-    parameters = [p for module in family.adapted.values() for p in trainable_parameters(module)]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     (probe,) = batches(1)
-
     outputs: list[Tensor] = []
     handle = family.unet.register_forward_hook(lambda module, inputs, output: outputs.append(output[0].float()))
 
@@ -167,7 +169,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         family.loss(probe, torch.Generator().manual_seed(1))
         return outputs[-1]
 
-    base = predict()
+    # Before anything of ours touches the model: what the file is loaded on in the end must still be this.
+    original = predict()
+    with timed("initialize"):
+        report = initialize(family, args.init, batches(args.num_batches), rank=args.rank, num_batches=args.num_batches)
+    print(report.summary())
+    adapted_layers = [m for module in family.adapted.values() for m in module.modules() if isinstance(m, LoraLayer)]
+    ranks = [layer.lora_A["default"].weight.shape[0] for layer in adapted_layers]
+    parameters = [p for module in family.adapted.values() for p in trainable_parameters(module)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    start = predict()
     with timed("step"):
         for module in family.adapted.values():
             module.train()
@@ -180,25 +191,33 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             path = save_diffusers_lora(family.adapted, folder)
             save_kohya_lora(family.adapted, Path(folder) / "kohya.safetensors")
         size_mb = path.stat().st_size / 1e6
-        num_layers = len(report.layers)
         for module in family.adapted.values():
             remove_adapters(module)
-        del parameters
+        del parameters, adapted_layers
         gc.collect()
+        restored = predict()
         with timed("reload"):
             family.pipeline().load_lora_weights(folder, weight_name=path.name)
     reloaded = predict()
     handle.remove()
+
+    def difference(output: Tensor, reference: Tensor) -> float:
+        return float((output - reference).norm() / original.norm())
+
     row = {
-        "layers": num_layers,
+        "layers": len(ranks),
+        **{"lowest_rank": min(ranks), "highest_rank": max(ranks)},
         "statistics": len({layer.shared_group for layer in report.layers.values()}),
         **{"build_s": seconds["build"], "forward_s": report.forward_s, "statistics_s": report.statistics_s},
         **{"solve_s": report.solve_s, "attach_s": report.attach_s, "overhead": report.overhead or 0.0},
         **{f"{stage}_s": seconds[stage] for stage in ("step", "save", "reload")},
         "file_mb": size_mb,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "change_by_step": float((trained - base).norm() / base.norm()),
-        "reload_error": float((reloaded - trained).norm() / base.norm()),
+        **({"peak_cuda_gb": torch.cuda.max_memory_allocated() / 1e9} if on_cuda else {}),
+        "start_error": difference(start, original),
+        "change_by_step": difference(trained, start),
+        "base_error": difference(restored, original),
+        "reload_error": difference(reloaded, trained),
     }
     row = {name: value if isinstance(value, int) else float(f"{value:.3g}") for name, value in row.items()}
     print(json.dumps({"model": args.model, "init": args.init, **row}))

@@ -22,5 +22,8 @@ def test_real_size_trains_and_reloads(model: str, precision: str, num_layers: in
     done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
     row = json.loads(done.stdout.splitlines()[-1])
     assert row["layers"] == num_layers
+    assert row["lowest_rank"] == row["highest_rank"] == 16
+    assert row["base_error"] == 0.0
+    assert row["start_error"] < error
     assert row["change_by_step"] > 10 * row["reload_error"]
     assert row["reload_error"] < error
