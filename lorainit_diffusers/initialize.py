@@ -186,7 +186,7 @@ def initialize(
     )
     if variable_rank:  # a budget that cannot be met is refused now, not after the pass
         allocate({full_name: torch.zeros(caps[full_name]) for full_name in layers})
-    _check_reference(name, method, shapes, caps, reference_batches)
+    _check_reference(name, method, reference_batches)
 
     collection = Collection()
     if method.observes != "nothing":
@@ -287,6 +287,14 @@ def _largest_ranks(
     return caps
 
 
+def needs_reference(method: Initializer) -> bool:
+    """Whether a method compares the data with samples of the pre-training distribution: its statistic says so."""
+    try:
+        return isinstance(method.statistic(64, 64, 2), InputsAndReference)
+    except ValueError:  # the kind of statistic does not depend on the size; what does not fit is refused layer by layer
+        return False
+
+
 def check_zero_delta(name: str, method: Initializer) -> None:
     """See that a method can start a DoRA: its magnitudes are those of the base weight, so B A must be zero.
 
@@ -305,13 +313,10 @@ def check_zero_delta(name: str, method: Initializer) -> None:
 def _check_reference(
     name: str,
     method: Initializer,
-    shapes: Mapping[str, tuple[int, int]],
-    caps: Mapping[str, int],
     reference_batches: Iterable[Any] | None,
 ) -> None:
     """Reference batches are given exactly where the method's statistic has a place for them."""
-    full_name, (out_features, in_features) = next(iter(shapes.items()))
-    needed = isinstance(method.statistic(in_features, out_features, caps[full_name]), InputsAndReference)
+    needed = needs_reference(method)
     if needed and reference_batches is None:
         raise ValueError(
             f"init {name!r} with these options compares the data with a reference: pass reference_batches, samples of "

@@ -17,7 +17,7 @@ import torch
 from common_data import INTERPOLATIONS
 from diffusers.optimization import SchedulerType
 
-from lorainit_diffusers.initialize import check_zero_delta, make_method
+from lorainit_diffusers.initialize import check_zero_delta, make_method, needs_reference
 from lorainit_diffusers.methods import METHODS, Initializer
 
 # Extras of the package, by the module that they install.
@@ -296,7 +296,7 @@ def check_method(args: argparse.Namespace, method: Initializer) -> None:
     Raises:
         ValueError: naming the options and the remedy.
     """
-    if getattr(method, "pretraining", None) == "measured" and not args.with_prior_preservation:
+    if needs_reference(method) and not args.with_prior_preservation:
         raise ValueError(
             "--init_option pretraining=measured takes the class images as the pre-training data: "
             "add --with_prior_preservation and --class_prompt"

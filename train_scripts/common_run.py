@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader
 from lorainit_diffusers import adapters, checkpoints
 from lorainit_diffusers.evaluation import fixed_noise_loss, sample_grid
 from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
-from lorainit_diffusers.initialize import initialize, make_method
+from lorainit_diffusers.initialize import initialize, make_method, needs_reference
 from lorainit_diffusers.methods import Initializer
 
 # --------------------------------------------------------------------------------------------------------------- start
@@ -252,7 +252,7 @@ class TrainingData:
         """
         args, count = self.args, accelerator.num_processes
         numbers = range(accelerator.process_index, args.init_num_batches * count, count)
-        if self.classes is None or getattr(method, "pretraining", None) != "measured":
+        if self.classes is None or not needs_reference(method):
             return {"batches": self.batches(args.init_seed, args.init_batch_size, numbers)}
         return {
             "batches": self.batches_of(self.train, args.init_seed, args.init_batch_size, numbers),

@@ -53,7 +53,7 @@ from tqdm.auto import tqdm
 from lorainit_diffusers import adapters
 from lorainit_diffusers.evaluation import Comparison, load_encoder, write_report
 from lorainit_diffusers.families.sd import StableDiffusionFamily
-from lorainit_diffusers.initialize import initialize
+from lorainit_diffusers.initialize import initialize, needs_reference
 from lorainit_diffusers.methods import METHODS, Initializer
 
 # Fractions of the budget at which runs are evaluated: dense where the curves are steep.
@@ -127,7 +127,7 @@ class Init:
             solved = init.method.solve(torch.eye(8), None, 2, scaling=1.0, generator=torch.Generator())
             if solved.scores is None:
                 raise ValueError(f"--inits {label!r}: {name} gives no scores to allocate ranks by; drop variable_rank")
-        if getattr(init.method, "pretraining", None) == "measured":
+        if needs_reference(init.method):
             raise ValueError(f"--inits {label!r}: pretraining=measured needs class images, which a comparison has not")
         if init.a_lr_ratio < 0:
             raise ValueError(f"--inits {label!r}: a_lr_ratio={init.a_lr_ratio} must not be negative")
