@@ -10,7 +10,7 @@ from common_run import enable_gradient_checkpointing
 from torch import Tensor
 
 from lorainit_diffusers import adapters
-from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
+from lorainit_diffusers.families.text_to_image import TextToImageFamily
 from lorainit_diffusers.methods import Initializer
 
 # Bytes of optimiser state for each trained parameter.
@@ -20,7 +20,7 @@ EIGHT_BIT_ADAM_BYTES = 2
 
 def print_plan(
     args: argparse.Namespace,
-    family: LatentDiffusionFamily,
+    family: TextToImageFamily,
     method: Initializer,
     batch: Mapping[str, Tensor],
 ) -> None:
@@ -61,7 +61,7 @@ def print_plan(
 
 def _activation_bytes(
     args: argparse.Namespace,
-    family: LatentDiffusionFamily,
+    family: TextToImageFamily,
     batch: Mapping[str, Tensor],
 ) -> int:
     weights = {p.untyped_storage().data_ptr() for module in family.modules.values() for p in module.parameters()}

@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader
 
 from lorainit_diffusers import adapters, checkpoints
 from lorainit_diffusers.evaluation import fixed_noise_loss, sample_grid
-from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
+from lorainit_diffusers.families.text_to_image import TextToImageFamily
 from lorainit_diffusers.initialize import initialize, make_method, needs_reference
 from lorainit_diffusers.methods import Initializer
 
@@ -84,8 +84,10 @@ def find_state(args: argparse.Namespace, output_dir: Path) -> checkpoints.Traini
     return None
 
 
-def family_options(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
-    """How `from_pretrained` loads the base.
+def family_options(
+    args: argparse.Namespace, family_class: type[TextToImageFamily], accelerator: Accelerator
+) -> dict[str, Any]:
+    """How `from_pretrained` loads the base, with the options that its family has.
 
     The dtype is keyed on the accelerator: its precision may come from accelerate's configuration instead of the flag.
     """
@@ -97,19 +99,16 @@ def family_options(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
         "weight_dtype": {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32),
         "device": accelerator.device,
         "train_text_encoder": args.train_text_encoder,
-        "snr_gamma": args.snr_gamma,
-        "noise_offset": args.noise_offset,
         "caption_dropout": args.caption_dropout,
-        "prediction_type": args.prediction_type,
-        "clip_skip": args.clip_skip,
         "prior_loss_weight": args.prior_loss_weight,
         "offload": args.offload,
+        **{name: getattr(args, name) for name in family_class.OPTIONS},
     }
 
 
 def settle_options(
     args: argparse.Namespace,
-    family: LatentDiffusionFamily,
+    family: TextToImageFamily,
     accelerator: Accelerator,
     state: checkpoints.TrainingState | None,
 ) -> None:
@@ -125,14 +124,14 @@ def settle_options(
     if state is not None:
         check_resumed_arguments(args, state.extra["arguments"])
     if args.enable_xformers_memory_efficient_attention:
-        family.unet.enable_xformers_memory_efficient_attention()
+        family.denoiser.enable_xformers_memory_efficient_attention()
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
 def class_images(
-    args: argparse.Namespace, family: LatentDiffusionFamily, accelerator: Accelerator
+    args: argparse.Namespace, family: TextToImageFamily, accelerator: Accelerator
 ) -> list[ImageRecord]:
     """The images of the class under prior preservation; what is missing is drawn by the base model and kept."""
     if not args.with_prior_preservation or (args.dry_run and not args.variable_rank):
@@ -173,7 +172,7 @@ class TrainingData:
     def __init__(
         self,
         args: argparse.Namespace,
-        family: LatentDiffusionFamily,
+        family: TextToImageFamily,
         records: Sequence[ImageRecord],
         heldout: Sequence[ImageRecord],
         classes: Sequence[ImageRecord],
@@ -272,7 +271,7 @@ class TrainingData:
 
 def initialise(
     args: argparse.Namespace,
-    family: LatentDiffusionFamily,
+    family: TextToImageFamily,
     method: Initializer,
     data: TrainingData,
     accelerator: Accelerator,
@@ -286,7 +285,7 @@ def initialise(
         return state.extra["init_report"]
     targets = {name: family.default_targets(name) for name in modules}
     if args.lora_layers is not None:
-        targets["unet"] = layer_names(args.lora_layers)
+        targets[family.DENOISER] = layer_names(args.lora_layers)
     needs_pass = args.variable_rank or not args.dry_run  # ranks that do not depend on the data can be told without
     report = initialize(
         family,
@@ -318,7 +317,7 @@ def initialise(
 
 
 def sample(
-    args: argparse.Namespace, family: LatentDiffusionFamily, prompts: Sequence[str], seeds: Sequence[int]
+    args: argparse.Namespace, family: TextToImageFamily, prompts: Sequence[str], seeds: Sequence[int]
 ) -> list[Image.Image]:
     """One image a prompt, each from its own seed, drawn as the validation options say."""
     return family.sample(
@@ -330,7 +329,7 @@ def sample(
     )
 
 
-def draw_samples(args: argparse.Namespace, family: LatentDiffusionFamily, prompts: Sequence[str]) -> list[Image.Image]:
+def draw_samples(args: argparse.Namespace, family: TextToImageFamily, prompts: Sequence[str]) -> list[Image.Image]:
     """One image a prompt with the weights as they are now; column k has the same seed in every call."""
     images: list[Image.Image] = []
     for start in range(0, len(prompts), args.sample_batch_size):
@@ -346,7 +345,7 @@ class Pictures:
     def __init__(
         self,
         args: argparse.Namespace,
-        family: LatentDiffusionFamily,
+        family: TextToImageFamily,
         records: Sequence[ImageRecord],
         heldout: Sequence[ImageRecord],
         accelerator: Accelerator,
@@ -422,7 +421,7 @@ class RunLog:
 
 def backward_step(
     args: argparse.Namespace,
-    family: LatentDiffusionFamily,
+    family: TextToImageFamily,
     batches: Iterator[dict[str, Tensor]],
     accelerator: Accelerator,
     parameters: Sequence[nn.Parameter],
@@ -556,10 +555,10 @@ class Optimization:
             checkpoints.prune_checkpoints(output_dir, limit)
 
 
-def enable_gradient_checkpointing(family: LatentDiffusionFamily) -> None:
+def enable_gradient_checkpointing(family: TextToImageFamily) -> None:
     """Recompute activations in the backward pass, in every module that is trained."""
     for name, module in family.adapted.items():
-        if name == "unet":
+        if name == family.DENOISER:
             cast(Any, module).enable_gradient_checkpointing()
         else:
             # the reentrant kind, transformers 4's default, needs inputs that require gradients: embeddings are frozen

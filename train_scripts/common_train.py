@@ -31,10 +31,10 @@ from common_run import (
 )
 from tqdm.auto import tqdm
 
-from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
+from lorainit_diffusers.families.text_to_image import TextToImageFamily
 
 
-def train_lora(args: argparse.Namespace, family_class: type[LatentDiffusionFamily], *, name: str, tag: str) -> Path:
+def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], *, name: str, tag: str) -> Path:
     """Train one LoRA and return the directory that it was written to.
 
     Args:
@@ -58,7 +58,7 @@ def train_lora(args: argparse.Namespace, family_class: type[LatentDiffusionFamil
     # ---- load
     accelerator = start_accelerator(args)
     is_main = accelerator.is_main_process
-    family = family_class.from_pretrained(args.pretrained_model_name_or_path, **family_options(args, accelerator))
+    family = family_class.from_pretrained(args.pretrained_model_name_or_path, **family_options(args, family_class, accelerator))
     settle_options(args, family, accelerator, state)
     classes = class_images(args, family, accelerator)
     data = TrainingData(args, family, records, heldout, classes, progress=is_main)
@@ -129,7 +129,7 @@ def train_lora(args: argparse.Namespace, family_class: type[LatentDiffusionFamil
         with optimization.average.applied():
             save_result(
                 *(args, family.adapted, config, init_report, log.lines, accelerator),
-                pipeline_class=family_class.PIPELINE.__name__,
+                pipeline_class=family_class.PIPELINES[0].__name__,
                 tags=[tag],
             )
         if repository is not None:

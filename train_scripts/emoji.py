@@ -4,7 +4,7 @@ The pictures are SVG icon sets of the npm registry, one archive per style, pinne
 are fetched with `npm pack` (nothing of a package is executed), rendered with resvg-py on white, and captioned
 `a {style} emoji of {name}`, so that the same concept exists in every style.
 
-Shared by `pretrain_tiny_sd.py` and `build_sample_data.py`; not a script.
+Shared by the recipes of the tiny diffusion bases and `build_sample_data.py`; not a script.
 """
 
 from __future__ import annotations
@@ -299,5 +299,9 @@ def render_training_set(work_dir: Path, cache_dir: Path, size: int, num_line_ico
     entries = read_json("emojibase", "en/data.json", cache_dir)
     corpus = [" ".join([entry["label"], *entry.get("tags", [])]) for entry in entries]
     (work_dir / "captions.json").write_text(json.dumps({"records": records, "corpus": corpus}), encoding="utf-8")
-    tensors = {key: torch.from_numpy(np.stack(value)).permute(0, 3, 1, 2).contiguous() for key, value in stacks.items()}
+    tensors = {
+        key: torch.from_numpy(np.stack(value)).permute(0, 3, 1, 2).contiguous()
+        for key, value in stacks.items()
+        if value  # a recipe that trains no autoencoder asks for no line icons
+    }
     save_file(tensors, work_dir / "images.safetensors")  # last: its presence says that the data is complete

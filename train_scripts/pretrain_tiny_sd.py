@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +25,30 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import load_checkpoint, save_checkpoint
+from common_pretrain import (
+    GRID_NAMES,
+    IMAGE_SIZE,
+    MAX_TOKENS,
+    Model,
+    batch_indices,
+    encode,
+    load_ema,
+    sample_grid,
+    save_pipeline,
+    tokenize,
+    train,
+)
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-Model = Any  # models, schedulers and pipelines: their libraries annotate them too narrowly to check calls
-IMAGE_SIZE = 64
 LATENT_CHANNELS = 16
 TEXT_WIDTH = 128
-MAX_TOKENS = 16
 PHASES = ("data", "vae", "unet", "decoder", "export")
-GRID_NAMES = (
-    "red-apple",
-    "grinning-face",
-    "smiling-face-with-heart-eyes",
-    "dog-face",
-    "penguin",
-    "automobile",
-    "sunflower",
-    "pizza",
-    "guitar",
-    "house",
-)
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizer
@@ -86,12 +81,6 @@ def build_tokenizer(corpus: Iterable[str], directory: Path, vocab_size: int = 30
     tokenizer = CLIPTokenizer.from_pretrained(directory, model_max_length=MAX_TOKENS)
     tokenizer.save_pretrained(directory)
     return tokenizer
-
-
-def tokenize(tokenizer: Model, texts: list[str]) -> Tensor:
-    """Token ids `(len(texts), MAX_TOKENS)`."""
-    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-    return batch["input_ids"]
 
 
 # -------------------------------------------------------------------------------------------------------- models
@@ -176,130 +165,6 @@ def build_scheduler() -> Model:
 # ------------------------------------------------------------------------------------------------------ training
 
 
-def batch_indices(step: int, batch_size: int, num_images: int, seed: int) -> Tensor:
-    """Indices of the batch of a step: each epoch is a permutation that depends on nothing but seed and epoch."""
-    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-    indices = torch.empty_like(positions)
-    for epoch in positions.div(num_images, rounding_mode="floor").unique().tolist():
-        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        inside = positions.div(num_images, rounding_mode="floor") == epoch
-        indices[inside] = order[positions[inside] % num_images]
-    return indices
-
-
-def train(
-    phase: str,
-    module: nn.Module,
-    loss_fn: Callable[[int, torch.Generator], Tensor],
-    args: argparse.Namespace,
-    device: torch.device,
-    lr: float,
-    final_lr: float,
-    on_checkpoint: Callable[[dict[str, Tensor], int], None] | None = None,
-) -> dict[str, Tensor]:
-    """Trains the parameters that require a gradient until the phase's budget is used up; resumes by itself.
-
-    Noise and batches are functions of (seed, step, rank), so a resumed run repeats what an uninterrupted one does.
-
-    Returns:
-        The averaged (EMA) parameters by name.
-
-    Raises:
-        ValueError: The phase has neither a step nor a time budget.
-        FloatingPointError: The loss is not finite.
-    """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    max_steps, max_s = getattr(args, f"{phase}_steps"), 60 * getattr(args, f"{phase}_minutes")
-    if not (max_steps or max_s):
-        raise ValueError(f"--{phase}_minutes and --{phase}_steps are both 0, it would never end; set one")
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    parameters = list(named.values())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = {name: p.detach().clone() for name, p in named.items()}
-    path = args.work_dir / phase / "checkpoint.safetensors"
-    step, elapsed_s, running = 0, 0.0, float("nan")
-    if path.exists():
-        tensors, state = load_checkpoint(path)
-        step, elapsed_s, running = int(state["step"]), state["elapsed_s"], state["loss"]
-        for name, p in named.items():
-            p.data.copy_(tensors[f"model.{name}"])
-            ema[name].copy_(tensors[f"ema.{name}"])
-            moments = {key: tensors[f"{key}.{name}"].to(device) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=device), **moments}
-
-    def checkpoint() -> None:
-        if rank == 0:
-            tensors = {f"model.{name}": p for name, p in named.items()} | {f"ema.{k}": v for k, v in ema.items()}
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors |= {f"{key}.{name}": optimizer.state[p][key] for name, p in named.items()}
-            state = {"step": step, "elapsed_s": elapsed_s, "loss": running, "num_processes": world_size}
-            save_checkpoint(path, tensors, state)
-            if on_checkpoint is not None:
-                on_checkpoint(ema, step)
-
-    bar = tqdm(desc=phase, initial=step, total=max_steps or None, disable=rank != 0, mininterval=10)
-    last, last_checkpoint = time.monotonic(), time.monotonic()
-    while True:
-        elapsed_s, last = elapsed_s + time.monotonic() - last, time.monotonic()
-        progress = max(step / max_steps if max_steps else 0.0, elapsed_s / max_s if max_s else 0.0)
-        due = last - last_checkpoint > args.checkpoint_s
-        if world_size > 1:  # the ranks' clocks differ: rank 0 decides
-            decision = torch.tensor([progress, float(due)], device=device)
-            dist.broadcast(decision, 0)
-            progress, due = decision[0].item(), bool(decision[1] > 0)
-        if step and (due or progress >= 1):
-            checkpoint()
-            last_checkpoint = time.monotonic()
-        if progress >= 1:
-            break
-        warmup = min(1.0, (step + 1) / 200)
-        decay = 0.5 + 0.5 * math.cos(math.pi * max(0.0, (progress - 0.4) / 0.6))
-        for group in optimizer.param_groups:
-            group["lr"] = warmup * (final_lr + (lr - final_lr) * decay)
-        generator = torch.Generator(device).manual_seed((args.seed * 1_000_003 + step) * 64 + rank)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            loss = loss_fn(step, generator)
-        loss.backward()
-        if world_size > 1:
-            average_gradients(parameters, world_size)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        ema_decay = min(args.ema_decay, step / (step + 10))
-        with torch.no_grad():
-            for average, p in zip(ema.values(), parameters, strict=True):
-                average.lerp_(p, 1 - ema_decay)
-        if rank == 0 and step % 10 == 0:
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{phase}: loss is {value} at step {step}; lower the learning rate")
-            running = value if math.isnan(running) else 0.95 * running + 0.05 * value
-            bar.set_postfix(loss=f"{running:.4f}")
-            if step % 50 == 0:
-                line = {"step": step, "elapsed_s": round(elapsed_s, 1), "loss": running}
-                with (args.work_dir / f"{phase}.jsonl").open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(line) + "\n")
-        bar.update()
-    return ema
-
-
-def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
-    """Replaces each rank's gradients by their mean, in one message."""
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([grad.flatten() for grad in grads]).div_(world_size)
-    dist.all_reduce(flat)
-    for p, chunk in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = chunk.view_as(p)
-
-
-def load_ema(module: nn.Module, ema: dict[str, Tensor]) -> None:
-    """Copies averaged parameters into a module."""
-    for name, p in module.named_parameters():
-        if name in ema:
-            p.data.copy_(ema[name])
-
-
 # ----------------------------------------------------------------------------------------------------------- VAE
 
 
@@ -355,13 +220,6 @@ def vae_loss_fn(
         return loss + args.kl_weight * posterior.kl().float().mean() / posterior.mean[0].numel()
 
     return loss_fn
-
-
-@torch.no_grad()
-def encode(vae: Model, pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Posterior means and standard deviations of uint8 images."""
-    parts = [vae.encode(chunk.to(device).float() / 127.5 - 1).latent_dist for chunk in pixels.split(128)]
-    return torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
 
 
 @torch.no_grad()
@@ -441,38 +299,6 @@ def make_pipeline(vae: Model, text_encoder: Model, tokenizer: Model, unet: Model
     """A stock pipeline of the components."""
     absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, build_scheduler(), **absent)
-
-
-def save_pipeline(pipeline: Model, directory: Path, tokenizer_dir: Path) -> None:
-    """Writes the pipeline in half precision, with the tokenizer files of old and new transformers, over `directory`."""
-    scratch = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        module.half()
-    pipeline.save_pretrained(scratch)
-    # transformers 5 loads in the type that the config names, diffusers in float32 unless told otherwise: without this,
-    # a plain `from_pretrained` would mix the two.
-    config_path = scratch / "text_encoder" / "config.json"
-    config = json.loads(config_path.read_text(encoding="utf-8")) | {"dtype": "float32"}
-    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(tokenizer_dir / name, scratch / "tokenizer" / name)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(scratch, directory)
-
-
-@torch.no_grad()
-def sample_grid(pipeline: Model, path: Path, names: Sequence[str], num_steps: int) -> None:
-    """Writes a grid of samples: one row per style, one column per concept."""
-    pipeline.set_progress_bar_config(disable=True)
-    grid = Image.new("RGB", (IMAGE_SIZE * len(names), IMAGE_SIZE * len(emoji.BASE_STYLES)), "white")
-    for row, style in enumerate(emoji.BASE_STYLES):
-        generators = [torch.Generator().manual_seed(0) for _ in names]
-        prompts = [emoji.caption(style, name) for name in names]
-        images = pipeline(prompts, num_inference_steps=num_steps, guidance_scale=4.0, generator=generators).images
-        for column, image in enumerate(images):
-            grid.paste(image, (IMAGE_SIZE * column, IMAGE_SIZE * row))
-    grid.save(path)
 
 
 MODEL_CARD = """# tiny-sd

@@ -5,7 +5,7 @@
     family.loss(batch, torch.Generator().manual_seed(0)).backward()
 
 The loss is that of diffusers' text-to-image and DreamBooth examples, for the three prediction types; see
-`families/latent_diffusion.py`.
+`families/text_to_image.py`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class StableDiffusionFamily(LatentDiffusionFamily):
     """A Stable Diffusion base and its training loss.
 
     The columns of a batch are `input_ids` or `prompt_embeds`, and the images; for the attributes and the loss see
-    `LatentDiffusionFamily`.
+    `LatentDiffusionFamily` and `TextToImageFamily`.
     """
 
     NAME: ClassVar[str] = "Stable Diffusion"
-    PIPELINE: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
+    PIPELINES: ClassVar[tuple[type[DiffusionPipeline], ...]] = (StableDiffusionPipeline,)
     TEXT_ENCODERS: ClassVar[Mapping[str, type[nn.Module]]] = {"text_encoder": CLIPTextModel}
     HIDDEN_STATE: ClassVar[int] = -1
     EMBEDS: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
@@ -59,11 +59,11 @@ class StableDiffusionFamily(LatentDiffusionFamily):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _encode(self, input_ids: Mapping[str, Tensor], unskipped: Tensor | None) -> dict[str, Tensor]:
+    def _encode(self, columns: Mapping[str, Tensor], unskipped: Tensor | None) -> dict[str, Tensor]:
         encoder = cast(Any, self.text_encoder)
         if self.clip_skip is None:
-            return {"prompt_embeds": encoder(input_ids["input_ids"])[0]}
-        output = encoder(input_ids["input_ids"], output_hidden_states=True)
+            return {"prompt_embeds": encoder(columns["input_ids"])[0]}
+        output = encoder(columns["input_ids"], output_hidden_states=True)
         # the hidden states are taken before the final layer norm, which transformers 5 holds one level higher
         layer_norm = getattr(encoder, "text_model", encoder).final_layer_norm
         skipped = layer_norm(output.hidden_states[self.HIDDEN_STATE - self.clip_skip])

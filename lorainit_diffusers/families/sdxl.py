@@ -43,13 +43,18 @@ class StableDiffusionXLFamily(LatentDiffusionFamily):
     force_zeros_for_empty_prompt: bool = field(default=True, kw_only=True)
 
     NAME: ClassVar[str] = "Stable Diffusion XL"
-    PIPELINE: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
+    PIPELINES: ClassVar[tuple[type[DiffusionPipeline], ...]] = (StableDiffusionXLPipeline,)
     TEXT_ENCODERS: ClassVar[Mapping[str, type[nn.Module]]] = {
         "text_encoder": CLIPTextModel,
         "text_encoder_2": CLIPTextModelWithProjection,
     }
     HIDDEN_STATE: ClassVar[int] = -2
     EMBEDS: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
+
+    @classmethod
+    def _from_index(cls, index: Mapping[str, Any]) -> dict[str, Any]:
+        default = cls.force_zeros_for_empty_prompt
+        return {"force_zeros_for_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", default))}
 
     def pipeline(self) -> StableDiffusionXLPipeline:
         """A pipeline around the live modules, for samples; it adds no watermark.
@@ -72,10 +77,10 @@ class StableDiffusionXLFamily(LatentDiffusionFamily):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _encode(self, input_ids: Mapping[str, Tensor], unskipped: Tensor | None) -> dict[str, Tensor]:
+    def _encode(self, columns: Mapping[str, Tensor], unskipped: Tensor | None) -> dict[str, Tensor]:
         embeds: list[Tensor] = []
         pooled = None
-        for encoder, ids in zip(self.text_encoders.values(), input_ids.values(), strict=True):
+        for encoder, ids in zip(self.text_encoders.values(), columns.values(), strict=True):
             output = cast(Any, encoder)(ids, output_hidden_states=True)
             hidden = output.hidden_states[self.HIDDEN_STATE]
             if self.clip_skip is not None:
@@ -92,7 +97,7 @@ class StableDiffusionXLFamily(LatentDiffusionFamily):
     def _unet_inputs(
         self, batch: Mapping[str, Tensor], latents: Tensor, embeds: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        size = torch.tensor([side * self.resolution_multiple for side in latents.shape[-2:]])
+        size = torch.tensor([side * self.vae_scale_factor for side in latents.shape[-2:]])
         whole = {"original_sizes": size, "crop_top_lefts": torch.zeros_like(size), "target_sizes": size}
         parts = [batch.get(name, default.expand(len(latents), 2)) for name, default in whole.items()]
         # In the dtype of the embeddings, although half precision rounds large sizes: the pipelines do the same.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import build_sample_data
+import common_pretrain
 import emoji
 import numpy as np
 import pretrain_tiny_sd as recipe
@@ -162,7 +163,7 @@ def test_tokenizer_files_of_old_and_new_transformers_agree(tokenizer_dir: Path, 
 
 
 def test_an_epoch_shows_every_image_once() -> None:
-    batches = [recipe.batch_indices(step, 4, 10, seed=0) for step in range(5)]
+    batches = [common_pretrain.batch_indices(step, 4, 10, seed=0) for step in range(5)]
     indices = torch.cat(batches)
     assert sorted(indices[:10].tolist()) == sorted(indices[10:].tolist()) == list(range(10))
     assert indices[:10].tolist() != indices[10:].tolist()
@@ -235,7 +236,7 @@ def _average_on_two_ranks(rank: int, rendezvous: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     used, unused = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))
     used.grad = torch.full((2, 3), float(rank))
-    recipe.average_gradients([used, unused], world_size=2)
+    common_pretrain.average_gradients([used, unused], world_size=2)
     torch.testing.assert_close(used.grad, torch.full((2, 3), 0.5))
     assert torch.equal(unused.grad, torch.zeros(4))
     torch.distributed.destroy_process_group()
