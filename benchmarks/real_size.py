@@ -2,6 +2,9 @@
 
     python benchmarks/real_size.py --model sd15                        # float32
     python benchmarks/real_size.py --model sdxl --mixed_precision bf16
+    python benchmarks/real_size.py --model flux --memory_budget_gb 0.5      # a few blocks, initialisation only
+    python benchmarks/real_size.py --model flux-layers --memory_budget_gb 8 # statistics of all 57 blocks, no weights
+    python benchmarks/real_size.py --model flux-sketch                      # sketch against exact, width 3072
 
 Nothing is downloaded: the layout is that of the published checkpoints, the weights are random (the VAE is small: it is
 not measured). Prints one row: seconds of each stage, peak memory, and four differences between outputs of the UNet, as
@@ -11,12 +14,15 @@ shares of the norm of the untouched base's:
     change_by_step   after the step, against before it
     base_error       with the adapters taken off, against the untouched base: zero, or base weights were written
     reload_error     with the file as the stock pipeline loads it on that base, against the trained model
+
+The Flux checks are about memory: bytes of statistics, counted tensor by tensor, against the budget.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import resource
 import tempfile
@@ -26,15 +32,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, FluxTransformer2DModel, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lorainit_diffusers import initialize, save_diffusers_lora, save_kohya_lora, trainable_parameters
+from lorainit_diffusers.adapters import target_layers
+from lorainit_diffusers.budget import GB, MemoryBudget, sketch_columns
 from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
 from lorainit_diffusers.families.sd import StableDiffusionFamily
 from lorainit_diffusers.families.sdxl import StableDiffusionXLFamily
+from lorainit_diffusers.statistics import SecondMoment, SketchedSecondMoment
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "assets" / "models" / "tiny-sd" / "tokenizer"
 SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -59,6 +68,20 @@ CLIP_BIG_G = {
     "num_attention_heads": 20,
     "projection_dim": 1280,
     "hidden_act": "gelu",
+}
+
+
+FLUX = {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True}
+FLUX |= {"attention_head_dim": 128, "num_attention_heads": 24}  # inner width 3072, feed-forward 12288
+FLUX_BLOCKS = {"num_layers": 19, "num_single_layers": 38}
+FLUX_TARGETS = (
+    r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"
+    r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)"
+)
+# Layers of one block that one tensor feeds, by the last parts of their names; the first of each group leads.
+FLUX_SHARED = {
+    **{"to_k": "to_q", "to_v": "to_q", "proj_mlp": "attn.to_q"},
+    **{"add_k_proj": "add_q_proj", "add_v_proj": "add_q_proj"},
 }
 
 
@@ -112,6 +135,12 @@ def build(model: str, dtype: torch.dtype, train_text_encoder: bool, device: str)
     return family
 
 
+def print_row(args: argparse.Namespace, row: dict[str, float]) -> dict[str, float]:
+    row = {name: value if isinstance(value, int) else float(f"{value:.3g}") for name, value in row.items()}
+    print(json.dumps({"model": args.model, "init": args.init, **row}))
+    return row
+
+
 def remove_adapters(module: nn.Module) -> None:
     """Give the module its own layers back: the original base, without a second copy of it in memory."""
     for name, layer in list(module.named_modules()):
@@ -123,9 +152,142 @@ def remove_adapters(module: nn.Module) -> None:
     module._hf_peft_config_loaded = False
 
 
+def flux(args: argparse.Namespace) -> dict[str, float]:
+    """Collection and initialisation of a Flux transformer with few blocks, in bfloat16."""
+    torch.manual_seed(0)
+    with default_dtype(torch.bfloat16):
+        model = FluxTransformer2DModel(**FLUX, num_layers=args.num_double, num_single_layers=args.num_single)
+    model.requires_grad_(False).eval().to(args.device)
+    side, num_text = args.resolution // 16, 64
+    grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), dim=-1).reshape(-1, 2)
+    positions = torch.cat([torch.zeros(side * side, 1), grid], dim=1)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(args.batch_size, *shape, generator=generator).to(args.device, torch.bfloat16)
+
+    def predict(batch: dict[str, Tensor]) -> Tensor:
+        return model(
+            hidden_states=batch["noisy"],
+            encoder_hidden_states=batch["prompt_embeds"],
+            pooled_projections=batch["pooled"],
+            timestep=batch["sigma"],
+            guidance=torch.full_like(batch["sigma"], 3.5),
+            img_ids=positions.to(args.device),
+            txt_ids=torch.zeros(num_text, 3, device=args.device),
+        ).sample
+
+    def batches(count: int) -> Iterator[dict[str, Tensor]]:
+        for _ in range(count):
+            latents, noise, sigma = draw(side * side, 64), draw(side * side, 64), draw().sigmoid()
+            noisy = torch.lerp(latents, noise, sigma[:, None, None])
+            conditions = {"prompt_embeds": draw(num_text, 4096), "pooled": draw(768)}
+            yield {"noisy": noisy, "sigma": sigma, "velocity": noise - latents, **conditions}
+
+    (probe,) = batches(1)
+    with torch.no_grad():
+        original = predict(probe).float()
+    before_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    start = time.perf_counter()
+    report = initialize(
+        model,
+        args.init,
+        batches(args.num_batches),
+        lambda batch: (predict(batch) - batch["velocity"]).float().square().mean(),
+        rank=args.rank,
+        target_modules=FLUX_TARGETS,
+        memory_budget_gb=args.memory_budget_gb,
+        statistics_device=args.statistics_device,
+    )
+    initialize_s = time.perf_counter() - start
+    print(report.summary())
+    with torch.no_grad():
+        moved = predict(probe).float() - original
+    sketched = {name: layer.sketch_columns for name, layer in report.layers.items()}
+    return {
+        "layers": len(report.layers),
+        "statistics": len({layer.shared_group for layer in report.layers.values()}),
+        "sketched_layers": sum(columns is not None for columns in sketched.values()),
+        "statistics_gb": report.statistics_bytes / GB,
+        "peak_statistics_gb": report.peak_statistics_bytes / GB,
+        "budget_gb": (report.memory_budget_bytes or 0) / GB,
+        **{"forward_s": report.forward_s, "statistics_s": report.statistics_s, "solve_s": report.solve_s},
+        **{"attach_s": report.attach_s, "initialize_s": initialize_s},
+        **{"before_gb": before_gb, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6},
+        "start_error": float(moved.norm() / original.norm()),
+    }
+
+
+def flux_layers(args: argparse.Namespace) -> dict[str, float]:
+    """The statistics of every layer of the whole Flux under a budget: the real widths and groups, few random rows."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(**FLUX, **FLUX_BLOCKS)
+    layers = target_layers(model, FLUX_TARGETS)
+    widths: dict[str, int] = {}
+    for name, layer in layers.items():
+        block, _, last = name.rpartition(".")
+        if FLUX_SHARED.get(last) is not None and f"{block}.{FLUX_SHARED[last]}" in layers:
+            continue
+        widths[name] = layer.in_features
+    exact_bytes = sum(4 * width**2 for width in widths.values())
+    budget = MemoryBudget(args.memory_budget_gb * GB, num_columns=sketch_columns(args.rank), device=args.device)
+    budget.start(torch.device(args.device), lambda value: value)
+    table: dict[str, SecondMoment | SketchedSecondMoment] = {}
+    generator = torch.Generator().manual_seed(0)
+    largest, start = 0, time.perf_counter()
+
+    def held_bytes() -> int:
+        """Counted tensor by tensor, by storage: independent of what the statistics say of themselves."""
+        owners = [*(vars(s) for s in table.values()), *(vars(s).get("_omegas", {}) for s in table.values())]
+        tensors = [value for owner in owners for value in owner.values() if isinstance(value, Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    for index, (name, width) in itertools.product(range(args.num_batches), widths.items()):
+        if index == 0:
+            budget.admit(name, SecondMoment(width), table)
+        table[name].update(torch.randn(8, width, generator=generator).to(args.device))
+        largest = max(largest, held_bytes())
+    return {
+        "layers": len(layers),
+        "statistics": len(widths),
+        "sketched": sum(isinstance(statistic, SketchedSecondMoment) for statistic in table.values()),
+        "first_sketched_width": budget.first_sketched_width or 0,
+        **{"exact_gb": exact_bytes / GB, "budget_gb": args.memory_budget_gb},
+        **{"statistics_gb": held_bytes() / GB, "peak_statistics_gb": largest / GB, "counted_peak_gb": budget.peak / GB},
+        "seconds": time.perf_counter() - start,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
+
+
+def flux_sketch(args: argparse.Namespace) -> dict[str, float]:
+    """How much of the exact leading subspace of a layer of width 3072 a sketch finds, for three decays of the spectrum.
+
+    Overlap: mean squared cosine between the two subspaces of ``rank`` dimensions, 1 if they are equal.
+    """
+    width, row = 3072, {}
+    for decay in (1.0, 1.5, 2.0):
+        generator = torch.Generator().manual_seed(0)
+        deviations = torch.arange(1, width + 1) ** (-decay / 2)
+        exact, sketch = SecondMoment(width), SketchedSecondMoment(width, sketch_columns(args.rank))
+        for _ in range(4):
+            rows = (torch.randn(2048, width, generator=generator) * deviations).to(args.device)
+            exact.update(rows)
+            sketch.update(rows)
+        leading, found = (s.eigh(centered=True).vectors[:, : args.rank].double() for s in (exact, sketch))
+        row[f"overlap_{decay}"] = float((leading.mT @ found).square().sum() / args.rank)
+        row[f"variance_share_{decay}"] = float(
+            (found.mT @ exact.covariance().double() @ found).trace()
+            / exact.eigh(centered=True).values[: args.rank].sum()
+        )
+    return {"rank": args.rank, "columns": sketch_columns(args.rank), **row}
+
+
+FLUX_CHECKS = {"flux": flux, "flux-layers": flux_layers, "flux-sketch": flux_sketch}
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("sd15", "sdxl"), default="sd15")
+    parser.add_argument("--model", choices=("sd15", "sdxl", *FLUX_CHECKS), default="sd15")
     parser.add_argument("--init", default="cntlora")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--num_batches", type=int, default=4)
@@ -134,7 +296,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--train_text_encoder", action="store_true")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory_budget_gb", type=float)
+    parser.add_argument("--statistics_device")
+    parser.add_argument("--num_double", type=int, default=1, help="flux: blocks with two streams (the real one has 19)")
+    parser.add_argument("--num_single", type=int, default=1, help="flux: blocks with one stream (the real one has 38)")
     args = parser.parse_args(argv)
+    if args.model in FLUX_CHECKS:
+        return print_row(args, FLUX_CHECKS[args.model](args))
     seconds: dict[str, float] = {}
     on_cuda = torch.device(args.device).type == "cuda"
 
@@ -172,7 +340,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Before anything of ours touches the model: what the file is loaded on in the end must still be this.
     original = predict()
     with timed("initialize"):
-        report = initialize(family, args.init, batches(args.num_batches), rank=args.rank, num_batches=args.num_batches)
+        report = initialize(
+            family,
+            args.init,
+            batches(args.num_batches),
+            rank=args.rank,
+            num_batches=args.num_batches,
+            memory_budget_gb=args.memory_budget_gb,
+            statistics_device=args.statistics_device,
+        )
     print(report.summary())
     adapted_layers = [m for module in family.adapted.values() for m in module.modules() if isinstance(m, LoraLayer)]
     ranks = [layer.lora_A["default"].weight.shape[0] for layer in adapted_layers]
@@ -219,9 +395,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "base_error": difference(restored, original),
         "reload_error": difference(reloaded, trained),
     }
-    row = {name: value if isinstance(value, int) else float(f"{value:.3g}") for name, value in row.items()}
-    print(json.dumps({"model": args.model, "init": args.init, **row}))
-    return row
+    return print_row(args, row)
 
 
 if __name__ == "__main__":

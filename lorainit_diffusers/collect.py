@@ -7,6 +7,7 @@ neither models nor methods.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lorainit_diffusers.budget import MemoryBudget
 from lorainit_diffusers.hooks import model_state_preserved, observe_inputs, observe_weight_gradients
 from lorainit_diffusers.statistics import InputsAndGradient, InputsAndReference, Statistic
 
@@ -102,6 +104,7 @@ def collect(
     describe_step: Callable[[], str] | None = None,
     batch_name: str = "batch",
     progress: bool = True,
+    budget: MemoryBudget | None = None,
 ) -> Collection:
     """Run ``loss_fn`` over the batches and gather a statistic for every layer.
 
@@ -122,23 +125,29 @@ def collect(
         describe_step: says what the current step was (its timesteps), for error messages.
         batch_name: what messages and the progress bar call a batch.
         progress: show a progress bar.
+        budget: of memory, which makes sketches of what does not fit; ``None`` for no limit.
 
     Raises:
-        ValueError: no batches; non-finite activations or gradients (names layer, batch and timesteps); a layer that
-            the loss never reached; layers that share their input in one batch and not in another.
+        ValueError: no batches; statistics that do not fit into the budget in any form; non-finite activations or
+            gradients (names layer, batch and timesteps); a layer that the loss never reached; layers that share their
+            input in one batch and not in another.
     """
     total = num_batches if num_batches is not None else known_length(batches)
     result = Collection()
+    budget = budget or MemoryBudget(math.inf, num_columns=1)
+    budget.start(next(iter(layers.values())).weight.device, _minimum_over_processes)
+    # By the first layer of each group: the budget may replace a statistic by its sketch while the pass goes on.
     inputs: dict[str, Statistic] = {}
     gradients: dict[str, Statistic] = {}
     if observes != "inputs":
         gradients = {name: _part(make_statistic(name, layer), "gradient") for name, layer in layers.items()}
+        budget.admit_gradients(gradients)
     if observes == "gradients":
         result.leaders = {name: name for name in layers}
 
-    # 16-bit losses are scaled only where the weights, and so their gradients, are float16.
+    # Losses are scaled only where the weights, and so the gradients, are float16.
     scale = 1.0
-    if gradients and any(layer.weight.dtype == torch.float16 for layer in layers.values()):
+    if gradients and any(_compute_dtype(layer) == torch.float16 for layer in layers.values()):
         scale = FLOAT16_LOSS_SCALE
     shared = _SharedInputs()
     statistics_s = 0.0
@@ -149,7 +158,8 @@ def collect(
         leader = shared.leader(name, tensor) if share_inputs else name
         if name not in result.leaders:
             result.leaders[name] = leader
-            inputs[name] = _part(make_statistic(name, layers[name]), "inputs") if leader == name else inputs[leader]
+            if leader == name:
+                budget.admit(name, _part(make_statistic(name, layers[name]), "inputs"), inputs)
         if result.leaders[name] == name:
             inputs[name].update(_rows(tensor.detach(), token_mask(name) if token_mask else None))
         statistics_s += _now(tensor) - start
@@ -171,7 +181,7 @@ def collect(
         watch_inputs = observe_inputs(layers, on_input) if observes != "gradients" else nullcontext()
         watch_gradients = observe_weight_gradients(layers, on_gradient) if gradients else nullcontext()
         bar = tqdm(total=total, desc=f"collecting {observes}", unit=batch_name, disable=not progress, leave=True)
-        with watch_inputs, watch_gradients, bar:
+        with watch_inputs, watch_gradients as leaves, bar:
             for index, batch in enumerate(islice(batches, num_batches)):
                 shared = _SharedInputs()
                 before, start = statistics_s, time.perf_counter()
@@ -187,14 +197,13 @@ def collect(
                                 "no gradient to collect"
                             )
                         # Only into the target weights: the loss may run trainable modules that were not handed over.
-                        (loss * scale).backward(inputs=[layer.weight for layer in layers.values()])
+                        (loss * scale).backward(inputs=leaves)
                 _now(loss)
                 result.forward_s += time.perf_counter() - start - (statistics_s - before)
                 if share_inputs and observes != "gradients":
                     _check_sharing(ran_before, shared.trace, result.leaders)
                     ran_before |= shared.trace.keys()
-                own = {name: inputs[name] for name, leader in result.leaders.items() if leader == name and inputs}
-                _check_finite(own, "input activations", f"{batch_name} {index}", describe_step)
+                _check_finite(inputs, "input activations", f"{batch_name} {index}", describe_step)
                 _check_finite(gradients, "weight gradient", f"{batch_name} {index}", describe_step)
                 result.num_passes += 1
                 bar.update()
@@ -206,16 +215,20 @@ def collect(
         )
     start = time.perf_counter()
     if observes != "gradients":
-        _check_reached(layers, inputs)
+        _check_reached(layers, {name: inputs[leader] for name, leader in result.leaders.items()})
     if observes != "inputs":
         _check_reached(layers, gradients)
     _all_reduce([*inputs.values(), *gradients.values()])
     for name in layers:
         result.statistics[name] = (
-            InputsAndGradient(cast(Any, inputs[name]), cast(Any, gradients[name]))
+            InputsAndGradient(cast(Any, inputs[result.leaders[name]]), cast(Any, gradients[name]))
             if inputs and gradients
-            else (inputs or gradients)[name]
+            else inputs[result.leaders[name]]
+            if inputs
+            else gradients[name]
         )
+    if observes == "inputs":
+        budget.watch(result.statistics)  # a pass over a reference may yet demote them
     result.statistics_s = statistics_s + time.perf_counter() - start
     return result
 
@@ -225,6 +238,11 @@ def _rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and tensor.shape[:-1] == mask.shape:
         return tensor[mask.to(tensor.device)]
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _compute_dtype(layer: nn.Linear) -> torch.dtype:
+    """The weight's, or what a packed one is unpacked to."""
+    return getattr(layer, "compute_dtype", None) or layer.weight.dtype
 
 
 def _now(tensor: Tensor) -> float:
@@ -282,13 +300,32 @@ def _check_reached(layers: Mapping[str, nn.Linear], statistics: Mapping[str, Sta
         )
 
 
+def _is_distributed() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _minimum_over_processes(value: float) -> float:
+    if not _is_distributed():
+        return value
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    smallest = torch.tensor(value, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
+    return float(smallest)
+
+
 def _all_reduce(statistics: Iterable[Statistic]) -> None:
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    if not _is_distributed():
         return
 
     def sum_across_processes(tensor: Tensor) -> None:
-        distributed.all_reduce(tensor)
+        if tensor.device.type == "cpu" and distributed.get_backend() == "nccl":  # which knows only GPUs
+            on_gpu = tensor.cuda()
+            distributed.all_reduce(on_gpu)
+            tensor.copy_(on_gpu)
+        else:
+            distributed.all_reduce(tensor)
 
     for statistic in {id(statistic): statistic for statistic in statistics}.values():
         statistic.all_reduce(sum_across_processes)

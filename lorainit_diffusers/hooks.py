@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lorainit_diffusers.quantized import is_packed, undo_cpu_packing
 
 
 @contextmanager
@@ -33,12 +36,7 @@ def observe_inputs(
 
     def make_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            candidates = [*args, *(kwargs[key] for key in ("input", "hidden_states", "x") if key in kwargs)]
-            for value in candidates:
-                if isinstance(value, Tensor):
-                    callback(name, value)
-                    return
-            raise ValueError(f"layer {name!r} was called without a tensor input; leave it out of the target modules")
+            callback(name, _input_of(name, args, kwargs))
 
         return hook
 
@@ -49,19 +47,34 @@ def observe_inputs(
         yield
 
 
+def _input_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    candidates = [*args, *(kwargs[key] for key in ("input", "hidden_states", "x") if key in kwargs)]
+    for value in candidates:
+        if isinstance(value, Tensor):
+            return value
+    raise ValueError(f"layer {name!r} was called without a tensor input; leave it out of the target modules")
+
+
 @contextmanager
 def observe_weight_gradients(
     layers: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]
-) -> Generator[None, None, None]:
+) -> Generator[list[Tensor], None, None]:
     """Call ``callback(name, gradient)`` as the backward pass finishes each layer's weight gradient, then free it.
 
     Only one weight's gradient is alive at a time, instead of a full set of ``.grad``. The weights require gradients
-    inside the block; ``requires_grad`` and ``.grad`` are restored on exit.
+    inside the block; ``requires_grad`` and ``.grad`` are restored on exit. A packed weight (quantized.py) cannot have
+    a gradient; what it stands for has, dY' X, from the layer's inputs X and the gradients dY of its outputs.
 
     Args:
         layers: name -> layer with a ``weight`` parameter.
-        callback: gets the gradient, of the weight's shape and dtype; must not keep it.
+        callback: gets the gradient, (out_features, in_features), in the weight's dtype or, where it is packed, float32;
+            must not keep it.
+
+    Yields:
+        What the backward pass has to reach, for ``loss.backward(inputs=...)``.
     """
+    leaves: list[Tensor] = []
+    packed_sums: dict[str, Tensor] = {}
 
     def make_hook(name: str) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
@@ -75,16 +88,62 @@ def observe_weight_gradients(
         weight.requires_grad_(requires_grad)
         weight.grad = gradient
 
+    def make_packed_hook(name: str, leaf: Tensor) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+            rows = _input_of(name, args, kwargs).detach()
+            return _WeightGradient.apply(output, leaf, rows, partial(_add, packed_sums, name))
+
+        return hook
+
+    def make_leaf_hook(name: str) -> Callable[[Tensor], None]:
+        def hook(leaf: Tensor) -> None:
+            callback(name, packed_sums.pop(name))
+            leaf.grad = None
+
+        return hook
+
     with ExitStack() as stack:
+        stack.callback(packed_sums.clear)  # what a backward pass that raised has left
         for name, layer in layers.items():
             weight = layer.weight
             assert isinstance(weight, nn.Parameter)
+            if is_packed(layer):
+                # Autograd finishes this leaf when it has gone through every call of the layer, as it does a weight.
+                leaf = torch.zeros((), device=weight.device, requires_grad=True)
+                leaves.append(leaf)
+                stack.callback(leaf.register_post_accumulate_grad_hook(make_leaf_hook(name)).remove)
+                handle = layer.register_forward_hook(make_packed_hook(name, leaf), with_kwargs=True)
+                stack.callback(handle.remove)
+                continue
+            leaves.append(weight)
             stack.callback(restore, weight, weight.requires_grad, weight.grad)
             weight.grad = None
             weight.requires_grad_(True)
             handle = weight.register_post_accumulate_grad_hook(make_hook(name))
             stack.callback(handle.remove)
-        yield
+        yield leaves
+
+
+def _add(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    sums[name] = sums[name].add_(gradient) if name in sums else gradient
+
+
+class _WeightGradient(torch.autograd.Function):
+    """The identity on a linear layer's output; its backward pass computes the gradient of the layer's weight."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, leaf: Tensor, rows: Tensor, callback: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.callback = callback
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = gradients
+        (rows,) = ctx.saved_tensors
+        outputs, inputs = gradient.flatten(0, -2).float(), rows.flatten(0, -2).float()
+        ctx.callback(outputs.mT @ inputs)
+        return gradient, gradient.new_zeros((), dtype=torch.float32), None, None
 
 
 @contextmanager
@@ -93,10 +152,14 @@ def model_state_preserved(modules: Mapping[str, nn.Module]) -> Generator[None, N
     training = [(module, module.training) for root in modules.values() for module in root.modules()]
     trainable = [(p, p.requires_grad) for root in modules.values() for p in root.parameters()]
     devices = sorted({p.device.index or 0 for p, _ in trainable if p.device.type == "cuda"})
+    for root in modules.values():
+        undo_cpu_packing(root)
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
+            for root in modules.values():
+                undo_cpu_packing(root)
             for module, mode in training:
                 module.training = mode
             for parameter, requires_grad in trainable:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lorainit_diffusers import adapters
+from lorainit_diffusers.budget import GB, MemoryBudget, sketch_columns
 from lorainit_diffusers.collect import Collection, collect, known_length
 from lorainit_diffusers.methods import METHODS, Initializer, Solution
+from lorainit_diffusers.methods.base import Observed
 from lorainit_diffusers.methods.kaiming import Kaiming
 from lorainit_diffusers.ranks import allocate_ranks, uniform_ranks
 from lorainit_diffusers.report import InitReport, LayerReport
-from lorainit_diffusers.statistics import InputsAndReference
+from lorainit_diffusers.statistics import InputsAndGradient, InputsAndReference, SketchedSecondMoment, Statistic
 
 if TYPE_CHECKING:  # families import diffusers' pipelines, which a user's own script may not need
     from lorainit_diffusers.families.base import ModelFamily
@@ -75,6 +77,8 @@ def initialize(
     lora_dropout: float = 0.0,
     share_inputs: bool = True,
     mask_padding: bool = True,
+    memory_budget_gb: float | None = None,
+    statistics_device: torch.device | str | None = None,
     progress: bool = True,
 ) -> InitReport:
     """Initialise LoRA adapters from the fine-tuning data.
@@ -120,6 +124,12 @@ def initialize(
         lora_dropout: for new adapters.
         share_inputs: keep one statistic for layers that one tensor feeds.
         mask_padding: leave padded tokens out of the statistics, where the family knows them.
+        memory_budget_gb: what the statistics of one process may take (10^9 bytes). The widest layers' second moments
+            are sketched where the exact ones would not fit, which the report says. Default: half of the memory that is
+            free on the statistics' device, on the process that has least. A decomposition needs some five times its own
+            moment on top, one layer at a time.
+        statistics_device: where the statistics wait for the end of the pass, ``"cpu"`` say, while their products are
+            taken where the model runs. Default: there, too. Decompositions run on the layer's device.
         progress: show a progress bar.
 
     Returns:
@@ -127,8 +137,9 @@ def initialize(
 
     Raises:
         ValueError: bad arguments, before anything is computed: unknown method, no matching layer, a rank that does not
-            fit, a wrapped or compiled module, DoRA with B A != 0, no batches, reference batches missing or unused; or,
-            in the pass, non-finite activations. Names the culprit.
+            fit, a wrapped or compiled module, DoRA with B A != 0, no batches, reference batches missing or unused, mean
+            gradients that do not fit into the memory budget; or, in the pass, non-finite activations, or statistics
+            that do not fit in any form. Names the culprit.
     """
     name, method = (method, make_method(method)) if isinstance(method, str) else (_name_of(method), method)
     family: ModelFamily | None = None
@@ -189,6 +200,11 @@ def initialize(
     _check_reference(name, method, reference_batches)
 
     collection = Collection()
+    budget = MemoryBudget(
+        None if memory_budget_gb is None else memory_budget_gb * GB,
+        num_columns=sketch_columns(max(caps.values())),
+        device=statistics_device,
+    )
     if method.observes != "nothing":
         collection = _collect(
             family,
@@ -200,15 +216,18 @@ def initialize(
             batches,
             reference_batches,
             loss_fn,
+            budget=budget,
             num_batches=num_batches,
             seed=seed,
             share_inputs=share_inputs,
             mask_padding=mask_padding,
             progress=progress,
         )
+    num_rows = {full_name: statistic.num_rows for full_name, statistic in collection.statistics.items()}
+    columns = {full_name: _sketch_columns(statistic) for full_name, statistic in collection.statistics.items()}
 
     start = time.perf_counter()
-    solutions, fallbacks = _solve(method, layers, collection, rank, caps, scaling, seed)
+    solutions, fallbacks = _solve(method, layers, collection, rank, caps, scaling, seed, keep=variable_rank)
     if variable_rank:
         scores: dict[str, Tensor] = {}
         for full_name, solution in solutions.items():
@@ -244,15 +263,15 @@ def initialize(
 
     def report_layer(full_name: str) -> LayerReport:
         scores, kept = solutions[full_name].scores, ranks[full_name]
-        statistic = collection.statistics.get(full_name)
         return LayerReport(
             rank=kept,
             alpha=scaling * (kept**0.5 if use_rslora else kept),
             scores=None if scores is None else [float(f"{score:.6g}") for score in scores.tolist()],
             captured=None if scores is None else float(scores[:kept].sum()),
-            num_rows=statistic.num_rows if statistic is not None else 0,
+            num_rows=num_rows.get(full_name, 0),
             shared_group=collection.leaders.get(full_name, full_name),
             fallback=fallbacks.get(full_name),
+            sketch_columns=columns.get(full_name),
         )
 
     return InitReport(
@@ -265,7 +284,26 @@ def initialize(
         statistics_s=collection.statistics_s,
         solve_s=solve_s,
         attach_s=attach_s,
+        statistics_bytes=budget.used,
+        peak_statistics_bytes=budget.peak,
+        memory_budget_bytes=None if budget.num_bytes is None else int(budget.num_bytes),
+        statistics_device=None if budget.device is None else str(budget.device),
     )
+
+
+def _parts(statistic: Observed | None) -> list[Statistic]:
+    """The statistics that make up what was observed of a layer."""
+    if isinstance(statistic, InputsAndGradient):
+        return [statistic.inputs, statistic.gradient]
+    if isinstance(statistic, InputsAndReference):
+        return [statistic.inputs, statistic.reference]
+    return [] if statistic is None else [statistic]
+
+
+def _sketch_columns(statistic: Observed) -> int | None:
+    """Columns where a layer's inputs were sketched; ``None`` where they were kept exactly, or not at all."""
+    inputs = _parts(statistic)[0]
+    return inputs.num_columns if isinstance(inputs, SketchedSecondMoment) else None
 
 
 def _largest_ranks(
@@ -340,6 +378,7 @@ def _collect(
     reference_batches: Iterable[Any] | None,
     loss_fn: Callable[[Any], Tensor] | None,
     *,
+    budget: MemoryBudget,
     num_batches: int | None,
     seed: int,
     share_inputs: bool,
@@ -361,7 +400,7 @@ def _collect(
             return owner.loss(batch, generator)
 
         def family_token_mask(full_name: str) -> Tensor | None:
-            return owner.step.token_masks.get(location[full_name][0])
+            return owner.step.token_mask(*location[full_name])
 
         def family_step() -> str:
             timesteps = owner.step.timesteps
@@ -399,12 +438,14 @@ def _collect(
                 describe_step=describe_step,
                 batch_name=batch_name,
                 progress=progress,
+                budget=budget,
             )
 
     with adapters.adapters_disabled(modules):
         collection = collect_over(batches, "inputs", "batch")
         if reference_batches is not None:
             collection = collection.with_reference(collect_over(reference_batches, "reference", "reference batch"))
+    budget.release()
     return collection
 
 
@@ -416,21 +457,33 @@ def _solve(
     caps: Mapping[str, int],
     scaling: float,
     seed: int,
+    *,
+    keep: bool,
 ) -> tuple[dict[str, Solution], dict[str, str]]:
-    """Every layer's solution, and why those that saw too few rows got Kaiming's instead."""
+    """Every layer's solution, and why those that saw too few rows got Kaiming's instead.
+
+    Frees as it goes: a statistic with the last layer that shares it, and, unless the rank is still open (``keep``), all
+    that a solution holds but its factors.
+    """
     solutions: dict[str, Solution] = {}
     fallbacks: dict[str, str] = {}
     for full_name, layer in layers.items():
-        statistic = collection.statistics.get(full_name)
+        statistic = collection.statistics.pop(full_name, None)
         solver: Initializer = method
         if method.observes.startswith("inputs") and statistic is not None and statistic.num_rows < rank:
             solver = Kaiming()
             fallbacks[full_name] = f"only {statistic.num_rows} rows for rank {rank}: Kaiming A, zero B"
         generator = torch.Generator().manual_seed(_derive_seed(seed, full_name))
+        for part in _parts(statistic):
+            part.move(layer.weight.device)
         try:
-            solutions[full_name] = solver.solve(
-                layer.weight.detach().float(), statistic, caps[full_name], scaling=scaling, generator=generator
+            solution = solver.solve(
+                adapters.base_weight(layer), statistic, caps[full_name], scaling=scaling, generator=generator
             )
+            if not keep:
+                factors = solution.factors(rank)
+                solution = Solution(solution.scores, lambda rank, factors=factors: factors)
+            solutions[full_name] = solution
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"layer {full_name!r} cannot be decomposed ({error}); look for non-finite values in its weight, "

@@ -21,6 +21,8 @@ class LayerReport:
             seen as well; 0 for methods that observe nothing.
         shared_group: the first layer that was fed by the same tensors (itself when alone).
         fallback: why the layer was initialised by another method, or ``None``.
+        sketch_columns: of the sketch that stood for the second moment of its inputs; ``None`` where that was exact, or
+            not needed.
     """
 
     rank: int
@@ -30,6 +32,7 @@ class LayerReport:
     num_rows: int
     shared_group: str
     fallback: str | None = None
+    sketch_columns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class InitReport:
         statistics_s: seconds in the statistics.
         solve_s: seconds in decompositions, rank allocation and factors.
         attach_s: seconds in which PEFT builds the adapters, as it does for any LoRA; not part of ``overhead``.
+        statistics_bytes: of all statistics when the pass was over, on one process; 0 for methods that observe nothing.
+        peak_statistics_bytes: the most they took; larger where some were sketched after they had begun.
+        memory_budget_bytes: what they could have taken; ``None`` without a pass.
+        statistics_device: where they were kept; ``None`` without a pass.
     """
 
     method: str
@@ -55,6 +62,10 @@ class InitReport:
     statistics_s: float
     solve_s: float
     attach_s: float
+    statistics_bytes: int = 0
+    peak_statistics_bytes: int = 0
+    memory_budget_bytes: int | None = None
+    statistics_device: str | None = None
 
     @property
     def overhead(self) -> float | None:
@@ -75,6 +86,7 @@ class InitReport:
                 "num_layers": len(self.layers),
                 "sum_of_ranks": sum(layer.rank for layer in self.layers.values()),
                 "num_shared_groups": len({layer.shared_group for layer in self.layers.values()}),
+                "num_sketched_layers": sum(layer.sketch_columns is not None for layer in self.layers.values()),
                 "overhead": self.overhead,
             },
         }
@@ -96,6 +108,13 @@ class InitReport:
             lines.append(
                 f"{self.num_passes} passes: forward {self.forward_s:.1f} s, statistics {self.statistics_s:.2f} s, "
                 f"solve {self.solve_s:.2f} s (overhead {self.overhead:.2f})"
+            )
+        sketched = [layer.sketch_columns for layer in self.layers.values() if layer.sketch_columns is not None]
+        if sketched:
+            lines.append(
+                f"{len(sketched)} layers sketched in up to {max(sketched)} columns: statistics took "
+                f"{self.peak_statistics_bytes / 1e9:.2f} GB of {(self.memory_budget_bytes or 0) / 1e9:.2f} GB "
+                f"on {self.statistics_device}"
             )
         fallbacks = [f"{name}: {layer.fallback}" for name, layer in self.layers.items() if layer.fallback]
         if fallbacks:

@@ -9,8 +9,9 @@ number of processes give the same result up to rounding in the accumulator.
   arXiv:1706.05736, algorithm 3), for layers whose exact moment would not fit.
 * :class:`GradientMean`: the mean gradient of a weight.
 
-Products are taken in true float32 (no TF32, no autocast): half-precision activations are converted before anything is
-squared, so a float16 activation of 1e4 does not overflow.
+Accumulators live where the rows are, or on the device given to :meth:`move`; products are taken where the rows are, in
+true float32 (no TF32, no autocast): half-precision activations are converted before anything is squared, so a float16
+activation of 1e4 does not overflow.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from lorainit_diffusers.eigenbasis import Eigenbasis
 from lorainit_diffusers.linalg import Eigen, eigh_descending, solve_dtype
 
 # Updates that are summed in float32 before they are added to a float64 scatter.
@@ -52,6 +55,14 @@ class Statistic(Protocol):
         """Join with the other processes' statistics; the argument sums a tensor over processes in place."""
         ...
 
+    def num_bytes(self, device: torch.device) -> int:
+        """Memory of the accumulators when rows come from this device; known before the first of them does."""
+        ...
+
+    def move(self, device: torch.device) -> None:
+        """Keep the accumulators on this device from now on; rows may still come from another."""
+        ...
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to continue or to reuse the statistic."""
         ...
@@ -78,7 +89,11 @@ class InputStatistic(Statistic, Protocol):
         ...
 
     def eigh(self, *, centered: bool) -> Eigen:
-        """Eigenpairs of the covariance (centred) or of the second moment X'X/n (uncentred)."""
+        """Eigenpairs of the covariance (centred) or of the second moment X'X/n (uncentred); a sketch's leading ones."""
+        ...
+
+    def eigenbasis(self, *, centered: bool) -> Eigenbasis:
+        """The whole eigenbasis of the same; a sketch spreads what it does not resolve evenly over the complement."""
         ...
 
 
@@ -108,6 +123,8 @@ class _MeanAndCount:
         self._features = features
         self._num_rows = 0
         self._mean: Tensor | None = None
+        self._device: torch.device | None = None  # of the accumulators; the rows' when None
+        self._eigen: dict[bool, Eigen] = {}
 
     @property
     def features(self) -> int:
@@ -135,6 +152,19 @@ class _MeanAndCount:
             raise ValueError("the statistic is empty: it has seen no rows; run the collection pass first")
         return self._mean
 
+    def eigh(self, *, centered: bool) -> Eigen:
+        """Eigenpairs; computed once and kept until the next update, since layers that share inputs share them."""
+        if centered not in self._eigen:
+            self._eigen[centered] = self._decompose(centered)
+        return self._eigen[centered]
+
+    def _decompose(self, centered: bool) -> Eigen:
+        raise NotImplementedError
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        """Of the accumulators, when rows come from this device."""
+        return solve_dtype(self._features, self._device or device)
+
     def _check(self, rows: Tensor) -> None:
         if rows.ndim != 2 or rows.shape[1] != self._features:
             raise ValueError(f"rows have shape {tuple(rows.shape)}, expected (n, {self._features})")
@@ -146,7 +176,7 @@ class _MeanAndCount:
         ``weight * step step'`` is what the scatter gains between the two groups.
         """
         batch_mean = rows.mean(0)
-        accumulator = batch_mean.to(solve_dtype(self._features, rows.device))
+        accumulator = batch_mean.to(device=self._device or rows.device, dtype=self._dtype(rows.device))
         if self._mean is None:
             self._mean = torch.zeros_like(accumulator)
         step = accumulator - self._mean
@@ -182,10 +212,10 @@ class SecondMoment(_MeanAndCount):
         super().__init__(features)
         self._scatter: Tensor | None = None
         # Products of the latest updates, float32: a pass over a float64 scatter costs as much as a small product.
-        # Where the scatter itself is float32 (large layers), this is the same tensor.
+        # Where the scatter itself is float32 (large layers), this is the same tensor; on a device of its own there is
+        # none.
         self._recent: Tensor | None = None
         self._num_recent = 0
-        self._eigen: dict[bool, Eigen] = {}
 
     def _flush(self) -> None:
         """Move what the latest updates added into the scatter."""
@@ -210,15 +240,18 @@ class SecondMoment(_MeanAndCount):
             # The rank-one term between the old rows and the new ones rides along in the product as one more row.
             centred = rows.new_empty(len(rows) + 1, self._features)
             torch.sub(rows, batch_mean, out=centred[:-1])
-            torch.mul(step, weight**0.5, out=centred[-1])
+            torch.mul(step.to(rows.device), weight**0.5, out=centred[-1])
             if self._scatter is None:
                 self._scatter = torch.zeros(self._features, self._features, dtype=step.dtype, device=step.device)
+            if self._device is not None:
+                self._scatter += (centred.mT @ centred).to(self._device)
+                return
+            if self._recent is None:
                 self._recent = (
                     self._scatter
-                    if step.dtype == centred.dtype
+                    if self._scatter.dtype == centred.dtype
                     else torch.zeros_like(self._scatter, dtype=centred.dtype)
                 )
-            assert self._recent is not None
             self._recent.addmm_(centred.mT, centred)  # adding inside the product makes no temporary
             self._num_recent += 1
             if self._num_recent == UPDATES_PER_FLUSH:
@@ -261,11 +294,44 @@ class SecondMoment(_MeanAndCount):
         variance = self._require_scatter().diagonal().sum() / self._num_rows
         return float(variance if centered else variance + self.mean().square().sum())
 
-    def eigh(self, *, centered: bool) -> Eigen:
-        """All eigenpairs; computed once and kept until the next update, since layers that share inputs share it."""
-        if centered not in self._eigen:
-            self._eigen[centered] = eigh_descending(self.covariance() if centered else self.second_moment())
-        return self._eigen[centered]
+    def _decompose(self, centered: bool) -> Eigen:
+        """All eigenpairs."""
+        return eigh_descending(self.covariance() if centered else self.second_moment())
+
+    def eigenbasis(self, *, centered: bool) -> Eigenbasis:
+        """All eigenpairs."""
+        return Eigenbasis(self.eigh(centered=centered))
+
+    def num_bytes(self, device: torch.device) -> int:
+        """Memory of the accumulators: the scatter, its mean and, beside a float64 scatter, the float32 buffer."""
+        dtype = self._dtype(device)
+        buffered = self._device is None and dtype != torch.float32
+        return self._features**2 * (dtype.itemsize + 4 * buffered) + self._features * dtype.itemsize
+
+    def move(self, device: torch.device) -> None:
+        """Keep the accumulators on this device from now on; products are still taken where the rows are."""
+        self._flush()
+        self._device, self._recent = device, None
+        if self._mean is None or self._scatter is None or self._scatter.device == device:
+            return
+        self._eigen.clear()
+        self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+
+    def sketched(self, num_columns: int) -> SketchedSecondMoment:
+        """The sketch of the rows seen so far: what it would be had they been sketched from the start.
+
+        Y = scatter @ Omega sums over batches as the scatter does, and so does the trace: only rounding differs.
+        """
+        sketch = SketchedSecondMoment(self._features, num_columns)
+        if self._device is not None:
+            sketch.move(self._device)
+        if self._num_rows:
+            scatter = self._require_scatter()  # not by way of state_dict(), which would copy it
+            with full_float32(scatter.device):
+                product = scatter @ sketch.projection_like(scatter)
+            trace, num_rows = scatter.diagonal().sum(), torch.tensor(self._num_rows)
+            sketch.load_state_dict({"num_rows": num_rows, "mean": self.mean(), "sketch": product, "trace": trace})
+        return sketch
 
     def state_dict(self) -> dict[str, Tensor]:
         """``num_rows``, ``mean`` (features,) and ``scatter`` (features, features); empty before the first row."""
@@ -285,15 +351,31 @@ class SecondMoment(_MeanAndCount):
         self._mean = state["mean"].clone() if state else None
         self._scatter = state["scatter"].clone() if state else None
         self._recent, self._num_recent = None, 0
-        if self._scatter is not None:
-            float32 = self._scatter.dtype == torch.float32
-            self._recent = self._scatter if float32 else torch.zeros_like(self._scatter, dtype=torch.float32)
 
     def _require_scatter(self) -> Tensor:
         self.mean()  # raises when empty
         self._flush()
         assert self._scatter is not None
         return self._scatter
+
+
+# Sketches of one size share their projection, which is as large as a sketch itself; it is freed with the last of them.
+_PROJECTIONS: WeakValueDictionary[tuple[int, int, int, torch.device, torch.dtype], Tensor] = WeakValueDictionary()
+
+
+def _projection(features: int, num_columns: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(features, num_columns) random orthonormal columns, the same on every device."""
+    key = (features, num_columns, seed, device, dtype)
+    omega = _PROJECTIONS.get(key)
+    if omega is None:
+        if (device, dtype) == (torch.device("cpu"), torch.float64):
+            generator = torch.Generator().manual_seed(seed)
+            gaussian = torch.randn(features, num_columns, generator=generator, dtype=torch.float64)
+            omega = torch.linalg.qr(gaussian).Q
+        else:
+            omega = _projection(features, num_columns, seed, torch.device("cpu"), torch.float64).to(device, dtype)
+        _PROJECTIONS[key] = omega
+    return omega
 
 
 class SketchedSecondMoment(_MeanAndCount):
@@ -316,28 +398,43 @@ class SketchedSecondMoment(_MeanAndCount):
         super().__init__(features)
         if not 1 <= num_columns <= features:
             raise ValueError(f"num_columns is {num_columns}; use 1 to {features} (the width of the layer's input)")
-        generator = torch.Generator().manual_seed(seed)
-        gaussian = torch.randn(features, num_columns, generator=generator, dtype=torch.float64)
-        self._omega = torch.linalg.qr(gaussian).Q
+        self._size = (features, num_columns, seed)
+        self._omegas: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.projection_like(torch.empty(0, dtype=torch.float64))
         self._sketch: Tensor | None = None
         self._trace: Tensor | None = None
 
-    def _omega_like(self, like: Tensor) -> Tensor:
-        return self._omega.to(device=like.device, dtype=like.dtype)
+    @property
+    def num_columns(self) -> int:
+        """Columns of the sketch: how many eigenpairs it resolves."""
+        return self._size[1]
+
+    @property
+    def projection_bytes(self) -> int:
+        """Memory of Omega in both precisions, which all sketches of this size share."""
+        return self._features * self.num_columns * (8 + 4)
+
+    def projection_like(self, like: Tensor) -> Tensor:
+        """(features, num_columns) Omega on the device and in the precision of another tensor."""
+        key = (like.device, like.dtype)
+        if key not in self._omegas:  # kept here: the shared table holds it only as long as somebody does
+            self._omegas[key] = _projection(*self._size, like.device, like.dtype)
+        return self._omegas[key]
 
     def update(self, rows: Tensor) -> None:
         """Add rows: (n, features), any floating dtype."""
         self._check(rows)
         if rows.shape[0] == 0:
             return
+        self._eigen.clear()
         with full_float32(rows.device):
             rows = rows.detach().float()
             batch_mean, step, weight = self._fold(rows)
             centred = rows - batch_mean
-            omega = self._omega_like(step)
-            sketch = (centred.mT @ (centred @ self._omega_like(centred))).to(step.dtype)
+            omega = self.projection_like(step)
+            sketch = (centred.mT @ (centred @ self.projection_like(centred))).to(step)
             sketch += torch.outer(step * weight, step @ omega)
-            trace = centred.square().sum().to(step.dtype) + weight * step.square().sum()
+            trace = centred.square().sum().to(step) + weight * step.square().sum()
             self._sketch = sketch if self._sketch is None else self._sketch.add_(sketch)
             self._trace = trace if self._trace is None else self._trace + trace
 
@@ -347,26 +444,28 @@ class SketchedSecondMoment(_MeanAndCount):
         Raises:
             ValueError: the two use different random projections.
         """
-        if not torch.equal(self._omega, other._omega):
+        if self._size != other._size:
             raise ValueError("the sketches use different random projections; make both with the same size and seed")
         if other._mean is None or other._sketch is None or other._trace is None:
             return
         if self._mean is None or self._sketch is None or self._trace is None:
             self.load_state_dict(other.state_dict())
             return
+        self._eigen.clear()
         total = self._num_rows + other._num_rows
         step = other._mean - self._mean
         weight = self._num_rows * other._num_rows / total
-        self._sketch += other._sketch + torch.outer(step * weight, step @ self._omega_like(step))
+        self._sketch += other._sketch + torch.outer(step * weight, step @ self.projection_like(step))
         self._trace = self._trace + other._trace + weight * step.square().sum()
         self._mean = self._mean + step * (other._num_rows / total)
         self._num_rows = total
 
     def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
         """Join with the other processes' sketches."""
+        self._eigen.clear()
         sketch, trace = self._require_sketch()
         offset, num_rows = self._reduce_mean(sum_across_processes)
-        sketch += torch.outer(offset * num_rows, offset @ self._omega_like(offset))
+        sketch += torch.outer(offset * num_rows, offset @ self.projection_like(offset))
         self._trace = trace + num_rows * offset.square().sum()
         sum_across_processes(sketch)
         sum_across_processes(self._trace)
@@ -377,18 +476,37 @@ class SketchedSecondMoment(_MeanAndCount):
         variance = trace / self._num_rows
         return float(variance if centered else variance + self.mean().square().sum())
 
-    def eigh(self, *, centered: bool) -> Eigen:
+    def num_bytes(self, device: torch.device) -> int:
+        """Memory of the accumulators: the sketch, the mean and the trace; without the shared projection."""
+        return (self._features * (self.num_columns + 1) + 1) * self._dtype(device).itemsize
+
+    def move(self, device: torch.device) -> None:
+        """Keep the accumulators on this device from now on; products are still taken where the rows are."""
+        self._device = device
+        if self._mean is None or self._sketch is None or self._trace is None or self._sketch.device == device:
+            return
+        self._eigen.clear()
+        self._mean, self._sketch, self._trace = (t.to(device) for t in (self._mean, self._sketch, self._trace))
+
+    def eigenbasis(self, *, centered: bool) -> Eigenbasis:
+        """The leading eigenpairs, and the rest of the (exact) trace spread evenly over the complement."""
+        values, vectors = self.eigh(centered=centered)
+        dtype = solve_dtype(self._features, vectors.device)
+        rest = (self.trace(centered=centered) - float(values.sum())) / max(self._features - self.num_columns, 1)
+        return Eigenbasis(Eigen(values.to(dtype), vectors.to(dtype)), rest)
+
+    def _decompose(self, centered: bool) -> Eigen:
         """The leading ``num_columns`` eigenpairs of the Nyström approximation."""
         sketch, _ = self._require_sketch()
         sketch = sketch.double() / self._num_rows
-        omega = self._omega.to(sketch.device)
+        omega = self.projection_like(sketch)
         if not centered:
             mean = self.mean().double()
             sketch = sketch + torch.outer(mean, mean @ omega)
         # Tropp et al. 2017, algorithm 3: the shift keeps the core positive definite in floating point.
         shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(sketch)
         if float(shift) == 0.0:
-            return Eigen(torch.zeros(omega.shape[1], dtype=sketch.dtype), omega)
+            return Eigen(sketch.new_zeros(omega.shape[1]), omega)
         sketch = sketch + shift * omega
         core = omega.mT @ sketch
         factor = torch.linalg.cholesky((core + core.mT) / 2)
@@ -410,6 +528,7 @@ class SketchedSecondMoment(_MeanAndCount):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of :meth:`state_dict`."""
+        self._eigen.clear()
         self._num_rows = int(state["num_rows"]) if state else 0
         self._mean = state["mean"].clone() if state else None
         self._sketch = state["sketch"].clone() if state else None
@@ -433,6 +552,7 @@ class GradientMean:
         self._shape = shape
         self._num_batches = 0
         self._sum: Tensor | None = None
+        self._device: torch.device | None = None  # of the accumulator; the gradients' when None
 
     @property
     def num_rows(self) -> int:
@@ -452,7 +572,7 @@ class GradientMean:
         """
         if tuple(rows.shape) != self._shape:
             raise ValueError(f"the gradient has shape {tuple(rows.shape)}, expected {self._shape}")
-        gradient = rows.detach().float()
+        gradient = rows.detach().to(device=self._device or rows.device, dtype=torch.float32)
         self._sum = gradient.clone() if self._sum is None else self._sum.add_(gradient)
         self._num_batches += 1
 
@@ -472,6 +592,15 @@ class GradientMean:
             return
         self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
         self._num_batches += other._num_batches
+
+    def num_bytes(self, device: torch.device) -> int:
+        """Memory of the sum."""
+        return 4 * self._shape[0] * self._shape[1]
+
+    def move(self, device: torch.device) -> None:
+        """Keep the sum on this device from now on."""
+        self._device = device
+        self._sum = None if self._sum is None else self._sum.to(device)
 
     def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
         """Join with the other processes' gradients."""
@@ -503,7 +632,7 @@ class InputsAndGradient:
         gradient: filled by the backward passes.
     """
 
-    inputs: SecondMoment
+    inputs: SecondMoment | SketchedSecondMoment
     gradient: GradientMean
 
     @property
@@ -521,8 +650,8 @@ class InputsAndReference:
         reference: filled by batches of the pre-training distribution; shared alike.
     """
 
-    inputs: SecondMoment
-    reference: SecondMoment
+    inputs: SecondMoment | SketchedSecondMoment
+    reference: SecondMoment | SketchedSecondMoment
 
     @property
     def num_rows(self) -> int:

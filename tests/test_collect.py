@@ -15,6 +15,7 @@ from core_fixtures import ATTENTION_LAYERS, relative_error, squared_loss, tiny_a
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lorainit_diffusers.budget import MemoryBudget
 from lorainit_diffusers.collect import Collection, collect, known_length
 from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, InputsAndReference, SecondMoment
 
@@ -249,6 +250,49 @@ def test_layers_fed_by_one_tensor_share_one_statistic():
     assert collection.statistics["to_q"] is collection.statistics["to_k"] is collection.statistics["to_v"]
     assert len({id(statistic) for statistic in collection.statistics.values()}) == 4
     assert collection.statistics["to_q"].num_rows == 240  # counted once, not three times
+
+
+def test_a_budget_sketches_the_widest_layers_and_no_number_changes():
+    module, batches = tiny_attention(), token_batches()
+    exact = run(module, batches).statistics
+    budget = MemoryBudget(16_000, num_columns=12)
+    collection = run(module, batches, budget=budget)
+    assert collection.leaders["to_v"] == "to_q"
+    assert {name for name, s in collection.statistics.items() if not isinstance(s, SecondMoment)} == {"down"}
+    expected = exact["down"].sketched(12).state_dict()
+    for key, value in collection.statistics["down"].state_dict().items():
+        assert relative_error(value, expected[key]) < 1e-5
+    for name in ("to_q", "to_v", "to_out", "up"):
+        assert torch.equal(collection.statistics[name].covariance(), exact[name].covariance())
+    assert 0 < budget.used <= budget.peak <= 16_000
+
+
+def test_a_pass_over_a_reference_may_demote_what_the_first_has_gathered():
+    module = tiny_attention()
+    exact, exact_reference = run(module, token_batches(3)), run(module, token_batches(2, seed=1))
+    budget = MemoryBudget(30_000, num_columns=12)
+    first = run(module, token_batches(3), budget=budget)
+    assert all(isinstance(statistic, SecondMoment) for statistic in first.statistics.values())
+    joined = first.with_reference(run(module, token_batches(2, seed=1), budget=budget))
+    assert budget.peak <= 30_000
+    for name, pair in joined.statistics.items():
+        for part, expected in ((pair.inputs, exact), (pair.reference, exact_reference)):
+            if name == "down":
+                assert part.num_columns == 12
+                sketch = expected.statistics[name].sketched(12).state_dict()["sketch"]
+                assert relative_error(part.state_dict()["sketch"], sketch) < 1e-5
+            else:
+                assert torch.equal(part.covariance(), expected.statistics[name].covariance())
+    assert joined.statistics["to_v"].inputs is joined.statistics["to_q"].inputs
+
+
+def test_mean_gradients_that_do_not_fit_are_refused_before_the_pass():
+    def loss(batch: Tensor) -> Tensor:
+        raise AssertionError("the loss must not run")
+
+    for observes in ("gradients", "inputs and gradients"):
+        with pytest.raises(ValueError, match=r"mean gradients of 6 layers need .*largest: layer 'up'"):
+            run(tiny_attention(), token_batches(1), loss, observes, budget=MemoryBudget(6_000, num_columns=12))
 
 
 def test_sharing_can_be_switched_off_and_changes_no_number():
@@ -564,6 +608,12 @@ def _collect_in_process(process: int, folder: str) -> None:
         result |= {f"{name}.gradient": gradients[name].mean() for name in ATTENTION_LAYERS}
         result |= {f"{name}.both.inputs": both[name].inputs.covariance() for name in ATTENTION_LAYERS}
         result |= {f"{name}.both.gradient": both[name].gradient.mean() for name in ATTENTION_LAYERS}
+        # Only one of them is short of memory; the widest layer (24) is sketched on both.
+        budget = MemoryBudget(1e9 if process == 0 else 16_000, num_columns=12)
+        sketched = run(module, own, budget=budget).statistics
+        assert budget.num_bytes == 16_000
+        assert {name for name in ATTENTION_LAYERS if hasattr(sketched[name], "num_columns")} == {"down"}
+        result["sketch"] = sketched["down"].state_dict()["sketch"]
         save_file(result, f"{folder}/{process}.safetensors")
     finally:
         torch.distributed.destroy_process_group()
@@ -586,6 +636,7 @@ def test_two_processes_end_with_the_statistics_of_all_batches(tmp_path: Path):
     first, second = (load_file(tmp_path / f"{process}.safetensors") for process in range(2))
     for key, value in first.items():
         assert torch.equal(value, second[key]), key  # every process would initialise alike, bit for bit
+    assert relative_error(first["sketch"], inputs["down"].sketched(12).state_dict()["sketch"]) < 1e-5
     for name in ATTENTION_LAYERS:
         assert int(first[f"{name}.num_rows"]) == 5 * 80
         assert relative_error(first[f"{name}.covariance"], inputs[name].covariance()) < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -515,6 +516,109 @@ def test_a_users_own_method_is_used_as_it_is():
         pass
 
     assert run(tiny_attention(), Mine()).method == "Mine"
+
+
+# --- the memory budget ----------------------------------------------------------------------------------------------
+
+
+def wide_run(method: Any, budget_gb: float | None, **kwargs: Any) -> tuple[InitReport, nn.Module]:
+    """Width 96 in front, 320 in the feed-forward layer: rank 2 sketches in 80 columns."""
+    module = tiny_attention(features=96, hidden=320)
+    batches = token_batches(2, features=96)
+    report = run(module, method, batches, rank=2, memory_budget_gb=budget_gb, **kwargs)
+    return report, module
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].observes.startswith("inputs")])
+@pytest.mark.parametrize("variable_rank", [False, True])
+def test_every_method_of_inputs_runs_under_a_budget_and_says_what_was_sketched(name, variable_rank):
+    gradients = 4 * (4 * 96 * 96 + 2 * 96 * 320) if "gradients" in METHODS[name].observes else 0
+    budget = gradients + 1_100_000  # the exact moment of width 320 alone takes 1.2 MB
+    report, module = wide_run(name, budget / 1e9, variable_rank=variable_rank)
+    columns = 96 if variable_rank else 80  # 8 * 4 + 64: a layer may get twice the rank
+    assert {key: layer.sketch_columns for key, layer in report.layers.items() if layer.sketch_columns} == {
+        "down": columns
+    }
+    assert 0 < report.statistics_bytes <= report.peak_statistics_bytes <= budget
+    assert report.memory_budget_bytes == pytest.approx(budget, abs=1)
+    assert report.statistics_device == "cpu"
+    assert (
+        f"1 layers sketched in up to {columns} columns: statistics took 0.00 GB of 0.00 GB on cpu" in report.summary()
+    )
+    assert report.to_json()["totals"]["num_sketched_layers"] == 1
+    expected = tiny_attention(features=96, hidden=320).eval()(token_batches(1, features=96)[0])
+    if make_method(name).step_zero != "moved":
+        assert relative_error(module.eval()(token_batches(1, features=96)[0]), expected) < 1e-5
+
+
+def test_a_sketch_finds_the_directions_of_eva_where_the_spectrum_decays():
+    (_, exact), (_, sketched) = wide_run("eva", None), wide_run("eva", 900_000 / 1e9)
+    for name in TARGETS:
+        first, second = (unwrap(m).get_submodule(name).lora_A["default"].weight.detach() for m in (exact, sketched))
+        if name == "down":
+            assert not torch.equal(first, second)
+            assert float((first @ second.mT).square().sum()) == pytest.approx(2, abs=1e-3)  # one subspace
+        else:
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["cntlora", "lora_ga", "gradient_step"])
+def test_without_a_budget_small_models_are_exact_and_a_generous_one_changes_nothing(name):
+    (first, _), (report, module) = wide_run(name, 4.0), wide_run(name, None)
+    assert_same(factors(module), factors(wide_run(name, 4.0)[1]))
+    assert all(layer.sketch_columns is None for layer in report.layers.values())
+    assert "sketched" not in report.summary()
+    assert report.statistics_bytes == first.statistics_bytes > 0
+    assert report.memory_budget_bytes > 1e8
+
+
+@pytest.mark.parametrize("name", ["cntlora", "lora_ga", "gradient_step", "eva"])
+def test_statistics_on_a_device_of_their_own_give_the_same_adapter(name):
+    first, second = wide_run(name, None)[1], wide_run(name, None, statistics_device="cpu")[1]
+    for layer, other in zip(lora_layers(first).values(), lora_layers(second).values(), strict=True):
+        changes = [product((x.lora_A["default"].weight, x.lora_B["default"].weight)).detach() for x in (layer, other)]
+        if bool(changes[0].any()):
+            assert relative_error(*changes) < 1e-3
+        assert relative_error(*(x.lora_A["default"].weight.abs() for x in (layer, other))) < 1e-3
+
+
+def test_a_reference_shares_the_budget():
+    module = tiny_attention(features=96, hidden=320)
+    report = run(
+        module,
+        MEASURED,
+        token_batches(2, features=96),
+        rank=2,
+        memory_budget_gb=1.5e-3,  # both exact moments of `down` take 2.5 MB
+        reference_batches=token_batches(2, features=96, seed=1),
+    )
+    assert [key for key, layer in report.layers.items() if layer.sketch_columns] == ["down"]
+    assert report.peak_statistics_bytes <= 1.5e6
+
+
+def test_budgets_that_cannot_be_met_are_refused():
+    refused(tiny_attention(), "memory_budget_gb is 0; it must be positive", memory_budget_gb=0.0)
+    refused(tiny_attention(), r"gradients of 6 layers need 7.17e-06 GB, more than", "lora_ga", memory_budget_gb=1e-6)
+    message = r"layer 'to_q' \(input width 16.*--init_memory_budget_gb.*statistics_device='cpu'.*--lora_layers"
+    with pytest.raises(ValueError, match=message):
+        run(tiny_attention(), "eva", memory_budget_gb=1e-6)
+
+
+def test_the_solve_frees_what_it_no_longer_needs(monkeypatch):
+    """With one rank for all, no layer's statistic or decomposition outlives its own solve."""
+    alive: list[int] = []
+    seen: list[weakref.ref[Any]] = []
+    eva = METHODS["eva"]
+
+    class Watched(eva):  # type: ignore[misc, valid-type]
+        def solve(self, weight: Tensor, statistic: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(weakref.ref(statistic))
+            alive.append(len({id(ref()) for ref in seen if ref() is not None}))
+            return super().solve(weight, statistic, *args, **kwargs)
+
+    run(tiny_attention(), Watched())
+    assert max(alive) == 1
+    assert len(alive) == 6
 
 
 # --- a model family -------------------------------------------------------------------------------------------------

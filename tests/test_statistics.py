@@ -298,6 +298,94 @@ def test_sketches_with_different_projections_do_not_merge(rows):
         first.merge(SketchedSecondMoment(FEATURES, 9, seed=0))
 
 
+@SPLIT_SIZES
+@pytest.mark.parametrize("demoted_after", [0, 1, 2])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_an_exact_moment_becomes_the_sketch_that_it_would_have_been(rows, sizes, demoted_after, device):
+    whole, statistic = SketchedSecondMoment(FEATURES, 10), SecondMoment(FEATURES)
+    whole.update(rows)
+    if device is not None:
+        statistic.move(torch.device(device))
+    for index, part in enumerate(rows.split(sizes)):
+        if index == demoted_after:
+            statistic = statistic.sketched(10)
+        statistic.update(part)
+    if isinstance(statistic, SecondMoment):
+        statistic = statistic.sketched(10)
+    assert statistic.num_rows == 400
+    for key, value in whole.state_dict().items():
+        assert relative_error(statistic.state_dict()[key], value) < TOLERANCE
+    for centered in (True, False):
+        assert statistic.trace(centered=centered) == pytest.approx(whole.trace(centered=centered), rel=TOLERANCE)
+        assert relative_error(statistic.eigh(centered=centered).values, whole.eigh(centered=centered).values) < 1e-5
+
+
+def test_float32_moments_become_sketches_too():
+    rows = rows_with_spectrum(60, [0.99**index for index in range(800)], mean=0.2)
+    statistic, whole = SecondMoment(800), SketchedSecondMoment(800, 20)
+    for part in rows.split(20):
+        statistic.update(part)
+        whole.update(part)
+    assert statistic.state_dict()["scatter"].dtype == torch.float32
+    assert relative_error(statistic.sketched(20).state_dict()["sketch"], whole.state_dict()["sketch"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_the_eigenbasis_of_a_sketch_keeps_the_trace_and_spreads_the_rest(centered):
+    rows = rows_with_spectrum(500, [0.9**index for index in range(48)], mean=0.2)
+    statistic = SketchedSecondMoment(48, 12)
+    statistic.update(rows)
+    values, vectors = statistic.eigh(centered=centered)
+    basis = statistic.eigenbasis(centered=centered)
+    assert float(basis.values.sum()) == pytest.approx(statistic.trace(centered=centered), rel=1e-5)
+    torch.testing.assert_close(basis.values[:12], values)
+    torch.testing.assert_close(basis.vectors, vectors)
+    assert len(set(basis.values[12:].tolist())) == 1
+    assert 0 < float(basis.values[-1]) < float(values[0])
+    complete = SketchedSecondMoment(48, 48)
+    complete.update(rows)
+    assert relative_error(complete.eigenbasis(centered=centered).values, complete.eigh(centered=centered).values) == 0.0
+
+
+@SPLIT_SIZES
+def test_accumulators_on_a_device_of_their_own_hold_the_same_numbers(rows, sizes):
+    statistic, sketch = SecondMoment(FEATURES), SketchedSecondMoment(FEATURES, 10)
+    for other in (statistic, sketch):
+        other.move(torch.device("cpu"))
+        for part in rows.split(sizes):
+            other.update(part)
+    assert_exact(statistic, rows)
+    whole = SketchedSecondMoment(FEATURES, 10)
+    whole.update(rows)
+    assert relative_error(sketch.state_dict()["sketch"], whole.state_dict()["sketch"]) < TOLERANCE
+
+
+def test_moving_in_the_middle_of_a_pass_loses_nothing(rows):
+    statistic = moment_of(list(rows[:300].split(100)))  # three updates that wait in the float32 buffer
+    statistic.move(torch.device("cpu"))
+    statistic.update(rows[300:])
+    assert_exact(statistic, rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("features", [24, 900])
+def test_rows_from_the_gpu_accumulate_on_the_cpu(features):
+    rows = rows_with_spectrum(400, [0.99**index for index in range(features)], mean=0.3)
+    gradient = GradientMean((400, features))
+    for statistic in (SecondMoment(features), SketchedSecondMoment(features, 10), gradient):
+        statistic.move(torch.device("cpu"))
+        expected = type(statistic)(*([features, 10] if isinstance(statistic, SketchedSecondMoment) else [features]))
+        if statistic is gradient:
+            expected = GradientMean((400, features))
+        statistic.update(rows.cuda())
+        expected.update(rows)
+        for key, value in statistic.state_dict().items():
+            assert value.device.type == "cpu"
+            assert relative_error(value, expected.state_dict()[key]) < 1e-5
+        statistic.move(torch.device("cuda:0"))
+        assert all(value.is_cuda for key, value in statistic.state_dict().items() if not key.startswith("num_"))
+
+
 @pytest.mark.parametrize("num_columns", [0, FEATURES + 1])
 def test_a_sketch_needs_a_sensible_number_of_columns(num_columns):
     with pytest.raises(ValueError, match=f"num_columns is {num_columns}"):

@@ -22,10 +22,20 @@ class StepRecord:
     Attributes:
         timesteps: (batch,) timesteps of the step, or None for a family without them.
         token_masks: for each component that has padded token inputs, a boolean (batch, tokens); True is a real token.
+        masked_layers: for components where only some layers see these tokens (a transformer's others see those of the
+            image, of which there may be as many), the endings of the names of those that do.
     """
 
     timesteps: Tensor | None = None
     token_masks: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    masked_layers: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+    def token_mask(self, component: str, layer: str) -> Tensor | None:
+        """The mask of the tokens that this layer of a component sees, or None where none of them is padding."""
+        endings = self.masked_layers.get(component)
+        if endings is not None and not any(f".{layer}".endswith(f".{ending}") for ending in endings):
+            return None
+        return self.token_masks.get(component)
 
 
 @runtime_checkable

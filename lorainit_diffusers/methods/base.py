@@ -38,7 +38,8 @@ class Solution:
     Attributes:
         scores: (k,) what each component is worth, descending, in units comparable between layers (a share of the
             layer's total); ``None`` where a method has no notion of it.
-        factors: rank -> factors, for ranks up to the ``max_rank`` that was asked for.
+        factors: rank -> factors, for ranks up to the ``max_rank`` that was asked for. Under variable ranks the
+            solutions of all layers are alive at once, so this must hold on to no weight.
     """
 
     scores: Tensor | None
@@ -81,7 +82,7 @@ class Initializer(Protocol):
 
         Args:
             weight: (out_features, in_features) pre-trained weight, float32; not to be changed.
-            statistic: as :meth:`statistic` made it, filled.
+            statistic: as :meth:`statistic` made it, filled; or the sketch of it, where the memory budget asked for one.
             max_rank: the largest rank that will be asked of the solution.
             scaling: alpha / rank (or alpha / sqrt(rank)) that the layer multiplies B A by.
             generator: CPU generator, seeded by run and layer; the only source of randomness.
@@ -108,7 +109,7 @@ def one_if_zero(value: Tensor) -> Tensor:
 
 def input_statistic(statistic: Observed | None) -> InputStatistic:
     """Narrow to the statistic of inputs that a method asked for."""
-    if statistic is None or not hasattr(statistic, "eigh"):
+    if statistic is None or not hasattr(statistic, "eigenbasis"):
         raise ValueError("this method needs the layer's input statistic; run the collection pass with it")
     return statistic  # type: ignore[return-value]
 
@@ -121,6 +122,7 @@ def kaiming_input_power(trace: float, in_features: int) -> float:
     return trace / (3 * in_features)
 
 
-def zeros_like_output(weight: Tensor, rank: int) -> Tensor:
-    """(out_features, rank) zero B."""
-    return torch.zeros(weight.shape[0], rank, dtype=torch.float32, device=weight.device)
+def zeros_of_output(weight: Tensor) -> Callable[[int], Tensor]:
+    """A function rank -> (out_features, rank) zero B, which holds on to the weight's shape and device only."""
+    out_features, device = weight.shape[0], weight.device
+    return lambda rank: torch.zeros(out_features, rank, dtype=torch.float32, device=device)

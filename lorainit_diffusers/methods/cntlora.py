@@ -16,7 +16,7 @@ Let S = E[x x'] over the fine-tuning inputs of a layer, S_l = S + ridge (eigenva
   T = S_l^(-1/2) (S_l^(1/2) S_pl S_l^(1/2))^(1/2) S_l^(-1/2) (Knott & Smith 1984). Equal distributions give D = 0.
 * ``"decorrelation"``: (W0 + D) X = W0 X_p with X_p uncorrelated with X gives the ridge solution D = -W0 S S_l^(-1).
 
-Everything is computed in the eigenbasis of S, where all of these but T are row scalings of W0.
+Everything is computed in the eigenbasis of S, where all of these but T are column scalings of W0.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lorainit_diffusers.eigenbasis import Eigenbasis
 from lorainit_diffusers.linalg import SVD, product_svd, top_svd
 from lorainit_diffusers.methods.base import (
     LoraFactors,
@@ -39,7 +40,7 @@ from lorainit_diffusers.methods.base import (
     kaiming_input_power,
     one_if_zero,
 )
-from lorainit_diffusers.statistics import InputsAndReference, SecondMoment
+from lorainit_diffusers.statistics import InputsAndReference, InputStatistic, SecondMoment
 
 # Directions that the fine-tuning data never excites would otherwise dominate the inverse.
 EIGENVALUE_FLOOR = 1e-4
@@ -107,7 +108,7 @@ class CNTLoRA:
         Raises:
             ValueError: the statistic is not the one that this method asked for.
         """
-        reference: SecondMoment | None = None
+        reference: InputStatistic | None = None
         if self.pretraining == "measured":
             if not isinstance(statistic, InputsAndReference):
                 raise ValueError(
@@ -115,12 +116,13 @@ class CNTLoRA:
                 )
             statistic, reference = statistic.inputs, statistic.reference
         inputs = input_statistic(statistic)
-        values, vectors = inputs.eigh(centered=False)
+        basis = inputs.eigenbasis(centered=False)
+        values, trace = basis.values, inputs.trace(centered=False)
         ridged = self._ridged(values)
         root = ridged.sqrt()
-        projected = weight.to(vectors.dtype) @ vectors  # (out, in), columns in the eigenbasis of S, as delta's are
+        projected = basis.project(weight.to(values.dtype))  # (out, in), columns in the eigenbasis of S, as delta's are
         if reference is not None:
-            delta = projected @ self._transport_minus_one(root, vectors, reference)
+            delta = self._transported_minus_self(projected, root, basis, reference.eigenbasis(centered=False))
         elif self.constraint == "alignment":
             delta = projected * (ridged.mean().sqrt() / root - 1)
         else:
@@ -140,8 +142,8 @@ class CNTLoRA:
             if self.gauge != "whitened" and bool(singular.any()):  # D = 0 keeps A's directions
                 lora_A, lora_B = lora_A * singular.sqrt()[:, None], left * singular.sqrt()
             lora_B = lora_B * ((self.gamma if self.base == "active" else 1.0) / scaling)
-            factor = self._factor(lora_A, lora_B, values, inputs.trace(centered=False))
-            lora_A, lora_B = lora_A @ vectors.mT * factor, lora_B / factor
+            factor = self._factor(lora_A, lora_B, values, trace)
+            lora_A, lora_B = basis.lift(lora_A) * factor, lora_B / factor
             if self.base == "down_only":
                 lora_B = torch.zeros_like(lora_B)
             return LoraFactors(lora_A.float().contiguous(), lora_B.float().contiguous())
@@ -153,16 +155,32 @@ class CNTLoRA:
         mean_eigenvalue = one_if_zero(values.mean())
         return (values + self.ridge * mean_eigenvalue).clamp_min(EIGENVALUE_FLOOR * mean_eigenvalue)
 
-    def _transport_minus_one(self, root: Tensor, vectors: Tensor, reference: SecondMoment) -> Tensor:
-        """(features, features) T - I in the eigenbasis of S, where S_l^(1/2) is diag(``root``)."""
-        reference_values, reference_vectors = reference.eigh(centered=False)
+    def _transported_minus_self(self, rows: Tensor, root: Tensor, basis: Eigenbasis, reference: Eigenbasis) -> Tensor:
+        """``rows @ (T - I)``, all in the eigenbasis of S, where S_l^(1/2) is diag(``root``).
+
+        Of sketches both moments are a multiple of the identity outside the span Z of their leading eigenvectors, and so
+        is T: sqrt(rest of S_pl / rest of S_l). Within Z the same formula holds for the small matrices.
+        """
         # In float64 at any size: the condition number of the product is that of S_l times that of S_pl.
-        scale = root.double()
-        half = scale[:, None] * (vectors.mT.double() @ reference_vectors.double())
-        half = half * self._ridged(reference_values).double().sqrt()
-        squared, basis = torch.linalg.eigh(half @ half.mT)  # S_l^(1/2) S_pl S_l^(1/2)
-        transport = (basis * squared.clamp_min(0).sqrt() @ basis.mT) / torch.outer(scale, scale)
-        return (transport - torch.eye(len(scale), dtype=scale.dtype, device=scale.device)).to(root.dtype)
+        scale, reference_values = root.double(), self._ridged(reference.values).double()
+        if basis.num_known == reference.num_known == len(root):
+            half = scale[:, None] * (basis.vectors.mT.double() @ reference.vectors.double())
+            half = half * reference_values.sqrt()
+            identity = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+            return rows @ (_transport(half @ half.mT, scale) - identity).to(root.dtype)
+        k, rest, reference_rest = basis.num_known, scale[-1], reference_values[-1]
+        leading = basis.project(reference.vectors.mT.to(root.dtype)).mT.double()  # (features, k') columns
+        span = torch.linalg.qr(leading[k:]).Q  # Z: the first k axes, and these
+        inner = torch.cat([leading[:k], span.mT @ leading[k:]])
+        scale = torch.cat([scale[:k], rest.expand(span.shape[1])])
+        identity = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+        moment = inner * (reference_values[: reference.num_known] - reference_rest) @ inner.mT
+        moment = moment + reference_rest * identity
+        outside = reference_rest.sqrt() / rest
+        within = (_transport(scale[:, None] * moment * scale, scale) - outside * identity).to(root.dtype)
+        span, outside = span.to(root.dtype), (outside - 1).to(root.dtype)
+        change = torch.cat([rows[:, :k], rows[:, k:] @ span], dim=1) @ within
+        return outside * rows + torch.cat([change[:, :k], change[:, k:] @ span.mT], dim=1)
 
     def _factor(self, lora_A: Tensor, lora_B: Tensor, values: Tensor, trace: float) -> Tensor:
         """The scalar that A is multiplied and B divided by; ``lora_A`` is in the eigenbasis of S."""
@@ -176,3 +194,9 @@ class CNTLoRA:
         if self.base == "down_only" or float(norm_B) == 0.0:  # D = 0: nothing to balance against
             return rank**0.5 / norm_A
         return (norm_B / norm_A).sqrt()
+
+
+def _transport(squared: Tensor, scale: Tensor) -> Tensor:
+    """S_l^(-1/2) ``squared``^(1/2) S_l^(-1/2) with S_l^(1/2) = diag(``scale``); squared is S_l^(1/2) S_pl S_l^(1/2)."""
+    values, vectors = torch.linalg.eigh(squared)
+    return (vectors * values.clamp_min(0).sqrt() @ vectors.mT) / torch.outer(scale, scale)

@@ -51,16 +51,17 @@ class CorDA:
         self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """Scores are the shares of ||W0 S||_F^2."""
-        values, vectors = input_statistic(statistic).eigh(centered=False)
+        basis = input_statistic(statistic).eigenbasis(centered=False)
+        values = basis.values
         # In S's eigenbasis the product with S and its inverse are row scalings.
         spectrum = values + self.ridge * one_if_zero(values.mean())
-        weighted = (weight.to(vectors.dtype) @ vectors) * spectrum
+        weighted = basis.project(weight.to(values.dtype)) * spectrum
         svd = top_svd(weighted, max_rank)
         scores = svd.values.square() / one_if_zero(weighted.square().sum())
 
         def factors(rank: int) -> LoraFactors:
             root = (svd.values[:rank] / scaling).sqrt()
-            lora_A = root[:, None] * ((svd.right[:rank] / spectrum) @ vectors.mT)
+            lora_A = root[:, None] * basis.lift(svd.right[:rank] / spectrum)
             return LoraFactors(lora_A.float(), (svd.left[:, :rank] * root).float())
 
         return Solution(scores, factors)

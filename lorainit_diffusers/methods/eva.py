@@ -18,7 +18,7 @@ from lorainit_diffusers.methods.base import (
     input_statistic,
     kaiming_input_power,
     one_if_zero,
-    zeros_like_output,
+    zeros_of_output,
 )
 from lorainit_diffusers.statistics import SecondMoment, SketchedSecondMoment, Statistic
 
@@ -73,9 +73,12 @@ class EVA:
         """Scores are explained-variance ratios."""
         inputs = input_statistic(statistic)
         values, vectors = inputs.eigh(centered=self.centered)
-        values, vectors = values[:max_rank], vectors[:, :max_rank]
+        values, vectors = values[:max_rank], vectors[:, :max_rank].clone()  # a view would keep them all
         total = inputs.trace(centered=self.centered)
         ratios = values / total if total > 0 else torch.zeros_like(values)
+        mean = inputs.mean()
+        kaiming_power = kaiming_input_power(inputs.trace(centered=False), weight.shape[1])
+        zeros = zeros_of_output(weight)
 
         def factors(rank: int) -> LoraFactors:
             lora_A = vectors[:, :rank].mT
@@ -86,13 +89,11 @@ class EVA:
             elif self.whiten == "singular_value":
                 lora_A = lora_A / (ratios[:rank, None].clamp_min(floor) * (total or 1.0)).pow(0.25)
             if self.scale == "matched":
-                mean = inputs.mean().to(lora_A.dtype)
                 power = lora_A.square().sum(1) @ values[:rank]
                 if self.centered:
-                    power = power + (lora_A @ mean).square().sum()
-                wanted = rank * kaiming_input_power(inputs.trace(centered=False), weight.shape[1])
+                    power = power + (lora_A @ mean.to(lora_A.dtype)).square().sum()
                 if float(power) > 0:
-                    lora_A = lora_A * (wanted / power).sqrt()
-            return LoraFactors(lora_A.float().contiguous(), zeros_like_output(weight, rank))
+                    lora_A = lora_A * (rank * kaiming_power / power).sqrt()
+            return LoraFactors(lora_A.float().contiguous(), zeros(rank))
 
         return Solution(ratios, factors)

@@ -30,7 +30,7 @@ from lorainit_diffusers.methods.base import (
     check_choices,
     kaiming_input_power,
     one_if_zero,
-    zeros_like_output,
+    zeros_of_output,
 )
 from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, SecondMoment
 
@@ -83,35 +83,40 @@ class GradientStep:
                 "this init needs inputs and gradients; run the collection pass with observes='inputs and gradients'"
             )
         inputs = statistic.inputs
-        values, vectors = inputs.eigh(centered=False)
-        gradient = statistic.gradient.mean().to(vectors)
+        eigenbasis = inputs.eigenbasis(centered=False)
+        values = eigenbasis.values
+        gradient = statistic.gradient.mean().to(values)
         if self.directions == "inputs":
-            variances, principal = inputs.eigh(centered=True)
-            basis, worth, total = principal[:, :max_rank].mT, variances[:max_rank], variances.sum()
+            centred = inputs.eigenbasis(centered=True)
+            basis, worth, total = centred.vectors[:, :max_rank].mT, centred.values[:max_rank], centred.values.sum()
         else:
             ridged = values + self.ridge * one_if_zero(values.mean())
             root = ridged.sqrt() if self.directions == "whitened_gradient" else torch.ones_like(ridged)
-            in_eigenbasis = gradient @ vectors / root
+            in_eigenbasis = eigenbasis.project(gradient) / root
             svd = top_svd(in_eigenbasis, max_rank)
-            basis, worth, total = svd.right / root @ vectors.mT, svd.values.square(), in_eigenbasis.square().sum()
+            basis = eigenbasis.lift(svd.right / root)
+            worth, total = svd.values.square(), in_eigenbasis.square().sum()
         scores = worth / total.clamp_min(torch.finfo(total.dtype).tiny)
 
         def output_norm(matrix: Tensor) -> Tensor:
             """sqrt(E||matrix x||^2) over the collected rows."""
-            return (matrix @ vectors * values.clamp_min(0).sqrt()).norm()
+            return (eigenbasis.project(matrix) * values.clamp_min(0).sqrt()).norm()
+
+        base_norm = output_norm(weight.to(values)) if self.step else None
+        kaiming_power = kaiming_input_power(inputs.trace(centered=False), weight.shape[1])
+        zeros = zeros_of_output(weight)
 
         def factors(rank: int) -> LoraFactors:
             lora_A = basis[:rank]
             hidden = output_norm(lora_A)
             if self.scale == "matched" and float(hidden) > 0:
-                wanted = rank * kaiming_input_power(inputs.trace(centered=False), weight.shape[1])
-                lora_A = lora_A * (wanted**0.5 / hidden)
+                lora_A = lora_A * ((rank * kaiming_power) ** 0.5 / hidden)
             else:
                 lora_A = lora_A * (rank**0.5 / lora_A.norm())
-            lora_B = zeros_like_output(weight, rank).to(lora_A)
-            if self.step:
+            lora_B = zeros(rank).to(lora_A)
+            if base_norm is not None:
                 lora_B = -gradient @ lora_A.mT
-                length = self.step * output_norm(weight.to(vectors)) / scaling
+                length = self.step * base_norm / scaling
                 lora_B = lora_B * (length / one_if_zero(output_norm(lora_B @ lora_A)))
             return LoraFactors(lora_A.float().contiguous(), lora_B.float().contiguous())
 

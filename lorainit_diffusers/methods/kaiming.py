@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, zeros_like_output
+from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, zeros_of_output
 from lorainit_diffusers.statistics import Statistic
 
 
@@ -31,11 +31,11 @@ class Kaiming:
         self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """Draw A; there are no scores."""
+        in_features, device, zeros = weight.shape[1], weight.device, zeros_of_output(weight)
 
         def factors(rank: int) -> LoraFactors:
-            in_features = weight.shape[1]
             bound = in_features**-0.5
             lora_A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-            return LoraFactors(lora_A.to(weight.device), zeros_like_output(weight, rank))
+            return LoraFactors(lora_A.to(device), zeros(rank))
 
         return Solution(None, factors)

@@ -73,6 +73,7 @@ class LoraGA:
         gradient = statistic.mean()
         svd = top_svd(gradient, 2 * max_rank)
         total = gradient.to(svd.values.dtype).square().sum()
+        out_features = weight.shape[0]
         scores = svd.values[:max_rank].square() / total.clamp_min(torch.finfo(total.dtype).tiny)
 
         def factors(rank: int) -> LoraFactors:
@@ -86,7 +87,7 @@ class LoraGA:
                 order = torch.randperm(2 * rank, generator=generator)
                 for_A, for_B = order[:rank], order[rank:]
             if self.scale == "stable":
-                factor = weight.shape[0] ** 0.25 / self.gamma**0.5
+                factor = out_features**0.25 / self.gamma**0.5
             else:
                 factor = 1.0 / scaling if self.scale == "gd" else 1.0
             lora_A = svd.right[for_A.to(svd.right.device)] * factor

@@ -40,12 +40,12 @@ class Orthogonal:
         self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """Draw A and B; there are no scores."""
+        (out_features, in_features), device = weight.shape, weight.device
 
         def factors(rank: int) -> LoraFactors:
-            out_features, in_features = weight.shape
             basis = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
             lora_A = (torch.randn(in_features, rank // 2, generator=generator) @ basis[0::2]).mT / 10
             lora_B = torch.randn(out_features, rank // 2, generator=generator) @ basis[1::2] / 10
-            return LoraFactors(lora_A.contiguous().to(weight.device), lora_B.to(weight.device))
+            return LoraFactors(lora_A.contiguous().to(device), lora_B.to(device))
 
         return Solution(None, factors)

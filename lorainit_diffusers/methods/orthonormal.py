@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, zeros_like_output
+from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, zeros_of_output
 from lorainit_diffusers.statistics import Statistic
 
 
@@ -31,12 +31,13 @@ class Orthonormal:
         self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """Draw A; there are no scores."""
+        in_features, device, zeros = weight.shape[1], weight.device, zeros_of_output(weight)
 
         def factors(rank: int) -> LoraFactors:
-            gaussian = torch.randn(weight.shape[1], rank, generator=generator, dtype=torch.float64)
+            gaussian = torch.randn(in_features, rank, generator=generator, dtype=torch.float64)
             basis, triangular = torch.linalg.qr(gaussian)
             # Fixing the signs that QR leaves open makes the draw uniform (Mezzadri 2007, arXiv:math-ph/0609050).
             lora_A = (basis * triangular.diagonal().sign()).mT.float().contiguous()
-            return LoraFactors(lora_A.to(weight.device), zeros_like_output(weight, rank))
+            return LoraFactors(lora_A.to(device), zeros(rank))
 
         return Solution(None, factors)

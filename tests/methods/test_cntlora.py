@@ -281,12 +281,12 @@ def test_measured_alignment_of_a_large_layer_keeps_its_digits():
     for part in (statistic.inputs, statistic.reference):
         moment = part.second_moment().double()
         moments.append(moment + 0.1 * moment.diagonal().mean() * torch.eye(features, dtype=torch.float64))
-    values, vectors = statistic.inputs.eigh(centered=False)
-    assert values.dtype == torch.float32
-    ridged_values = (values + 0.1 * values.mean()).sqrt()
+    basis, reference = (part.eigenbasis(centered=False) for part in (statistic.inputs, statistic.reference))
+    assert basis.values.dtype == torch.float32
+    ridged_root = (basis.values + 0.1 * basis.values.mean()).sqrt()
     method = CNTLoRA(constraint="alignment", pretraining="measured")
-    change = method._transport_minus_one(ridged_values, vectors, statistic.reference).double()
-    transport = vectors.double() @ change @ vectors.double().mT + torch.eye(features, dtype=torch.float64)
+    change = method._transported_minus_self(torch.eye(features), ridged_root, basis, reference).double()
+    transport = basis.vectors.double() @ change @ basis.vectors.double().mT + torch.eye(features, dtype=torch.float64)
     # The float32 eigenvectors of S alone cost 1e-3; a float32 matrix square root in the middle would cost 4e-2.
     assert relative_error(transport, transport_of(*moments)) < 5e-3
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorainit_diffusers.initialize import make_method
 from lorainit_diffusers.methods import METHODS, LoraFactors
+from lorainit_diffusers.statistics import SecondMoment, SketchedSecondMoment
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
 RANK = 4
@@ -270,6 +271,59 @@ def test_the_split_of_the_rows_into_batches_does_not_matter(name, options):
         assert relative_error(factors.lora_A.mT @ factors.lora_A, expected.lora_A.mT @ expected.lora_A) < 1e-4
         if bool(expected.lora_B.any()):
             assert relative_error(product(factors), product(expected)) < 1e-4
+
+
+def sketch_and_model(moment: SecondMoment) -> tuple[SketchedSecondMoment, SecondMoment]:
+    """A sketch, and the exact statistic of what the sketch stands for, written out in float64."""
+    sketch = moment.sketched(12)
+    values, vectors = (part.double() for part in sketch.eigh(centered=False))
+    features = moment.features
+    rest = (sketch.trace(centered=False) - float(values.sum())) / (features - 12)
+    identity = torch.eye(features, dtype=torch.float64)
+    dense = vectors * values @ vectors.mT + rest * (identity - vectors @ vectors.mT)
+    model = SecondMoment(features)
+    model.load_state_dict(
+        {
+            "num_rows": torch.tensor(moment.num_rows),
+            "mean": torch.zeros(features, dtype=torch.float64),
+            "scatter": dense * moment.num_rows,
+        }
+    )
+    return sketch, model
+
+
+@EVERY_VARIANT_OF_INPUTS
+def test_a_sketch_is_solved_as_the_moment_that_it_stands_for(fill, name, options):
+    """The leading eigenpairs and an even rest, never formed, give what the dense matrix gives."""
+    if options.get("sketch_columns"):
+        return
+    shape = (20, 24)
+    rows = rows_with_spectrum(100, [0.85**index for index in range(24)])
+    rows = torch.cat([rows, -rows])  # no mean: centred and uncentred moments are then completed alike
+    observed = observations(name, shape, rows, options)
+    if options.get("pretraining") == "measured":
+        observed = (rows, torch.cat([observed[1], -observed[1]]))
+    method = make_method(name, options)
+    statistic = method.statistic(shape[1], shape[0], RANK)
+    fill(statistic, observed)
+    if isinstance(statistic, SecondMoment):
+        pair = sketch_and_model(statistic)
+    else:  # two parts, of which moments are sketched
+        parts = {key: getattr(statistic, key) for key in vars(statistic)}
+        both = {
+            k: sketch_and_model(part) if isinstance(part, SecondMoment) else (part, part) for k, part in parts.items()
+        }
+        pair = tuple(type(statistic)(**{key: two[index] for key, two in both.items()}) for index in range(2))
+    sketched, dense = (
+        method.solve(draw_weight(*shape), part, RANK, scaling=0.5, generator=torch.Generator()) for part in pair
+    )
+    torch.testing.assert_close(sketched.scores[:RANK], dense.scores[:RANK], rtol=1e-4, atol=1e-6, check_dtype=False)
+    for rank in (2, RANK):
+        found, expected = sketched.factors(rank), dense.factors(rank)
+        assert_valid(found, shape, rank)
+        assert relative_error(found.lora_A.mT @ found.lora_A, expected.lora_A.mT @ expected.lora_A) < 1e-4
+        if bool(expected.lora_B.any()):
+            assert relative_error(product(found), product(expected)) < 1e-4
 
 
 def test_unknown_names_and_options_list_the_known_ones():
