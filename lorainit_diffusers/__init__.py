@@ -7,8 +7,11 @@ from lorainit_diffusers.adapters import (
     adapters_disabled,
     discarded_energy,
     load_adapter_state_dict,
+    load_lora,
     save_diffusers_lora,
     save_kohya_lora,
+    save_merged,
+    save_peft_lora,
     trainable_parameters,
 )
 from lorainit_diffusers.checkpoint_hooks import register_checkpoint_hooks
@@ -29,9 +32,12 @@ __all__ = [
     "discarded_energy",
     "initialize",
     "load_adapter_state_dict",
+    "load_lora",
     "make_method",
     "register_checkpoint_hooks",
     "save_diffusers_lora",
     "save_kohya_lora",
+    "save_merged",
+    "save_peft_lora",
     "trainable_parameters",
 ]

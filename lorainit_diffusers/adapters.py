@@ -18,6 +18,7 @@ that as it is. With a twin the sum would no longer have this form, so DoRA and t
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -29,20 +30,30 @@ from statistics import mode
 from typing import Any, cast
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorainit_diffusers import kohya
 from lorainit_diffusers.linalg import SVD, product_svd
 from lorainit_diffusers.methods.base import LoraFactors
+from lorainit_diffusers.quantized import is_packed, undo_cpu_packing
 
 OFFSET_SUFFIX = "_offset"
+# The weight of bitsandbytes' 4-bit layers, by name: the package is optional.
+PACKED_PARAMETER = "Params4bit"
 # Where diffusers looks for the LoraConfig of a file, and where we say how it was made.
 DIFFUSERS_METADATA_KEY = "lora_adapter_metadata"
 PROVENANCE_KEY = "lorainit_diffusers"
+DIFFUSERS_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+# The two files of a folder that PEFT loads, and what it puts before the layers' names.
+PEFT_WEIGHT_NAME = "adapter_model.safetensors"
+PEFT_CONFIG_NAME = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,8 @@ def target_layers(
         adapter_name: of the adapter that the module may carry.
 
     Raises:
-        ValueError: nothing matches, or something matches that is no linear layer (names it).
+        ValueError: nothing matches, or something matches that is no linear layer, or a quantised one of another kind
+            than bitsandbytes' 4 bits (names it).
     """
     adapted = lora_layers(module, adapter_name)
     if adapted:
@@ -169,6 +181,11 @@ def target_layers(
                 f"layer {name!r} is a {type(layer).__name__}; only linear layers are supported: "
                 "make the target module names more specific"
             )
+        if is_packed(layer) and type(layer.weight).__name__ != PACKED_PARAMETER:
+            raise ValueError(
+                f"layer {name!r} is a {type(layer).__name__}, whose packed weight cannot be read: load the base "
+                "unquantised, or in bitsandbytes' 4 bits"
+            )
     if not candidates:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in unwrap(module).named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(
@@ -176,6 +193,12 @@ def target_layers(
             f"its linear layers end in {', '.join(linear[:12])}"
         )
     return {name: layer for name, layer in candidates.items() if isinstance(layer, nn.Linear)}
+
+
+def base_weight(layer: nn.Linear) -> Tensor:
+    """(out_features, in_features) float32 weight of a base layer, not to be written; dequantised where it is packed."""
+    undo_cpu_packing(layer)
+    return cast("Tensor", dequantize_module_weight(layer)).detach().float()
 
 
 def _matches(name: str, target_modules: Sequence[str] | str) -> bool:
@@ -320,8 +343,7 @@ def _set_magnitude(layer: LoraLayer, adapter_name: str, value: Tensor | None) ->
     """DoRA's magnitude becomes this, or the row norms of the base weight (never of W + B A, whatever was there)."""
     if value is None:
         # What PEFT divides by when B A = 0, bit for bit, on the same device: step 0 is exactly the base model.
-        weight = cast("Tensor", dequantize_module_weight(layer.get_base_layer()))
-        initial: Tensor = torch.linalg.norm(weight.detach().float(), dim=1)
+        initial: Tensor = torch.linalg.norm(base_weight(cast("nn.Linear", layer.get_base_layer())), dim=1)
     else:
         initial = value.detach().to(device=_device(layer), dtype=torch.float32)
     holder = layer.lora_magnitude_vector[adapter_name]
@@ -598,7 +620,7 @@ def save_diffusers_lora(
     modules: Mapping[str, nn.Module],
     directory: str | Path,
     *,
-    weight_name: str = "pytorch_lora_weights.safetensors",
+    weight_name: str = DIFFUSERS_WEIGHT_NAME,
     adapter_name: str = "default",
     export_rank: int | None = None,
     pad_rank: int | None = None,
@@ -635,32 +657,292 @@ def save_diffusers_lora(
                 # transformers 5 needs the parameter's full name, and ignores the short one that PEFT writes.
                 suffix = "lora_magnitude_vector.weight" if text_encoder else "lora_magnitude_vector"
                 tensors[f"{key}.{suffix}"] = magnitudes[name]
-        ranks = {name: factors.lora_A.shape[0] for name, factors in exported.items()}
-        common = mode(ranks.values())
         # transformers 5 has flattened CLIP: patterns without "text_model." match both layouts as name endings. Others
         # are anchored, because PEFT matches unanchored keys as endings of any name.
-        names = {name: name.removeprefix("text_model.") for name in ranks} if text_encoder else {n: n for n in ranks}
-        anchor = "" if text_encoder else "^"
-        pattern = {f"{anchor}{names[name]}": rank for name, rank in ranks.items() if rank != common}
-        # Exactly the fields that every PEFT release knows; above all no init_lora_weights that would run an
-        # initialisation on the base of whoever loads the file.
-        config = {
-            "r": common,
-            "lora_alpha": common,
-            "rank_pattern": pattern,
-            "alpha_pattern": pattern,
-            "target_modules": sorted(names.values()),
-            "init_lora_weights": True,
-            **({"use_dora": True} if magnitudes else {}),
-        }
+        names = {name: name.removeprefix("text_model.") if text_encoder else name for name in exported}
+        ranks = {f"{'' if text_encoder else '^'}{names[name]}": f.lora_A.shape[0] for name, f in exported.items()}
+        config = _minimal_config(ranks, sorted(names.values()), use_dora=bool(magnitudes))
         metadata |= {f"{component}.{key}": value for key, value in config.items()}
-    blobs = {"format": "pt", DIFFUSERS_METADATA_KEY: json.dumps(metadata, sort_keys=True)}
-    if provenance is not None:
-        blobs[PROVENANCE_KEY] = json.dumps(provenance, sort_keys=True)
+    blobs = {**_file_metadata(provenance), DIFFUSERS_METADATA_KEY: json.dumps(metadata, sort_keys=True)}
     path = Path(directory) / weight_name
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata=blobs)
     return path
+
+
+def _minimal_config(ranks: Mapping[str, int], target_modules: Sequence[str] | str, use_dora: bool) -> dict[str, Any]:
+    """A file's LoRA configuration, by the patterns of its layers' names: alpha is the rank in every layer.
+
+    Exactly the fields that every PEFT release knows; above all no ``init_lora_weights`` that would run an
+    initialisation on the base of whoever loads the file.
+    """
+    common = mode(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != common}
+    return {
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": target_modules,
+        "init_lora_weights": True,
+        **({"use_dora": True} if use_dora else {}),
+    }
+
+
+def save_peft_lora(
+    module: nn.Module,
+    directory: str | Path,
+    *,
+    base_model: str | None = None,
+    adapter_name: str = "default",
+    export_rank: int | None = None,
+    pad_rank: int | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a folder that PEFT's ``PeftModel.from_pretrained(base, directory)`` loads, exactly, on the original base.
+
+    For models whose pipelines have no ``load_lora_weights`` (DiT, PixArt), and for those that have no pipeline;
+    :func:`load_lora` reads it as well.
+
+    Args:
+        module: adapted.
+        directory: created when missing; gets ``adapter_config.json`` and ``adapter_model.safetensors``.
+        base_model: folder or hub name of the base, for the configuration.
+        adapter_name: which adapter.
+        export_rank: compress layers of a larger rank, as in :func:`exported_factors`.
+        pad_rank: zero-pad every layer to this rank.
+        provenance: how the file was made; JSON under a metadata key of our own, which loaders ignore.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: as for :func:`save_diffusers_lora`.
+    """
+    exported = exported_factors(module, adapter_name, export_rank=export_rank, pad_rank=pad_rank)
+    magnitudes = _exported_magnitudes(module, adapter_name)
+    tensors = {f"{PEFT_PREFIX}{name}.lora_A.weight": factors.lora_A for name, factors in exported.items()}
+    tensors |= {f"{PEFT_PREFIX}{name}.lora_B.weight": factors.lora_B for name, factors in exported.items()}
+    tensors |= {f"{PEFT_PREFIX}{name}.lora_magnitude_vector": magnitude for name, magnitude in magnitudes.items()}
+    ranks = {f"^{re.escape(name)}": factors.lora_A.shape[0] for name, factors in exported.items()}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        **_minimal_config(ranks, _exactly(exported), use_dora=bool(magnitudes)),
+    }
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / PEFT_WEIGHT_NAME, metadata=_file_metadata(provenance))
+    (directory / PEFT_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return directory
+
+
+def _file_metadata(provenance: Mapping[str, Any] | None) -> dict[str, str]:
+    blobs = {"format": "pt"}
+    if provenance is not None:
+        blobs[PROVENANCE_KEY] = json.dumps(provenance, sort_keys=True)
+    return blobs
+
+
+def load_lora(
+    module: nn.Module, path: str | Path, *, component: str | None = None, adapter_name: str = "default"
+) -> None:
+    """Put a saved LoRA into a model in place, so that its pipeline uses it.
+
+    ::
+
+        pipeline = DiTPipeline.from_pretrained("facebook/DiT-XL-2-256")
+        load_lora(pipeline.transformer, "outputs/dit-lora")
+
+    It is an active adapter afterwards; the base weights are untouched and frozen, and run alone in
+    :func:`adapters_disabled`. Only safetensors files are read.
+
+    Args:
+        module: the base model (a pipeline's transformer or UNet, say) that the LoRA was made for.
+        path: what :func:`save_peft_lora` or :func:`save_diffusers_lora` wrote: the folder, or the file in it.
+        component: which component's layers to take from a file in the diffusers format (``"transformer"``,
+            ``"unet"``, ...); needed only if it holds several.
+        adapter_name: PEFT's name for the adapter, which the module must not carry yet.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder that holds neither format.
+        ValueError: the module carries such an adapter already; the file lacks the component, or holds something other
+            than a LoRA; a layer that the module does not have, or of another shape.
+    """
+    if existing_adapter(module, adapter_name) is not None:
+        raise ValueError(
+            f"{type(module).__name__} already carries an adapter {adapter_name!r}; load into a fresh base, or give "
+            "another adapter_name"
+        )
+    file = _lora_file(Path(path))
+    with safe_open(file, framework="pt") as opened:
+        keys, metadata = list(opened.keys()), opened.metadata() or {}
+        if all(key.startswith(PEFT_PREFIX) for key in keys):
+            prefix, config = PEFT_PREFIX, _peft_config(file)
+        else:
+            component = _component(file, keys, component)
+            prefix, config = f"{component}.", {}
+            for key, value in json.loads(metadata.get(DIFFUSERS_METADATA_KEY, "{}")).items():
+                if key.startswith(prefix):
+                    config[key.removeprefix(prefix)] = value
+        tensors = {key.removeprefix(prefix): opened.get_tensor(key) for key in keys if key.startswith(prefix)}
+    entries: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        layer, found, entry = key.rpartition(".lora_")
+        entry = entry.removesuffix(".weight")
+        if not found or entry not in ("A", "B", "magnitude_vector"):
+            raise ValueError(f"{str(file)!r} holds {key!r}, which is no part of a LoRA of linear layers")
+        entries.setdefault(layer, {})[entry] = value
+    linear = {
+        name: layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+        for name, layer in unwrap(module).named_modules()
+        if isinstance(layer, (nn.Linear, LoraLayer))
+    }
+    weights: dict[str, AdapterWeights] = {}
+    for saved_name, entry in entries.items():
+        # transformers 5 has flattened CLIP, whose layers files nest under "text_model."
+        name = saved_name if saved_name in linear else saved_name.removeprefix("text_model.")
+        layer = linear.get(name)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"{str(file)!r} adapts layer {saved_name!r}, but {type(unwrap(module)).__name__} has no such linear "
+                "layer; load it into the model that it was trained on"
+            )
+        if "A" not in entry or "B" not in entry:
+            raise ValueError(f"{str(file)!r} holds only part of the LoRA of layer {saved_name!r}; save it again")
+        rows, columns = entry["B"].shape[0], entry["A"].shape[1]
+        if (rows, columns) != (layer.out_features, layer.in_features):
+            raise ValueError(
+                f"the LoRA of layer {saved_name!r} in {str(file)!r} is for a weight of shape ({rows}, {columns}), but "
+                f"that of {type(unwrap(module)).__name__} has ({layer.out_features}, {layer.in_features}); load it "
+                "into the model that it was trained on"
+            )
+        weights[name] = AdapterWeights(
+            LoraFactors(entry["A"], entry["B"]),
+            scaling=_saved_scaling(config, saved_name, rank=entry["A"].shape[0]),
+            magnitude=entry.get("magnitude_vector"),
+        )
+    if not weights:
+        raise ValueError(f"{str(file)!r} holds no LoRA layers; save it again")
+    attach(module, weights, adapter_name=adapter_name, use_dora=any(w.magnitude is not None for w in weights.values()))
+
+
+def _lora_file(path: Path) -> Path:
+    """The weights in a folder, or the file itself."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{str(path)!r} is no safetensors file, and no other format is read")
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no LoRA at {str(path)!r}; give the folder that a run wrote, or a file in it")
+    for file in (path / PEFT_WEIGHT_NAME, path / DIFFUSERS_WEIGHT_NAME):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        f"folder {str(path)!r} holds neither {PEFT_WEIGHT_NAME} nor {DIFFUSERS_WEIGHT_NAME}; give the folder that a "
+        "run wrote, or the file in it"
+    )
+
+
+def _peft_config(file: Path) -> dict[str, Any]:
+    path = file.parent / PEFT_CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{PEFT_CONFIG_NAME} is missing beside {str(file)!r}: it says how the LoRA is scaled")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _component(file: Path, keys: Iterable[str], component: str | None) -> str:
+    """The component to take from a file in the diffusers format."""
+    found = sorted({key.partition(".")[0] for key in keys})
+    if any(name.startswith("lora_") for name in found):
+        raise ValueError(f"{str(file)!r} is in kohya's format; give the file in the diffusers format instead")
+    if component is None and len(found) == 1:
+        return found[0]
+    if component not in found:
+        remedy = "say which one with component" if component is None else f"there is no {component!r}"
+        raise ValueError(f"{str(file)!r} holds LoRAs of {', '.join(found)}: {remedy}")
+    return component
+
+
+def _saved_scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """What multiplies B A by the file's configuration; 1 without one, and in all files that are written here."""
+    if "lora_alpha" not in config:
+        return 1.0
+    patterns = cast("Mapping[str, float]", config.get("alpha_pattern") or {})
+    matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", name))  # as PEFT does it
+    alpha = float(next(matching, config["lora_alpha"]))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def save_merged(
+    module: nn.Module,
+    directory: str | Path,
+    *,
+    adapter_name: str = "default",
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write the whole model with the LoRA merged into its weights, as ``save_pretrained`` would without adapters.
+
+    ``type(base).from_pretrained(directory)`` loads it, without PEFT. The weights are computed in float32 and rounded to
+    the base's dtype, one layer at a time; the module stays as it is. Other adapters are left out.
+
+    Args:
+        module: adapted model of diffusers or transformers.
+        directory: created when missing; gets ``config.json`` and the safetensors weights.
+        adapter_name: which adapter.
+        max_shard_size: largest size of one file, as in ``save_pretrained``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the module carries no such adapter, its base is quantised, or it is of neither library.
+    """
+    merged = adapter_weights(module, adapter_name)
+    inner = unwrap(module)
+    kind = type(inner).__name__
+    for name, layer in lora_layers(module, adapter_name).items():
+        weight = layer.get_base_layer().weight
+        if getattr(inner, "hf_quantizer", None) is not None or not cast("Tensor", weight).is_floating_point():
+            raise ValueError(
+                f"layer {name!r} of {kind} is quantised, and a LoRA cannot be merged into it; save the LoRA, load it "
+                "with load_lora into the base in bfloat16, and merge it there"
+            )
+    is_diffusers = hasattr(inner, "save_config")
+    if not is_diffusers and not hasattr(getattr(inner, "config", None), "save_pretrained"):
+        raise ValueError(f"{kind} is a model of neither diffusers nor transformers, which say how to save it")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if is_diffusers:
+        cast(Any, inner).save_config(directory)
+    else:
+        config = copy.deepcopy(cast(Any, inner).config)
+        config.architectures = [kind]
+        config.save_pretrained(directory)
+    adapted = {name: layer for name, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
+    state: dict[str, Tensor] = {}
+    for key, value in inner.state_dict().items():
+        if key.rpartition(".lora_")[0] in adapted:
+            continue
+        name, found, entry = key.rpartition(".base_layer.")
+        if found and entry == "weight" and name in merged:
+            value = _merged_weight(value, merged[name])
+        state[f"{name}.{entry}" if found else key] = value
+    pattern = "diffusion_pytorch_model{suffix}.safetensors" if is_diffusers else "model{suffix}.safetensors"
+    save_torch_state_dict(state, directory, filename_pattern=pattern, max_shard_size=max_shard_size)
+    return directory
+
+
+def _merged_weight(weight: Tensor, adapter: AdapterWeights) -> Tensor:
+    """The weight that a layer with this adapter acts as, in its own dtype, on the CPU."""
+    delta = adapter.factors.lora_B.float() @ adapter.factors.lora_A.float()
+    if adapter.offset is not None:
+        delta -= adapter.offset.lora_B.float() @ adapter.offset.lora_A.float()
+    merged = weight.detach().float() + adapter.scaling * delta
+    if adapter.magnitude is not None:
+        merged *= (adapter.magnitude.float() / torch.linalg.norm(merged, dim=1))[:, None]
+    return merged.to(weight.dtype).cpu()
 
 
 def save_kohya_lora(

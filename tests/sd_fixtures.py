@@ -22,8 +22,8 @@ VOCABULARY = [*TOKENS, *(token + "</w>" for token in TOKENS), "<|startoftext|>",
 
 def write_random_sd(folder: Path, prediction_type: str = "epsilon") -> None:
     """Write a random Stable Diffusion pipeline in the diffusers layout."""
-    _write_tokenizer(folder / "tokenizer")
-    CLIPTextModel(_text_config(hidden_size=16, num_hidden_layers=2)).save_pretrained(folder / "text_encoder")
+    write_tokenizer(folder / "tokenizer")
+    CLIPTextModel(text_config(hidden_size=16, num_hidden_layers=2)).save_pretrained(folder / "text_encoder")
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -66,11 +66,11 @@ def write_random_sdxl(folder: Path, prediction_type: str = "epsilon", force_zero
 
     As in the published base, the second tokenizer pads with another token than the first, and the scheduler is Euler's.
     """
-    _write_tokenizer(folder / "tokenizer")
-    _write_tokenizer(folder / "tokenizer_2", pad_token="!")
-    CLIPTextModel(_text_config(hidden_size=16, num_hidden_layers=3)).save_pretrained(folder / "text_encoder")
-    text_config = _text_config(hidden_size=24, num_hidden_layers=4, projection_dim=12)
-    CLIPTextModelWithProjection(text_config).save_pretrained(folder / "text_encoder_2")
+    write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer_2", pad_token="!")
+    CLIPTextModel(text_config(hidden_size=16, num_hidden_layers=3)).save_pretrained(folder / "text_encoder")
+    second_config = text_config(hidden_size=24, num_hidden_layers=4, projection_dim=12)
+    CLIPTextModelWithProjection(second_config).save_pretrained(folder / "text_encoder_2")
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -112,8 +112,8 @@ def write_random_sdxl(folder: Path, prediction_type: str = "epsilon", force_zero
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def write_random_vae(folder: Path, latent_channels: int = 4) -> None:
-    """Write a random autoencoder: 4 pixels a latent."""
+def write_random_vae(folder: Path, latent_channels: int = 4, **config: float) -> None:
+    """Write a random autoencoder: 4 pixels a latent; `config` has its scaling and shift."""
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -121,11 +121,13 @@ def write_random_vae(folder: Path, latent_channels: int = 4) -> None:
         latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=32,
+        **config,
     )
     vae.save_pretrained(folder)
 
 
-def _write_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> None:
+def write_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> None:
+    """Write a CLIP tokenizer of single characters, 12 tokens long."""
     folder.mkdir(parents=True)
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
@@ -135,7 +137,8 @@ def _write_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> None:
     CLIPTokenizer.from_pretrained(str(folder))
 
 
-def _text_config(hidden_size: int, num_hidden_layers: int, projection_dim: int = 512) -> CLIPTextConfig:
+def text_config(hidden_size: int, num_hidden_layers: int, projection_dim: int = 512) -> CLIPTextConfig:
+    """Configuration of a CLIP text encoder for it."""
     return CLIPTextConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=hidden_size,

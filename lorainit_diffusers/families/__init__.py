@@ -1,9 +1,41 @@
 """Model families: what one training step is, for each kind of model.
 
 Each family is imported from its own file, so that the library's core does not load every kind of pipeline:
-`from lorainit_diffusers.families.sd import StableDiffusionFamily`.
+`from lorainit_diffusers.families.sd import StableDiffusionFamily`, or `family_class("sd")`.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 from lorainit_diffusers.families.base import ModelFamily, StepRecord, UniformDraws
 
-__all__ = ["ModelFamily", "StepRecord", "UniformDraws"]
+if TYPE_CHECKING:
+    from lorainit_diffusers.families.text_to_image import TextToImageFamily
+
+# The text-to-image families by their short names: file and class.
+TEXT_TO_IMAGE_FAMILIES = {
+    "sd": ("sd", "StableDiffusionFamily"),
+    "sdxl": ("sdxl", "StableDiffusionXLFamily"),
+    "sd3": ("sd3", "StableDiffusion3Family"),
+    "flux": ("flux", "FluxFamily"),
+    "pixart": ("pixart", "PixArtFamily"),
+    "dit": ("pixart", "DiTFamily"),
+    "lumina2": ("lumina2", "Lumina2Family"),
+}
+
+
+def family_class(name: str) -> type[TextToImageFamily]:
+    """The family of a short name, imported now.
+
+    Raises:
+        ValueError: for an unknown name (lists the known ones).
+    """
+    if name not in TEXT_TO_IMAGE_FAMILIES:
+        raise ValueError(f"unknown family {name!r}; known: {', '.join(TEXT_TO_IMAGE_FAMILIES)}")
+    module, kind = TEXT_TO_IMAGE_FAMILIES[name]
+    return getattr(importlib.import_module(f"lorainit_diffusers.families.{module}"), kind)
+
+
+__all__ = ["TEXT_TO_IMAGE_FAMILIES", "ModelFamily", "StepRecord", "UniformDraws", "family_class"]

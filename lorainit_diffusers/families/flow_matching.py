@@ -102,16 +102,3 @@ class FlowMatchingFamily(TextToImageFamily):
         if self.weighting_scheme == "cosmap":
             return 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
         return None
-
-    def _check_channels(self, channels: int) -> None:
-        """See that the VAE's latents are what the transformer takes.
-
-        Raises:
-            ValueError: when they are not.
-        """
-        latent_channels = int(cast(Any, self.vae.config)["latent_channels"])
-        if channels != latent_channels:
-            raise ValueError(
-                f"the transformer takes {channels} latent channels but the VAE makes {latent_channels}: an inpainting "
-                "or image-conditioned base is not supported, take a text-to-image one (and a VAE that fits it)"
-            )

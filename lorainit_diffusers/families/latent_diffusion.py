@@ -48,17 +48,13 @@ class LatentDiffusionFamily(DenoisingFamily):
     DENOISER_CLASS: ClassVar[type[nn.Module]] = UNet2DConditionModel
     TARGETS: ClassVar[tuple[str, ...]] = UNET_TARGETS
     OPTIONS: ClassVar[tuple[str, ...]] = (*DenoisingFamily.OPTIONS, "clip_skip")
+    EXPORTS: ClassVar[tuple[str, ...]] = ("diffusers", "kohya")
     # Which hidden state of a text encoder conditions the UNet when no `clip_skip` moves it further to the front.
     HIDDEN_STATE: ClassVar[int]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        channels, latent_channels = self.unet.config["in_channels"], self.vae.config["latent_channels"]
-        if channels != latent_channels:
-            raise ValueError(
-                f"the UNet takes {channels} channels but the VAE makes {latent_channels}: an inpainting or "
-                "image-conditioned base is not supported, take a text-to-image one (and a VAE that fits it)"
-            )
+        self._check_channels(int(self.unet.config["in_channels"]))
         if self.clip_skip is not None:
             for component in self.TEXT_ENCODERS:
                 limit = self._num_layers(component) + self.HIDDEN_STATE

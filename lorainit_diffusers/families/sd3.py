@@ -4,7 +4,8 @@
     batch = {"pixel_values": images, **family.caption_inputs(captions)}
     family.loss(batch, torch.Generator().manual_seed(0)).backward()
 
-The loss is that of diffusers' SD3 examples (Esser et al. 2024, arXiv:2403.03206); see `families/flow_matching.py`.
+The loss is that of diffusers' SD3 examples with `--precondition_outputs 0` (Esser et al. 2024, arXiv:2403.03206); see
+`families/flow_matching.py`. Their default compares denoised latents instead, which weighs a sample by sigma squared.
 """
 
 from __future__ import annotations

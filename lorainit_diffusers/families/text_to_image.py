@@ -2,8 +2,8 @@
 
 A training step is one template, `TextToImageFamily.loss`: latents, noise, a level of noise, captions, prediction, mean
 square. What differs between families is filled in at three places: how noise is added and what the target is
-(`_add_noise`: `families/ddpm.py` and `families/flow_matching.py`), how captions become conditioning (`_encode`), and how
-the denoiser is called (`_predict`).
+(`_add_noise`: `families/ddpm.py` and `families/flow_matching.py`), how captions become conditioning (`_encode`), and
+how the denoiser is called (`_predict`).
 """
 
 from __future__ import annotations
@@ -108,6 +108,9 @@ class TextToImageFamily(_Parts, ABC):
     EMBEDS: ClassVar[tuple[str, ...]]
     # Options of `from_pretrained` beyond the common ones, by the scripts' names.
     OPTIONS: ClassVar[tuple[str, ...]] = ()
+    # Formats that a LoRA is saved in: what the pipelines load (`diffusers`), kohya's names (`kohya`), or PEFT's
+    # files (`peft`) where they load nothing.
+    EXPORTS: ClassVar[tuple[str, ...]] = ("diffusers",)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.caption_dropout <= 1.0:
@@ -412,6 +415,10 @@ class TextToImageFamily(_Parts, ABC):
         sample_size = self.denoiser.config["sample_size"]
         return (sample_size if isinstance(sample_size, int) else min(sample_size)) * self.vae_scale_factor
 
+    def example_prompt(self, prompt: str | None) -> str:
+        """Source code of the pipeline's first argument, for model cards."""
+        return repr(prompt or "a prompt in the style of the captions")
+
     def default_targets(self, component: str) -> list[str]:
         """`TARGETS` of the denoiser, `q_proj k_proj v_proj out_proj` of CLIP text encoders.
 
@@ -536,9 +543,9 @@ class TextToImageFamily(_Parts, ABC):
         columns = self.caption_columns
         encoded, tokenized = (all(name in batch for name in names) for names in (self.EMBEDS, columns))
         if not (encoded or tokenized) or not ("latents" in batch or "pixel_values" in batch):
+            captions = " or ".join(dict.fromkeys([" and ".join(columns), " and ".join(self.EMBEDS)]))
             raise ValueError(
-                f"a batch needs {' and '.join(columns)} or {' and '.join(self.EMBEDS)}, and pixel_values or "
-                f"latents, got {', '.join(batch) or 'nothing'}"
+                f"a batch needs {captions}, and pixel_values or latents, got {', '.join(batch) or 'nothing'}"
             )
         if "latents" in batch:
             latents = batch["latents"].to(self.device, torch.float32)
@@ -654,7 +661,7 @@ class TextToImageFamily(_Parts, ABC):
 
     def _drop_captions(self, columns: Mapping[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
         """The columns of `caption_inputs` with the empty caption in the samples of `dropped`."""
-        empty = self._to_device(self.caption_inputs([""]))
+        empty = self._to_device(self._no_caption_inputs(1))
         return {name: torch.where(dropped[:, None], empty[name], values) for name, values in columns.items()}
 
     def _look_up(self, batch: Mapping[str, Tensor], dropped: Tensor | None) -> dict[str, Tensor]:
@@ -668,10 +675,27 @@ class TextToImageFamily(_Parts, ABC):
                 self._no_caption = self._cast(self._encode_no_caption(1))
         return self._no_caption
 
+    def _no_caption_inputs(self, count: int) -> dict[str, Tensor]:
+        """`caption_inputs` of what the pipeline takes for no caption."""
+        return self.caption_inputs([""] * count)
+
     def _encode_no_caption(self, count: int) -> dict[str, Tensor]:
         """What the pipeline takes for no caption: the empty one, without `clip_skip`."""
-        columns = self._to_device(self.caption_inputs([""] * count))
+        columns = self._to_device(self._no_caption_inputs(count))
         return self._encode(columns, torch.ones(count, dtype=torch.bool, device=self.device))
+
+    def _check_channels(self, channels: int) -> None:
+        """See that the VAE's latents are what the denoiser takes.
+
+        Raises:
+            ValueError: when they are not.
+        """
+        latent_channels = int(cast(Any, self.vae.config)["latent_channels"])
+        if channels != latent_channels:
+            raise ValueError(
+                f"the {self.DENOISER} takes {channels} channels but the VAE makes {latent_channels}: an inpainting or "
+                "image-conditioned base is not supported, take a text-to-image one (and a VAE that fits it)"
+            )
 
     def _num_layers(self, component: str) -> int:
         return int(cast(Any, self.text_encoders[component]).config.num_hidden_layers)

@@ -264,7 +264,7 @@ def test_another_vae(base: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cannot load the VAE '.*nowhere'"):
         load(base, vae_path=tmp_path / "nowhere")
     write_random_vae(tmp_path / "wide", latent_channels=8)
-    with pytest.raises(ValueError, match="the UNet takes 4 channels but the VAE makes 8"):
+    with pytest.raises(ValueError, match="the unet takes 4 channels but the VAE makes 8"):
         load(base, vae_path=tmp_path / "wide")
 
 

@@ -1,0 +1,494 @@
+"""What holds for every family of `FlowMatchingFamily`, on Stable Diffusion 3, Flux and Lumina 2."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from diffusers.training_utils import compute_loss_weighting_for_sd3
+from flow_fixtures import (
+    CAPTIONS,
+    Inputs,
+    assert_stock_loader_reproduces,
+    load,
+    load_stock,
+    make_batch,
+    pixel_difference,
+    seeded,
+    train_one_step,
+    write_base,
+)
+from sd_fixtures import write_random_vae
+from torch import Tensor, nn
+
+from lorainit_diffusers.families import TEXT_TO_IMAGE_FAMILIES, ModelFamily, family_class
+from lorainit_diffusers.families.flow_matching import WEIGHTING_SCHEMES, FlowMatchingFamily
+from lorainit_diffusers.families.text_to_image import SCRIPTS
+from lorainit_diffusers.initialize import initialize
+
+KINDS = ["sd3", "flux", "lumina2"]
+SHIFTS = {"sd3": 3.0, "flux": 1.0, "lumina2": 6.0}  # Flux's is dynamic, so that training knows none
+LOGIT_MEAN, LOGIT_STD, MODE_SCALE = 0.4, 0.8, 1.1
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: write_base(folder / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def base(kind: str, bases: dict[str, Path]) -> Path:
+    return bases[kind]
+
+
+@pytest.fixture(scope="module")
+def loaded(bases: dict[str, Path]) -> dict[str, FlowMatchingFamily]:
+    """One of each, for tests that change nothing in its modules: loading takes longer than they do."""
+    return {kind: load(bases[kind], kind) for kind in KINDS}
+
+
+@pytest.fixture
+def make(kind: str, loaded: dict[str, FlowMatchingFamily]) -> Callable[..., FlowMatchingFamily]:
+    """Options -> a family around the modules that all these tests share."""
+    return partial(replace, loaded[kind])
+
+
+# ---- the loss
+
+
+def density(scheme: str, uniform: float) -> float:
+    """Where in the table of noise levels a uniform number falls: section 3.1 of Esser et al., as diffusers has it."""
+    if scheme == "logit_normal":
+        return 1 / (1 + math.exp(-NormalDist(LOGIT_MEAN, LOGIT_STD).inv_cdf(uniform)))
+    if scheme == "mode":
+        return 1 - uniform - MODE_SCALE * (math.cos(math.pi * uniform / 2) ** 2 - 1 + uniform)
+    return uniform
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def no_caption(family: FlowMatchingFamily, stock: Any, kind: str) -> Tensor:
+    """(1, tokens, width): what the stock pipeline takes for no caption."""
+    tokens = {"max_sequence_length": family.max_sequence_length, "device": "cpu"}
+    if kind == "flux":  # no second pass without the caption: the empty one
+        return stock.encode_prompt("", "", **tokens)[0]
+    if kind == "sd3":
+        return stock.encode_prompt("a", "a", "a", **tokens)[1]
+    return stock.encode_prompt("a", **tokens)[2]
+
+
+def reference_prediction(
+    family: Any, kind: str, noisy: Tensor, sigmas: Tensor, batch: dict[str, Tensor]
+) -> tuple[Tensor, int]:
+    """The transformer's raw prediction and the sign of its target noise - data."""
+    if kind == "sd3":
+        clip = [
+            encoder(batch[column], output_hidden_states=True)
+            for encoder, column in ((family.text_encoder, "input_ids"), (family.text_encoder_2, "input_ids_2"))
+        ]
+        hidden = torch.cat([output.hidden_states[-2] for output in clip], dim=-1)
+        t5 = family.text_encoder_3(batch["input_ids_3"])[0]
+        padded = torch.zeros(*hidden.shape[:2], t5.shape[-1])
+        padded[..., : hidden.shape[-1]] = hidden
+        prediction = family.transformer(
+            hidden_states=noisy,
+            timestep=1000 * sigmas,
+            encoder_hidden_states=torch.cat([padded, t5], dim=1),
+            pooled_projections=torch.cat([output[0] for output in clip], dim=-1),
+            return_dict=False,
+        )[0]
+        return prediction, 1
+    if kind == "flux":
+        count, channels, height, width = noisy.shape
+        # a token holds the channels of a 2x2 patch, channels outermost; rows, then columns, are numbered
+        tokens = noisy.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(count, -1, 4 * channels)
+        rows, columns = height // 2, width // 2
+        ids = torch.tensor([[0.0, row, column] for row in range(rows) for column in range(columns)])
+        t5 = family.text_encoder_2(batch["input_ids_2"])[0]
+        prediction = family.transformer(
+            hidden_states=tokens,
+            timestep=sigmas,
+            guidance=torch.tensor([3.5]).expand(count),
+            pooled_projections=family.text_encoder(batch["input_ids"]).pooler_output,
+            encoder_hidden_states=t5,
+            txt_ids=torch.zeros(t5.shape[1], 3),
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+        patches = prediction.reshape(count, rows, columns, channels, 2, 2)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape), 1
+    hidden = family.text_encoder(
+        batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+    ).hidden_states[-2]
+    prediction = family.transformer(
+        hidden_states=noisy,
+        timestep=1 - sigmas,  # from noise to data
+        encoder_hidden_states=hidden,
+        encoder_attention_mask=batch["attention_mask"],
+        return_dict=False,
+    )[0]
+    return prediction, -1
+
+
+def reference_loss(family: Any, kind: str, batch: dict[str, Tensor], seed: int) -> Tensor:
+    """(batch,) losses of diffusers' example scripts, from their formulas, with the family's order of draws."""
+    generator = seeded(seed)
+    posterior = family.vae.encode(batch["pixel_values"]).latent_dist
+    sample = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+    latents = (sample - family.vae.config.shift_factor) * family.vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=generator)
+    uniform = torch.rand(len(latents), generator=generator, dtype=torch.float64)
+    table = shifted(torch.arange(1000, 0, -1) / 1000, SHIFTS[kind])
+    indices = [int(1000 * density(family.weighting_scheme, u)) for u in uniform.tolist()]
+    sigmas = table[torch.tensor(indices)]
+    broad = sigmas[:, None, None, None]
+    noisy = (1.0 - broad) * latents + broad * noise
+    prediction, sign = reference_prediction(family, kind, noisy, sigmas, batch)
+    weighting = compute_loss_weighting_for_sd3(weighting_scheme=family.weighting_scheme, sigmas=broad)
+    return (weighting * (prediction - sign * (noise - latents)) ** 2).mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("scheme", WEIGHTING_SCHEMES)
+def test_loss_is_the_one_of_diffusers_examples(kind: str, make: Callable[..., FlowMatchingFamily], scheme: str) -> None:
+    family = make(weighting_scheme=scheme, logit_mean=LOGIT_MEAN, logit_std=LOGIT_STD, mode_scale=MODE_SCALE)
+    batch = make_batch(family)
+    with torch.no_grad():
+        loss = family.loss(batch, seeded(3))
+        expected = reference_loss(family, kind, batch, 3)
+    torch.testing.assert_close(loss, expected.mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_usual_weighting_schemes(bases: dict[str, Path]) -> None:
+    usual = {kind: load(bases[kind], kind).weighting_scheme for kind in KINDS}
+    assert usual == {"sd3": "logit_normal", "flux": "none", "lumina2": "none"}
+
+
+@pytest.mark.parametrize("is_class", [[False, True, True], [False, False, False], [True, True, True]])
+def test_prior_preservation_weighs_the_class_images(
+    kind: str, make: Callable[..., FlowMatchingFamily], is_class: list[bool]
+) -> None:
+    family = make(weighting_scheme="none", prior_loss_weight=0.3)
+    mask = torch.tensor(is_class)
+    batch = {**make_batch(family), "is_class": mask}
+    with torch.no_grad():
+        loss = family.loss(batch, seeded(3))
+        losses = reference_loss(family, kind, batch, 3)
+    expected = losses[~mask].sum() / max(1, int((~mask).sum())) + 0.3 * losses[mask].sum() / max(1, int(mask.sum()))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_all_randomness_comes_from_the_generator(kind: str, make: Callable[..., FlowMatchingFamily]) -> None:
+    family = make(caption_dropout=0.5)
+    assert isinstance(family, ModelFamily)
+    batch = make_batch(family)
+    global_state = torch.get_rng_state()
+    with torch.no_grad():
+        first, again, other = (family.loss(batch, seeded(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), global_state)
+
+
+# ---- levels of noise
+
+
+@pytest.mark.parametrize("scheme", WEIGHTING_SCHEMES)
+def test_stratified_timesteps_take_one_quantile_each(
+    kind: str, make: Callable[..., FlowMatchingFamily], scheme: str
+) -> None:
+    family = make(weighting_scheme=scheme, logit_mean=LOGIT_MEAN, logit_std=LOGIT_STD, mode_scale=MODE_SCALE)
+    count = 40
+    latents = torch.zeros(count, 4, 4, 4)
+    drawn: list[Tensor] = []
+    with family.stratified_timesteps(count, seeded(1)):
+        for _ in range(2):  # the second round starts anew
+            drawn.append(family._add_noise(latents, latents, family._uniform.draw(count, seeded())).timesteps)
+    assert not torch.equal(drawn[0], drawn[1])
+    for timesteps in drawn:
+        assert not torch.equal(timesteps, timesteps.sort().values)
+        sigma = timesteps.double() / 1000
+        shift = SHIFTS[kind]
+        place = 1 - (sigma / (shift - (shift - 1) * sigma)).sort(descending=True).values  # in the unshifted table
+        edges = [density(scheme, min(max(bin / count, 1e-12), 1 - 1e-12)) for bin in range(count + 1)]
+        edges = torch.tensor(sorted(edges), dtype=torch.float64)
+        # within a bin, but for the table's steps
+        assert bool((place >= edges[:-1] - 1.1e-3).all())
+        assert bool((place <= edges[1:] + 1e-4).all())
+
+
+def test_table_is_not_touched_by_sampling(kind: str, make: Callable[..., FlowMatchingFamily]) -> None:
+    family = make()
+    before = family.noise_scheduler.sigmas.clone()
+    family.sample(["a cat"], [0], resolution=32, num_inference_steps=1)
+    assert torch.equal(family.noise_scheduler.sigmas, before)
+    assert len(before) == 1000
+
+
+# ---- captions
+
+
+def conditioning(family: FlowMatchingFamily, batch: dict[str, Tensor], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The loss, and the text tokens that the transformer gets for it."""
+    recorded = Inputs(family.denoiser)
+    with torch.no_grad():
+        loss = family.loss(batch, seeded(seed))
+    return loss, recorded.stop()[0]["encoder_hidden_states"]
+
+
+def encoded(family: FlowMatchingFamily, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"pixel_values": batch["pixel_values"], **family.embed_captions(CAPTIONS, batch_size=2)}
+
+
+def test_encoded_captions_give_the_same_loss(kind: str, make: Callable[..., FlowMatchingFamily]) -> None:
+    family = make()
+    batch = make_batch(family)
+    columns = encoded(family, batch)
+    assert set(columns) == {"pixel_values", *family.EMBEDS}
+    losses = [conditioning(family, either) for either in (batch, columns)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
+
+
+def test_caption_dropout_trains_on_the_pipelines_no_caption(
+    kind: str, base: Path, make: Callable[..., FlowMatchingFamily]
+) -> None:
+    family, stock = make(), load_stock(base, kind)
+    empty = no_caption(family, stock, kind)
+    batch = make_batch(family)
+    kept = conditioning(family, batch)[1]
+    for rate in (0.5, 1.0):
+        family.caption_dropout = rate
+        seen: list[list[bool]] = []
+        for columns in (batch, encoded(family, batch)):
+            tokens = conditioning(family, columns, seed=2)[1]
+            dropped = [torch.allclose(row, empty[0], atol=1e-5) for row in tokens]
+            for row, was_dropped, with_caption in zip(tokens, dropped, kept, strict=True):
+                torch.testing.assert_close(row, empty[0] if was_dropped else with_caption)
+            seen.append(dropped)
+        assert seen[0] == seen[1]
+        assert all(seen[0]) if rate == 1.0 else len(set(seen[0])) == 2
+
+
+def test_released_text_encoders(kind: str, base: Path) -> None:
+    family = load(base, kind, caption_dropout=0.5)
+    batch = make_batch(family)
+    columns = encoded(family, batch)
+    prompts = ["a cat", "the house", "a cat"]
+    options: dict[str, Any] = {"resolution": 32, "num_inference_steps": 2, "guidance_scale": 3.0}
+    with torch.no_grad():
+        loss = family.loss(columns, seeded())
+    images = family.sample(prompts, [0, 1, 2], **options)
+    encoders = [weakref.ref(encoder) for encoder in family.text_encoders.values()]
+    family.release_text_encoders(prompts)
+    gc.collect()
+    assert [encoder() for encoder in encoders] == [None] * len(encoders)
+    assert family.text_encoders == {}
+    assert all(getattr(family, component) is None for component in family.TEXT_ENCODERS)
+    again = family.sample(prompts, [0, 1, 2], **options)
+    assert [pixel_difference(*pair) for pair in zip(again, images, strict=True)] == [0, 0, 0]
+    with torch.no_grad():
+        assert torch.equal(family.loss(columns, seeded()), loss)
+    with pytest.raises(ValueError, match="prompt 'a dog' was not encoded"):
+        family.sample(["a cat", "a dog"], [0, 1], **options)
+
+
+def test_batch_without_captions_or_images_is_refused(kind: str, make: Callable[..., FlowMatchingFamily]) -> None:
+    family = make()
+    batch = make_batch(family)
+    for missing in (family.caption_columns[-1], "pixel_values"):
+        with pytest.raises(ValueError, match=r"a batch needs input_ids.* or prompt_embeds and .*and pixel_values or"):
+            family.loss({name: values for name, values in batch.items() if name != missing}, seeded())
+
+
+# ---- precision, devices, gradients
+
+
+def test_bfloat16_weights_keep_a_float32_loss_and_vae(kind: str, base: Path) -> None:
+    family = load(base, kind, weight_dtype=torch.bfloat16)
+    assert {p.dtype for p in family.vae.parameters()} == {torch.float32}
+    assert {p.dtype for p in family.denoiser.parameters()} == {torch.bfloat16}
+    batch = make_batch(family)
+    with torch.no_grad():
+        loss, reference = family.loss(batch, seeded()), load(base, kind).loss(batch, seeded())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, reference, rtol=0.1, atol=0.01)  # Flux's random output is large
+    columns = family.embed_captions(["a"])
+    assert columns["prompt_embeds"].dtype == torch.bfloat16
+    assert family.sample(["a cat"], [0], resolution=32, num_inference_steps=1)[0].size == (32, 32)
+
+
+def test_offloaded_modules_are_moved_for_their_use_only(kind: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, plain = load(base, kind, offload=True), load(base, kind)
+    moves: list[tuple[str, str]] = []
+    move = nn.Module.to
+
+    def record(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        moves.extend((name, str(args[0])) for name, part in family.modules.items() if part is module)
+        return move(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "to", record)
+    batch = make_batch(family)
+    with torch.no_grad():
+        assert torch.equal(family.loss(batch, seeded()), plain.loss(batch, seeded()))
+    monkeypatch.undo()
+    # to the denoiser's device and back, which are the same here
+    assert sorted(name for name, _ in moves) == sorted(["vae", *family.text_encoders] * 2)
+    image, expected = (each.sample(["a cat"], [0], resolution=32, num_inference_steps=1)[0] for each in (family, plain))
+    assert pixel_difference(image, expected) == 0
+
+
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_only_clip_encoders_get_gradients_and_on_request(kind: str, base: Path, train_text_encoder: bool) -> None:
+    trainable = {"sd3": ["text_encoder", "text_encoder_2"], "flux": ["text_encoder"], "lumina2": []}[kind]
+    if train_text_encoder and not trainable:
+        with pytest.raises(ValueError, match="Lumina 2 has no text encoder that can be trained"):
+            load(base, kind, train_text_encoder=True)
+        return
+    family = load(base, kind, train_text_encoder=train_text_encoder)
+    assert list(family.adapted) == ["transformer", *(trainable if train_text_encoder else [])]
+    assert list(family.trainable_text_encoders) == trainable
+    assert not any(p.requires_grad for module in family.modules.values() for p in module.parameters())
+    # those that are not trained are run without a graph; where some are, T5 stays frozen beside them
+    for module in (family.adapted if train_text_encoder else family.modules).values():
+        module.requires_grad_(True)
+    family.loss(make_batch(family), seeded()).backward()
+    for name, module in family.modules.items():
+        has_gradient = any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+        assert has_gradient == (name in family.adapted)
+    if train_text_encoder:
+        with pytest.raises(ValueError, match="captions cannot be encoded once"):
+            family.embed_captions(["a cat"])
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("found", SCRIPTS)
+def test_base_of_another_family_names_the_script_for_it(kind: str, found: str, tmp_path: Path) -> None:
+    index = {"_class_name": found, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    family = family_class(kind)
+    wanted = family.PIPELINES[0].__name__
+    if found == wanted:
+        family.check_base(str(tmp_path))
+        return
+    with pytest.raises(ValueError, match=rf"is a {found}, not a {wanted}; use {re.escape(SCRIPTS[found])} for it"):
+        family.check_base(str(tmp_path))
+
+
+def test_every_script_that_messages_name_takes_the_pipeline() -> None:
+    for pipeline, script in SCRIPTS.items():
+        name = script.rpartition("--family ")[2] if "--family" in script else re.findall("train_(.*)_lora", script)[0]
+        assert pipeline in [known.__name__ for known in family_class(name).PIPELINES]
+    named = set(SCRIPTS)
+    for name in TEXT_TO_IMAGE_FAMILIES:
+        assert named.issuperset(known.__name__ for known in family_class(name).PIPELINES)
+
+
+def test_unknown_pipelines_and_folders(kind: str, tmp_path: Path) -> None:
+    family = family_class(kind)
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        family.check_base(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
+        family.check_base(str(tmp_path))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AudioPipeline"}))
+    with pytest.raises(ValueError, match=r"is a AudioPipeline, not a .*; this family takes a"):
+        family.check_base(str(tmp_path))
+
+
+def test_scheduler_of_another_kind(kind: str, base: Path, tmp_path: Path) -> None:
+    index = json.loads((base / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for refuse in (family_class(kind).check_base, family_class(kind).from_pretrained):
+        with pytest.raises(ValueError, match=r"samples with DDIMScheduler: .* flow matching"):
+            refuse(str(tmp_path))
+
+
+def test_vae_that_does_not_fit(kind: str, base: Path, tmp_path: Path) -> None:
+    write_random_vae(tmp_path / "vae", latent_channels=8)
+    with pytest.raises(ValueError, match="takes 4 channels but the VAE makes 8"):
+        load(base, kind, vae_path=tmp_path / "vae")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("weighting_scheme", "min_snr", "weighting_scheme 'min_snr' is not one of none, logit_normal, mode"),
+        ("logit_std", 0.0, "logit_std must be positive, got 0.0"),
+        ("max_sequence_length", 0, "max_sequence_length must be at least 1, got 0"),
+        ("caption_dropout", 1.5, "caption_dropout is a probability, got 1.5"),
+        ("prior_loss_weight", -1.0, "prior_loss_weight must not be negative, got -1.0"),
+    ],
+)
+def test_options_out_of_range(
+    kind: str, make: Callable[..., FlowMatchingFamily], option: str, value: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**{option: value})
+
+
+def test_components_without_adapters(kind: str, make: Callable[..., FlowMatchingFamily]) -> None:
+    with pytest.raises(ValueError, match="has no component 'vae'; it has transformer"):
+        make().default_targets("vae")
+
+
+# ---- initialised, trained, saved, loaded
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("cntlora", {"variable_rank": True}),
+        ("eva", {"variable_rank": True}),
+        ("lora_ga", {}),
+        ("gradient_step", {"variable_rank": True}),
+        ("gaussian", {"use_rslora": True, "alpha": 3.0}),
+    ],
+)
+def test_trained_lora_loads_on_the_original_base(
+    kind: str, base: Path, method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    family = load(base, kind)
+    batches = [make_batch(family), make_batch(family, ["a hat", "the sun"])]
+    report = initialize(family, method, batches, rank=4, progress=False, **options)
+    ranks = {layer.rank for layer in report.layers.values()}
+    assert (len(ranks) > 1) == ("variable_rank" in options)
+    train_one_step(family)
+    assert_stock_loader_reproduces(family, base, kind, tmp_path)
+
+
+def test_offset_start_is_the_base_model(kind: str, base: Path) -> None:
+    family = load(base, kind)
+    batch = make_batch(family)
+    with torch.no_grad():
+        before = family.loss(batch, seeded())
+        initialize(family, "cntlora", [batch], rank=4, progress=False)
+        torch.testing.assert_close(family.loss(batch, seeded()), before, rtol=1e-5, atol=1e-6)
+
+
+def test_flux_packs_as_its_pipeline_does() -> None:
+    """The oracle's patches, which are written out above, are those of the stock pipeline."""
+    latents = torch.randn(2, 4, 8, 6, generator=seeded())
+    packed = FluxPipeline._pack_latents(latents, 2, 4, 8, 6)
+    ours = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(2, -1, 16)
+    assert torch.equal(packed, ours)

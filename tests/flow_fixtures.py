@@ -1,0 +1,120 @@
+"""What tests of the flow-matching families share: bases by family, batches, one training step, stock pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline, Lumina2Pipeline, StableDiffusion3Pipeline
+from dit_fixtures import write_random_flux, write_random_sd3
+from lumina2_fixtures import write_random_lumina2
+from PIL import Image
+from torch import Tensor
+
+from lorainit_diffusers.adapters import save_diffusers_lora
+from lorainit_diffusers.families import family_class
+from lorainit_diffusers.families.flow_matching import FlowMatchingFamily
+
+WRITERS: dict[str, Any] = {"sd3": write_random_sd3, "flux": write_random_flux, "lumina2": write_random_lumina2}
+STOCK: dict[str, type[DiffusionPipeline]] = {
+    "sd3": StableDiffusion3Pipeline,
+    "flux": FluxPipeline,
+    "lumina2": Lumina2Pipeline,
+}
+CAPTIONS = ["cat 0", "a dog", "one long house"]
+
+
+def write_base(folder: Path, kind: str, **options: Any) -> Path:
+    """Write a random base of this family, the same one every time."""
+    torch.manual_seed(0)
+    WRITERS[kind](folder, **options)
+    return folder
+
+
+def load(base: Path, kind: str, **options: Any) -> FlowMatchingFamily:
+    if kind == "flux":  # its usual 512 tokens take time
+        options = {"max_sequence_length": 24, **options}
+    family = family_class(kind).from_pretrained(base, **options)
+    assert isinstance(family, FlowMatchingFamily)
+    return family
+
+
+def load_stock(base: Path, kind: str, **options: Any) -> Any:
+    stock: Any = STOCK[kind].from_pretrained(base, **options)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_batch(family: FlowMatchingFamily, captions: list[str] | None = None) -> dict[str, Tensor]:
+    captions = captions or CAPTIONS
+    pixel_values = torch.rand(len(captions), 3, 32, 32, generator=seeded(7)) * 2 - 1
+    return {"pixel_values": pixel_values, **family.caption_inputs(captions)}
+
+
+def pixel_difference(ours: Image.Image, theirs: Image.Image) -> int:
+    """The largest difference of two images' 8-bit channels; an error where one is flat, which shows nothing."""
+    first, second = (np.asarray(image).astype(int) for image in (ours, theirs))
+    assert first.std() > 1
+    return int(np.abs(first - second).max())
+
+
+class Inputs:
+    """Keyword arguments of a module's forward calls, in order."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+        def record(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            self.calls.append(kwargs)
+
+        self._handle = module.register_forward_pre_hook(record, with_kwargs=True)
+
+    def stop(self) -> list[dict[str, Any]]:
+        self._handle.remove()
+        return self.calls
+
+
+def train_one_step(family: FlowMatchingFamily, learning_rate: float = 0.02) -> None:
+    """One Adam step on everything trainable: it moves each number that got a gradient by about the rate."""
+    parameters = [p for module in family.adapted.values() for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    family.loss(make_batch(family), seeded(5)).backward()
+    optimizer.step()
+
+
+def assert_stock_loader_reproduces(family: FlowMatchingFamily, base: Path, kind: str, folder: Path) -> None:
+    """Save, load into the stock pipeline on the original base, and compare conditioning and predictions.
+
+    The denoiser is compared on the very inputs that ours gets, so that nothing else hides in the difference.
+    """
+    path = save_diffusers_lora(family.adapted, folder)
+    without = {} if family.text_encoders.keys() == family.TEXT_ENCODERS.keys() else NO_T5
+    stock = load_stock(base, kind, **without)
+    recorded = Inputs(family.denoiser)
+    with torch.no_grad():
+        family.loss(make_batch(family), seeded(6))
+        kwargs = recorded.stop()[0]
+        ours, untrained = family.denoiser(**kwargs)[0], stock.transformer(**kwargs)[0]
+        stock.load_lora_weights(str(path.parent), weight_name=path.name)
+        theirs = stock.transformer(**kwargs)[0]
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+        assert (ours - untrained).abs().max() > 1e-2, "the adapter does nothing: the comparison shows nothing"
+        for component in family.adapted.keys() - {"transformer"}:
+            input_ids = family.caption_inputs(CAPTIONS)[f"input_ids{component.removeprefix('text_encoder')}"]
+            outputs = [
+                getattr(holder, component)(input_ids, output_hidden_states=True)
+                for holder in (family, stock, load_stock(base, kind, **without))
+            ]
+            for index, output in enumerate((0, "hidden_states")):
+                ours, theirs, untrained = (out[output][-2] if index else out[output] for out in outputs)
+                torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+                assert (ours - untrained).abs().max() > 1e-2
+
+
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
