@@ -11,7 +11,7 @@ from sd_fixtures import ROOT, write_images, write_random_sd, write_random_sdxl
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
-    torch.set_num_threads(1)  # the models are tiny: more threads only get in each other's way
+    torch.set_num_threads(1)  # the models are tiny, and there is a worker for each core
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The files that a run leaves: the LoRA in both formats, the model card, the upload."""
+"""The files that a run leaves: the LoRA in the formats of its family, the model card, the upload."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import huggingface_hub
 from accelerate import Accelerator
 from common import write_json, write_model_card
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from torch import nn
 
 from lorainit_diffusers import adapters
 from lorainit_diffusers.evaluation import plot_loss
+from lorainit_diffusers.families.text_to_image import TextToImageFamily
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHT_NAME = "pytorch_lora_weights_kohya.safetensors"
 
 
-def check_export(args: argparse.Namespace, modules: Mapping[str, nn.Module]) -> None:
+def check_export(args: argparse.Namespace, family: TextToImageFamily) -> None:
     """See, before hours of training, that the result can be padded as asked for.
 
     Raises:
@@ -28,7 +28,8 @@ def check_export(args: argparse.Namespace, modules: Mapping[str, nn.Module]) -> 
     """
     if args.pad_rank is None:
         return
-    ranks = [f.lora_A.shape[0] for module in modules.values() for f in adapters.exported_factors(module).values()]
+    exported = [adapters.exported_factors(module) for module in family.adapted.values()]
+    ranks = [factors.lora_A.shape[0] for layers in exported for factors in layers.values()]
     largest = max(ranks) if args.export_rank is None else min(max(ranks), args.export_rank)
     if args.pad_rank < largest:
         raise ValueError(
@@ -39,29 +40,28 @@ def check_export(args: argparse.Namespace, modules: Mapping[str, nn.Module]) -> 
 
 def save_result(
     args: argparse.Namespace,
-    modules: Mapping[str, nn.Module],
+    family: TextToImageFamily,
     config: dict[str, Any],
     init_report: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     accelerator: Accelerator,
     *,
-    pipeline_class: str,
     tags: Sequence[str],
 ) -> None:
-    """Write what a finished run leaves beside its pictures: both formats, the loss curve, `config.json`, the card."""
+    """Write what a finished run leaves beside its pictures: the LoRA, the loss curve, `config.json`, the card."""
     output_dir = Path(args.output_dir)
     title = f"{args.init}, rank {args.rank}, learning rate {args.learning_rate:g}"
     plot_loss(metrics, output_dir / "loss.png", title)
-    save_lora(args, modules, config, accelerator)
+    save_lora(args, family, config, accelerator)
     write_json(output_dir / "config.json", config)
-    write_card(args, init_report, metrics, pipeline_class, tags)
+    write_card(args, family, init_report, metrics, tags)
 
 
 def save_lora(
-    args: argparse.Namespace, modules: Mapping[str, nn.Module], config: dict[str, Any], accelerator: Accelerator
+    args: argparse.Namespace, family: TextToImageFamily, config: dict[str, Any], accelerator: Accelerator
 ) -> None:
-    """Write both formats, each right on the original base; `config` gets what a compression discards."""
-    output_dir = Path(args.output_dir)
+    """Write the family's formats, each right on the original base; `config` gets what a compression discards."""
+    output_dir, modules = Path(args.output_dir), family.adapted
     if args.export_rank is not None:
         energy = adapters.discarded_energy(modules, args.export_rank)
         worst = max(energy, key=lambda name: energy[name])
@@ -72,22 +72,28 @@ def save_lora(
         )
     provenance = {"init": config["method"], "versions": config["versions"], "seeds": config["seeds"]}
     ranks: dict[str, Any] = {"export_rank": args.export_rank, "pad_rank": args.pad_rank}
-    adapters.save_diffusers_lora(modules, output_dir, weight_name=WEIGHT_NAME, provenance=provenance, **ranks)
-    adapters.save_kohya_lora(modules, output_dir / KOHYA_WEIGHT_NAME, **ranks)
+    if "diffusers" in family.EXPORTS:
+        adapters.save_diffusers_lora(modules, output_dir, weight_name=WEIGHT_NAME, provenance=provenance, **ranks)
+    if "kohya" in family.EXPORTS:
+        adapters.save_kohya_lora(modules, output_dir / KOHYA_WEIGHT_NAME, **ranks)
+    if "peft" in family.EXPORTS:
+        base = args.pretrained_model_name_or_path
+        adapters.save_peft_lora(family.denoiser, output_dir, base_model=base, provenance=provenance, **ranks)
+    if args.export_merged:
+        adapters.save_merged(family.denoiser, output_dir / "merged" / family.DENOISER)
 
 
 def write_card(
     args: argparse.Namespace,
+    family: TextToImageFamily,
     init_report: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
-    pipeline_class: str,
     tags: Sequence[str],
 ) -> None:
     """Write the model card: what it is, how it was made and how to use it."""
     losses = [line["validation_loss"] for line in metrics if "validation_loss" in line]
     outcome = f"Validation loss (held-out images, fixed noise): {losses[0]:.4f} -> {losses[-1]:.4f}." if losses else ""
     base, totals = args.pretrained_model_name_or_path, init_report["totals"]
-    prompt = args.instance_prompt or "a prompt in the style of the captions"
     data = args.instance_data_dir or args.train_data_dir or args.dataset_name
     prior = (
         f"\n| prior preservation | {args.num_class_images} images of `{args.class_prompt}`, weight \
@@ -95,6 +101,11 @@ def write_card(
         if args.with_prior_preservation
         else ""
     )
+    notes = ["The licences of the base model and of the training images apply."]
+    if "kohya" in family.EXPORTS:
+        notes.insert(0, f"`{KOHYA_WEIGHT_NAME}` holds the same LoRA for ComfyUI, A1111 and sd-scripts.")
+    if args.export_merged:
+        notes.insert(0, f"`merged/{family.DENOISER}` is the whole model with the LoRA in its weights.")
     body = f"""
 LoRA for `{base}`, initialised with **{args.init}** (step 0: {init_report["step_zero"]}).
 
@@ -112,15 +123,10 @@ LoRA for `{base}`, initialised with **{args.init}** (step 0: {init_report["step_
 {outcome}
 
 ```python
-from diffusers import {pipeline_class}
-
-pipeline = {pipeline_class}.from_pretrained({base!r})
-pipeline.load_lora_weights({(args.hub_model_id or str(args.output_dir))!r}, weight_name="{WEIGHT_NAME}")
-image = pipeline({prompt!r}).images[0]
+{_usage(args, family)}
 ```
 
-`{KOHYA_WEIGHT_NAME}` holds the same LoRA for ComfyUI, A1111 and sd-scripts. The licences of the base
-model and of the training images apply.
+{" ".join(notes)}
 """
     write_model_card(
         Path(args.output_dir) / "README.md",
@@ -130,6 +136,22 @@ model and of the training images apply.
         tags=[*tags, "text-to-image", "lora", "diffusers", "lorainit-diffusers"],
         body=body,
     )
+
+
+def _usage(args: argparse.Namespace, family: TextToImageFamily) -> str:
+    """Python that loads the LoRA and draws with it."""
+    pipeline, base = type(family.pipeline()).__name__, args.pretrained_model_name_or_path
+    place = args.hub_model_id or str(args.output_dir)
+    lines = [f"from diffusers import {pipeline}"]
+    if "diffusers" not in family.EXPORTS:
+        lines.append("from lorainit_diffusers import load_lora")
+    lines += ["", f"pipeline = {pipeline}.from_pretrained({base!r})"]
+    if "diffusers" in family.EXPORTS:
+        lines.append(f'pipeline.load_lora_weights({place!r}, weight_name="{WEIGHT_NAME}")')
+    else:  # its pipeline has no `load_lora_weights`
+        lines.append(f"load_lora(pipeline.{family.DENOISER}, {str(args.output_dir)!r})")
+    lines.append(f"image = pipeline({family.example_prompt(args.instance_prompt)}).images[0]")
+    return "\n".join(lines)
 
 
 def open_hub_repository(args: argparse.Namespace) -> str | None:

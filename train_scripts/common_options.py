@@ -17,6 +17,8 @@ import torch
 from common_data import INTERPOLATIONS
 from diffusers.optimization import SchedulerType
 
+from lorainit_diffusers.families.flow_matching import WEIGHTING_SCHEMES
+from lorainit_diffusers.families.text_to_image import CLIP_ENCODERS, TextToImageFamily
 from lorainit_diffusers.initialize import check_zero_delta, make_method, needs_reference
 from lorainit_diffusers.methods import METHODS, Initializer
 
@@ -30,6 +32,13 @@ EXTRAS = {
     "xformers": "xformers",
 }
 
+
+# Options that only some families have, with their defaults.
+FAMILY_OPTIONS: dict[str, Any] = {
+    **{"snr_gamma": None, "noise_offset": 0.0, "prediction_type": None, "clip_skip": None},
+    **{"weighting_scheme": None, "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29},
+    **{"guidance_scale": 3.5, "max_sequence_length": None},
+}
 
 # ------------------------------------------------------------------------------------------------------ option groups
 
@@ -48,6 +57,12 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="leave the padding tokens of the text encoders out of the statistics (default: on)",
     )
+    add(
+        "--init_memory_budget_gb",
+        type=float,
+        help="of the statistics; wide layers are sketched beyond it (default: auto)",
+    )
+    add("--init_statistics_device", choices=("cpu",), help="keep the statistics there (default: where the layers are)")
     add("--init_only", action="store_true", help="write the initialised LoRA and its report, and stop")
     add("--variable_rank", action="store_true", help="give each layer a rank by its scores, under the budget")
     add("--rank_budget", type=int, help="sum of the ranks with --variable_rank (default: rank x layers)")
@@ -129,6 +144,19 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clip_skip", type=int, help="text encoder layers to leave out at the end, as the pipelines count them")
 
 
+def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
+    """The loss of flow-matching bases, and the inputs that some of them take."""
+    add = parser.add_argument_group("diffusion transformers").add_argument
+    default = FAMILY_OPTIONS
+    add("--weighting_scheme", choices=WEIGHTING_SCHEMES, help="of the noise levels (default: the family's usual one)")
+    add("--logit_mean", type=float, default=default["logit_mean"], help="of logit_normal (default 0)")
+    add("--logit_std", type=float, default=default["logit_std"], help="of logit_normal (default 1)")
+    add("--mode_scale", type=float, default=default["mode_scale"], help="of mode (default 1.29)")
+    add("--guidance_scale", type=float, default=default["guidance_scale"], help="input of Flux dev (default 3.5)")
+    add("--max_sequence_length", type=int, help="tokens of the large text encoder (default: the family's usual number)")
+    add("--quantization", choices=("nf4",), help="hold the transformer in 4 bits (bitsandbytes)")
+
+
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Learning rates, accumulation, averages."""
     add = parser.add_argument_group("training").add_argument
@@ -186,6 +214,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--logging_dir", default="logs", help="inside output_dir (default logs)")
     add("--export_rank", type=int, help="compress every layer of the saved LoRA to this rank; says what that discards")
     add("--pad_rank", type=int, help="zero-pad every layer of the saved LoRA to this rank, for old loaders")
+    add("--export_merged", action="store_true", help="write the denoiser with the LoRA in its weights, too")
     add("--push_to_hub", action="store_true", help="upload the result")
     add("--hub_model_id", help="repository to upload to (default: the name of output_dir)")
     add("--hub_token", help="default: the token of `hf auth login`")
@@ -252,6 +281,10 @@ def validate_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--cache_latents keeps one encoding of each image: leave out --random_flip")
     if args.pre_compute_text_embeddings and args.train_text_encoder:
         raise ValueError("--pre_compute_text_embeddings keeps the embeddings of now: leave out --train_text_encoder")
+    if args.init_memory_budget_gb is not None and args.init_memory_budget_gb <= 0:
+        raise ValueError(
+            f"--init_memory_budget_gb {args.init_memory_budget_gb}: must be positive; leave it out for auto"
+        )
     if not 0.0 <= args.ema_decay < 1.0:
         raise ValueError(f"--ema_decay {args.ema_decay}: must be at least 0 and below 1, such as 0.999")
     _validate_prior_preservation(args)
@@ -308,6 +341,21 @@ def check_method(args: argparse.Namespace, method: Initializer) -> None:
             f"--export_rank compresses the change, which is zero before training with --init {args.init}: leave out "
             "--export_rank or --init_only, or use an init without an offset, such as eva or cntlora with "
             "--init_option base=down_only"
+        )
+
+
+def check_family_options(args: argparse.Namespace, family_class: type[TextToImageFamily]) -> None:
+    """See that the options that only some families have are this family's.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name, default in FAMILY_OPTIONS.items():
+        if name not in family_class.OPTIONS and getattr(args, name, default) != default:
+            raise ValueError(f"--{name} {getattr(args, name)} has no effect on {family_class.NAME}; leave it out")
+    if args.train_text_encoder and not set(family_class.TEXT_ENCODERS.values()) & set(CLIP_ENCODERS):
+        raise ValueError(
+            f"--train_text_encoder: {family_class.NAME} has no text encoder that its LoRA could hold; leave it out"
         )
 
 

@@ -187,9 +187,10 @@ def save_pipeline(pipeline: Model, directory: Path, tokenizer_dir: Path) -> None
     for config_path in scratch.glob("text_encoder*/config.json"):
         config = json.loads(config_path.read_text(encoding="utf-8")) | {"dtype": "float32"}
         config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for tokenizer in scratch.glob("tokenizer*"):
+    for component in ("tokenizer", "tokenizer_2"):
         for name in ("vocab.json", "merges.txt"):
-            shutil.copyfile(tokenizer_dir / name, tokenizer / name)
+            if (scratch / component).is_dir():
+                shutil.copyfile(tokenizer_dir / name, scratch / component / name)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(scratch, directory)
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -91,6 +92,9 @@ def family_options(
 
     The dtype is keyed on the accelerator: its precision may come from accelerate's configuration instead of the flag.
     """
+    quantized = {}
+    if getattr(args, "quantization", None) is not None:
+        quantized = {"quantization_config": quantization_config(args, accelerator)}
     return {
         "revision": args.revision,
         "variant": args.variant,
@@ -103,7 +107,16 @@ def family_options(
         "prior_loss_weight": args.prior_loss_weight,
         "offload": args.offload,
         **{name: getattr(args, name) for name in family_class.OPTIONS},
+        **quantized,
     }
+
+
+def quantization_config(args: argparse.Namespace, accelerator: Accelerator) -> Any:
+    """How diffusers holds the denoiser in 4 bits: QLoRA's normal-float (Dettmers et al. 2023, arXiv:2305.14314)."""
+    compute_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return diffusers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=args.quantization, bnb_4bit_compute_dtype=compute_dtype
+    )
 
 
 def settle_options(
@@ -130,9 +143,7 @@ def settle_options(
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def class_images(
-    args: argparse.Namespace, family: TextToImageFamily, accelerator: Accelerator
-) -> list[ImageRecord]:
+def class_images(args: argparse.Namespace, family: TextToImageFamily, accelerator: Accelerator) -> list[ImageRecord]:
     """The images of the class under prior preservation; what is missing is drawn by the base model and kept."""
     if not args.with_prior_preservation or (args.dry_run and not args.variable_rank):
         return []
@@ -301,6 +312,8 @@ def initialise(
         seed=args.init_seed,
         mask_padding=args.init_mask_padding,
         use_dora=args.use_dora,
+        memory_budget_gb=args.init_memory_budget_gb,
+        statistics_device=args.init_statistics_device,
         **adapter_options,
         progress=accelerator.is_main_process,
     )

@@ -1,4 +1,4 @@
-"""One LoRA training, from the options to the files: what `train_sd_lora.py` and `train_sdxl_lora.py` run.
+"""One LoRA training, from the options to the files: what the text-to-image scripts run.
 
 It reads from top to bottom: load, collect and initialise, train, evaluate, save. The families differ in what one
 training step is, which is theirs (`family.loss`), and in nothing here.
@@ -13,7 +13,7 @@ from pathlib import Path
 from common import describe_run, prepare_output_dir, write_json
 from common_data import read_data
 from common_export import check_export, open_hub_repository, save_lora, save_result, upload
-from common_options import build_method, check_method, resolve_epochs
+from common_options import build_method, check_family_options, check_method, resolve_epochs
 from common_plan import print_plan
 from common_run import (
     Optimization,
@@ -49,6 +49,7 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
     started = time.perf_counter()
     method = build_method(args.init, args.init_option)
     check_method(args, method)
+    check_family_options(args, family_class)
     family_class.check_base(args.pretrained_model_name_or_path)
     output_dir = Path(args.output_dir) if args.dry_run else prepare_output_dir(args.output_dir)
     state = find_state(args, output_dir)
@@ -58,7 +59,9 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
     # ---- load
     accelerator = start_accelerator(args)
     is_main = accelerator.is_main_process
-    family = family_class.from_pretrained(args.pretrained_model_name_or_path, **family_options(args, family_class, accelerator))
+    family = family_class.from_pretrained(
+        args.pretrained_model_name_or_path, **family_options(args, family_class, accelerator)
+    )
     settle_options(args, family, accelerator, state)
     classes = class_images(args, family, accelerator)
     data = TrainingData(args, family, records, heldout, classes, progress=is_main)
@@ -66,6 +69,8 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
     first_step = state.step if state is not None else 0
     log = RunLog(args, accelerator, name, state)
     pictures = Pictures(args, family, records, heldout, accelerator, state)
+    if args.pre_compute_text_embeddings:
+        family.release_text_encoders(pictures.prompts.values())
     pictures.add("base")
 
     # ---- collect and initialise
@@ -74,7 +79,7 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
         if is_main:
             print_plan(args, family, method, next(data.training_batches(accelerator, 0)))
         return output_dir
-    check_export(args, family.adapted)
+    check_export(args, family)
     optimization = Optimization(args, family.adapted, accelerator, state)
     config = describe_run(args, method, accelerator)
     config["num_images"], config["num_heldout_images"] = len(records), len(heldout)
@@ -84,7 +89,7 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
         write_json(output_dir / "config.json", config)
     if args.init_only:
         if is_main:
-            save_lora(args, family.adapted, config, accelerator)
+            save_lora(args, family, config, accelerator)
             accelerator.print(f"wrote the initialised LoRA to {output_dir}")
         accelerator.wait_for_everyone()
         return output_dir
@@ -127,11 +132,7 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
         pictures.save_grid(output_dir / "samples.png")
         config["total_s"] = round(time.perf_counter() - started, 1)
         with optimization.average.applied():
-            save_result(
-                *(args, family.adapted, config, init_report, log.lines, accelerator),
-                pipeline_class=family_class.PIPELINES[0].__name__,
-                tags=[tag],
-            )
+            save_result(args, family, config, init_report, log.lines, accelerator, tags=[tag])
         if repository is not None:
             upload(args, repository)
         accelerator.print(f"done in {config['total_s']} s: {output_dir}")

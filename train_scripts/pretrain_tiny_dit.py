@@ -42,9 +42,18 @@ from common_pretrain import (
 )
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 PHASES = ("data", "transformer", "export")
 # Text tokens that the pipeline adds in the place of T5's, which are zeros: its own default of 256, the 77 of diffusers'
@@ -61,6 +70,13 @@ TRANSFORMER: dict[str, Any] = {
     "caption_projection_dim": 256,
     "pos_embed_max_size": IMAGE_SIZE // 8,
     "qk_norm": "rms_norm",
+}
+SECOND_ENCODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_act": "gelu",
 }
 
 
@@ -81,22 +97,10 @@ def build_transformer(text_width: int) -> Model:
     return transformer
 
 
-def build_text_encoder(tokenizer: Model, width: int, num_layers: int, activation: str = "quick_gelu") -> Model:
-    """CLIPTextModelWithProjection; its projection is as wide as it is."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        projection_dim=width,
-        num_hidden_layers=num_layers,
-        num_attention_heads=width // 32,
-        max_position_embeddings=32,
-        hidden_act=activation,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModelWithProjection(config)
+def build_text_encoder(config: CLIPTextConfig, **changes: Any) -> Model:
+    """CLIPTextModelWithProjection like the base's text encoder, but for some changes, and as wide a projection."""
+    changes = {**config.to_dict(), **changes}
+    return CLIPTextModelWithProjection(CLIPTextConfig(**{**changes, "projection_dim": changes["hidden_size"]}))
 
 
 class RepeatedTokenAttention:
@@ -149,14 +153,12 @@ class RepeatedTokenAttention:
 class Denoiser(nn.Module):
     """Transformer and text encoders, which are trained together."""
 
-    def __init__(self, tokenizer: Model, first_encoder: Model):
+    def __init__(self, first_encoder: Model):
         super().__init__()
         config = first_encoder.config
-        self.text_encoder: Model = build_text_encoder(
-            tokenizer, config.hidden_size, config.num_hidden_layers, config.hidden_act
-        )
-        self.text_encoder_2: Model = build_text_encoder(tokenizer, width=64, num_layers=2, activation="gelu")
-        self.transformer: Model = build_transformer(config.hidden_size + 64)
+        self.text_encoder: Model = build_text_encoder(config)
+        self.text_encoder_2: Model = build_text_encoder(config, **SECOND_ENCODER)
+        self.transformer: Model = build_transformer(config.hidden_size + SECOND_ENCODER["hidden_size"])
         # transformers 4 holds the layers one level deeper in CLIPTextModel
         state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in first_encoder.state_dict().items()}
         missing, unexpected = self.text_encoder.load_state_dict(state, strict=False)
@@ -221,8 +223,23 @@ def flow_loss_fn(
     return loss_fn
 
 
+def build_silent_t5(width: int) -> tuple[Model, Model]:
+    """A T5 whose output is zero, and its tokenizer, to which all words are one.
+
+    The stock pipeline insists on a third text encoder, and takes zeros for its tokens when told that there is none.
+    """
+    t5: Model = T5EncoderModel(T5Config(vocab_size=3, d_model=width, d_kv=32, d_ff=8, num_layers=1, num_heads=1))
+    nn.init.zeros_(t5.encoder.final_layer_norm.weight)
+    words: Model = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return t5, PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=MAX_TOKENS, **special)
+
+
 def make_pipeline(vae: Model, tokenizer: Model, denoiser: Denoiser) -> Model:
-    """A stock pipeline of the components, without T5."""
+    """A stock pipeline of the components."""
+    text_encoder_3, tokenizer_3 = build_silent_t5(denoiser.transformer.config.joint_attention_dim)
     return StableDiffusion3Pipeline(
         transformer=denoiser.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
@@ -231,16 +248,16 @@ def make_pipeline(vae: Model, tokenizer: Model, denoiser: Denoiser) -> Model:
         tokenizer=tokenizer,
         text_encoder_2=denoiser.text_encoder_2,
         tokenizer_2=tokenizer,
-        text_encoder_3=None,  # pyright: ignore[reportArgumentType] -- optional in the pipeline, not in its annotation
-        tokenizer_3=None,  # pyright: ignore[reportArgumentType]
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
     )
 
 
 MODEL_CARD = """# tiny-dit
 
 A complete Stable Diffusion 3 of {size_mb:.0f} MB that draws 64x64 emoji on a CPU in seconds: a diffusion transformer
-with rectified flow, joint attention of text and image tokens, and two CLIP text encoders (no T5). It exists so that
-code for today's bases can be developed, tested and compared without a download or a GPU; not to make pictures.
+with rectified flow, joint attention of text and image tokens, and two CLIP text encoders. It exists so that code for
+today's bases can be developed, tested and compared without a download or a GPU; not to make pictures.
 
 ![samples](samples.png)
 
@@ -258,6 +275,7 @@ pipeline("a noto emoji of red apple", num_inference_steps=25, guidance_scale=4.0
 | {num_layers} joint blocks of width {width}, 64 image tokens | SD3Transformer2DModel | {transformer:.1f} M |
 | first text encoder, width 128, three layers, at most 16 tokens | CLIPTextModelWithProjection | {text_encoder:.1f} M |
 | second text encoder, width 64, two layers | CLIPTextModelWithProjection | {text_encoder_2:.1f} M |
+| third text encoder, whose output is zero: it holds the place of T5 | T5EncoderModel | {text_encoder_3:.2f} M |
 | autoencoder and tokenizer, those of `tiny-sd` | AutoencoderKL, CLIPTokenizer | {vae:.1f} M |
 
 ## Training
@@ -279,8 +297,8 @@ pipeline("a noto emoji of red apple", num_inference_steps=25, guidance_scale=4.0
 ## Limits
 
 - It knows the concept names of its captions, not free text, and one object per picture, centred on white.
-- Where a published base has T5, the pipeline appends zeros. Training saw {zero_tokens} of them; any
-  `max_sequence_length` between the smallest and the largest works, and the smallest is the fastest.
+- Where a published base has T5's tokens, it has zeros. Training saw {zero_tokens} of them; any `max_sequence_length`
+  between the smallest and the largest works, and the smallest is the fastest.
 - Guidance of 3 to 5 is best.
 
 ## Licences of the pictures it was trained on
@@ -305,7 +323,10 @@ def write_model_card(directory: Path, pipeline: Model, args: argparse.Namespace,
     for key in (*emoji.BASE_STYLES, "emojibase"):
         package = emoji.PACKAGES[key]
         sources += f"| {package.source} | {package.name} {package.version} | {package.licence} |\n"
-    parts = {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2", "vae")}
+    parts = {
+        name: getattr(pipeline, name)
+        for name in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+    }
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
     card = MODEL_CARD.format(
         **sizes,
@@ -373,10 +394,11 @@ def main(argv: list[str] | None = None) -> None:
     if world_size > 1:
         dist.barrier()
     tokenizer = CLIPTokenizer.from_pretrained(args.base / "tokenizer")
-    vae: Model = AutoencoderKL.from_pretrained(args.base / "vae", torch_dtype=torch.float32).to(device)
+    vae: Model = AutoencoderKL.from_pretrained(args.base / "vae", torch_dtype=torch.float32)
+    vae.to(device)
     vae.register_to_config(shift_factor=0.0)  # SD3's pipeline subtracts it
     first_encoder = CLIPTextModel.from_pretrained(args.base / "text_encoder").float()
-    denoiser = Denoiser(tokenizer, first_encoder).to(device)
+    denoiser = Denoiser(first_encoder).to(device)
 
     if "transformer" in args.phases:
         images = load_file(args.work_dir / "images.safetensors")["base"]
@@ -394,7 +416,7 @@ def main(argv: list[str] | None = None) -> None:
         loss_fn = flow_loss_fn(denoiser, latents, tokens, attention, args, device)
 
         def save_samples(ema: dict[str, Tensor], step: int) -> None:
-            trial = Denoiser(tokenizer, first_encoder).to(device)
+            trial = Denoiser(first_encoder).to(device)
             load_ema(trial, ema)
             pipeline = make_pipeline(vae, tokenizer, trial)
             sample_grid(
@@ -411,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
             save_checkpoint(args.work_dir / "transformer" / "final.safetensors", ema, {})
 
     if "export" in args.phases and rank == 0:
-        trained = Denoiser(tokenizer, first_encoder).to(device)
+        trained = Denoiser(first_encoder).to(device)
         load_ema(trained, load_checkpoint(args.work_dir / "transformer" / "final.safetensors")[0])
         pipeline = make_pipeline(vae, tokenizer, trained)
         args.output_dir.parent.mkdir(parents=True, exist_ok=True)

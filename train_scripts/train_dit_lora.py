@@ -1,0 +1,77 @@
+"""Train a LoRA on a diffusion transformer with a choice of initialisation: SD3, Flux, PixArt, DiT, Lumina 2.
+
+    accelerate launch train_scripts/train_dit_lora.py --init cntlora
+
+trains on the bundled base (a small Stable Diffusion 3) and a bundled style set. With your own:
+
+    accelerate launch train_scripts/train_dit_lora.py --family flux --init eva --mixed_precision bf16 \
+        --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --quantization nf4 --train_data_dir my_images \
+        --resolution 512 --pre_compute_text_embeddings --cache_latents --gradient_checkpointing
+
+The options are in `common_options.py`, the training loop in `common_train.py`; what one training step is says the
+family's file under `lorainit_diffusers/families`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import ROOT, run_script
+from common_options import (
+    add_flow_arguments,
+    make_training_parser,
+    require_package,
+    resolve_defaults,
+    validate_arguments,
+)
+from common_train import train_lora
+
+from lorainit_diffusers.families import family_class
+
+# What each family's model cards are tagged with.
+FAMILIES = {
+    "sd3": "stable-diffusion-3",
+    "flux": "flux",
+    "pixart": "pixart",
+    "dit": "dit",
+    "lumina2": "lumina2",
+}
+DEFAULT_BASES = {"sd3": ROOT / "assets" / "models" / "tiny-dit"}
+DEFAULT_DATA = ROOT / "assets" / "data" / "high-contrast"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = make_training_parser(__doc__, default_base=None)
+    add_flow_arguments(parser)
+    parser.add_argument("--family", choices=list(FAMILIES), default="sd3", help="what the base is (default sd3)")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, checked as far as that needs no model.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    args = make_parser().parse_args(argv)
+    default_data = None
+    if args.pretrained_model_name_or_path is None and args.family in DEFAULT_BASES:
+        args.pretrained_model_name_or_path, default_data = str(DEFAULT_BASES[args.family]), DEFAULT_DATA
+    resolve_defaults(args, f"{args.family}-lora", default_data)
+    validate_arguments(args)
+    if args.quantization is not None:
+        require_package("bitsandbytes", f"--quantization {args.quantization}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train one LoRA and return the directory that it was written to."""
+    args = parse_args(argv)
+    return train_lora(args, family_class(args.family), name="train_dit_lora", tag=FAMILIES[args.family])
+
+
+if __name__ == "__main__":
+    run_script(main)
