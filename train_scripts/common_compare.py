@@ -1,4 +1,7 @@
-"""What `compare_inits.py` needs to know of Stable Diffusion: its data, its validation loss, its samples and scores."""
+"""What `compare_inits.py` needs to know of text-to-image bases: their data, validation loss, samples and scores.
+
+Training asks `TextToImageTask`, a base with its data, and sampling asks `ImageScorer`; either is one process's own.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,17 @@ from torch.utils.data import default_collate
 from lorainit_diffusers import adapters
 from lorainit_diffusers.evaluation import fixed_noise_loss, metrics
 from lorainit_diffusers.evaluation.encoders import ImageEncoder, ImageTextEncoder, load_encoder
-from lorainit_diffusers.families.sd import StableDiffusionFamily
+from lorainit_diffusers.families import family_class
+from lorainit_diffusers.families.text_to_image import TextToImageFamily
 
-BUNDLED_BASE = ROOT / "assets" / "models" / "tiny-sd"
+# The bundled base of a family, where it has one.
+BUNDLED_BASES = {
+    "sd": str(ROOT / "assets" / "models" / "tiny-sd"),
+    "sd3": str(ROOT / "assets" / "models" / "tiny-dit"),
+}
 BUNDLED_ENCODER = ROOT / "assets" / "models" / "tiny-clip"
 HUB_ENCODERS = ("facebook/dinov2-small", "openai/clip-vit-base-patch32")
-# Prompts that have nothing to do with the training images: the bundled base knows emoji only.
+# Prompts that have nothing to do with the training images: the bundled bases know emoji only.
 EMOJI_DRIFT_PROMPTS = tuple(
     f"a {style} emoji of {name}"
     for style, name in (
@@ -41,6 +49,11 @@ DRIFT_PROMPTS = (
     "a watercolour of a tree in autumn",
     "a photo of a bicycle against a wall",
     "a street at night in the rain",
+)
+# For bases of ImageNet's classes, which know no sentences.
+DRIFT_CLASSES = (
+    *("golden retriever", "volcano", "pizza", "castle"),
+    *("sports car", "balloon", "daisy", "space shuttle"),
 )
 # Samples of one prompt, for the diversity among them.
 NUM_DIVERSITY_PROMPTS = 2
@@ -69,8 +82,16 @@ def split_records(args: argparse.Namespace) -> tuple[list[ImageRecord], list[Ima
     return [r for i, r in enumerate(unique) if i % 4 != 3] * args.repeats, unique[3::4]
 
 
-class StableDiffusionTask:
-    """One base, one dataset: batches and the validation loss. Latents are encoded once."""
+class TextToImageTask:
+    """One base, one dataset: batches and the validation loss.
+
+    Latents are encoded once, and captions, too, unless the text encoders are trained.
+
+    Attributes:
+        primary_metric: name of what `validate` measures; less is better.
+        family: what is adapted and trained: `family.adapted`, `family.loss`.
+        targets: layers that get an adapter, by component.
+    """
 
     primary_metric = "validation_loss"
 
@@ -79,26 +100,33 @@ class StableDiffusionTask:
         self.records, self.heldout = split_records(args)
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
         self.family = load_family(args, device, dtype)
+        if args.image_metrics != "none":
+            check_drift_prompts(args, self.family)
         resolution = args.resolution or self.family.resolution
         if resolution % self.family.resolution_multiple:
             raise ValueError(f"--resolution {resolution} is not a multiple of {self.family.resolution_multiple}")
         self.train_set, self.validation_set = (
-            CaptionedImages(some, self.family.caption_inputs([r.caption for r in some]), resolution, True, False)
+            CaptionedImages(some, self._caption_columns(some), resolution, True, False)
             for some in (self.records, self.heldout)
         )
+        if not args.train_text_encoder:
+            self.family.release_text_encoders([])
         for images in (self.train_set, self.validation_set):
             images.cache_latents(self.family.encode_images, args.train_batch_size, progress=False)
+        self.targets = {name: self.family.default_targets(name) for name in self.family.adapted}
+        if args.lora_layers is not None:
+            self.targets[self.family.DENOISER] = layer_names(args.lora_layers)
 
-    @property
-    def targets(self) -> dict[str, list[str]]:
-        """Layers that get an adapter, by component."""
-        targets = {name: self.family.default_targets(name) for name in self.family.adapted}
-        if self.args.lora_layers is not None:
-            targets["unet"] = layer_names(self.args.lora_layers)
-        return targets
+    def _caption_columns(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
+        """One row an image; each caption is encoded once, however many images have it."""
+        captions = list(dict.fromkeys(record.caption for record in records))
+        row_of = {caption: row for row, caption in enumerate(captions)}
+        rows = torch.tensor([row_of[record.caption] for record in records])
+        encode = self.family.caption_inputs if self.args.train_text_encoder else self.family.embed_captions
+        return {name: column[rows] for name, column in encode(captions).items()}
 
     def batches(self, seed: int, batch_size: int, num_batches: int) -> Iterator[dict[str, Tensor]]:
-        """The batches that `train_sd_lora.py` trains on with this seed."""
+        """The batches that the family's training script trains on with this seed."""
         for keys in DataOrder(len(self.train_set), batch_size, seed, range(num_batches)):
             yield default_collate([self.train_set[key] for key in keys])
 
@@ -128,12 +156,11 @@ class ImageScorer:
         self.truths = [spread[index % len(spread)] for index in range(args.num_eval_prompts)]
         self.everything = [*self.records, *self.heldout]
         self.prompts = [record.caption for record in self.truths]
-        self.drift_prompts = list(args.drift_prompts or self._default_drift_prompts())
+        self.drift_prompts = drift_prompts(args)
         diverse = self.prompts[:NUM_DIVERSITY_PROMPTS]
         self.diversity_prompts = [prompt for prompt in diverse for _ in range(NUM_DIVERSITY_SAMPLES)]
-
-    def _default_drift_prompts(self) -> Sequence[str]:
-        return EMOJI_DRIFT_PROMPTS if is_bundled(self.args) else DRIFT_PROMPTS
+        if not args.train_text_encoder:
+            self.family.release_text_encoders([*self.prompts, *self.drift_prompts])
 
     @cached_property
     def grid_columns(self) -> list[str]:
@@ -209,27 +236,51 @@ class ImageScorer:
 
 
 def is_bundled(args: argparse.Namespace) -> bool:
-    """Whether the base is the bundled one."""
-    return str(args.pretrained_model_name_or_path) == str(BUNDLED_BASE)
+    """Whether the base is a bundled one."""
+    return str(args.pretrained_model_name_or_path) in BUNDLED_BASES.values()
+
+
+def drift_prompts(args: argparse.Namespace) -> list[str]:
+    """Prompts that have nothing to do with the data: the user's, or what suits the base."""
+    if args.drift_prompts:
+        return args.drift_prompts
+    if is_bundled(args):
+        return list(EMOJI_DRIFT_PROMPTS)
+    return list(DRIFT_PROMPTS if family_class(args.family).TEXT_ENCODERS else DRIFT_CLASSES)
+
+
+def check_drift_prompts(args: argparse.Namespace, family: TextToImageFamily) -> None:
+    """See that the base takes these prompts, before hours of training.
+
+    Raises:
+        ValueError: for one that is no class of a base of classes.
+    """
+    try:
+        family.caption_inputs(drift_prompts(args))
+    except ValueError as error:
+        raise ValueError(f"--drift_prompts: {error}") from error
 
 
 def encoder_names(args: argparse.Namespace) -> list[str]:
-    """The encoders that images are scored with: the bundled one for the bundled base, DINOv2 and CLIP otherwise."""
+    """The encoders that images are scored with: the bundled one for bundled bases, DINOv2 and CLIP otherwise."""
     return list(args.encoders or ([str(BUNDLED_ENCODER)] if is_bundled(args) else HUB_ENCODERS))
 
 
-def load_family(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> StableDiffusionFamily:
-    """The base in this precision."""
-    family = StableDiffusionFamily.from_pretrained(
+def load_family(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> TextToImageFamily:
+    """The base in this precision, with the options of its family."""
+    kind = family_class(args.family)
+    family = kind.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
+        cache_dir=args.cache_dir,
         weight_dtype=dtype,
         device=device,
         train_text_encoder=args.train_text_encoder,
-        snr_gamma=args.snr_gamma,
+        caption_dropout=args.caption_dropout,
+        **{name: getattr(args, name) for name in kind.OPTIONS},
     )
-    if device.type == "cpu":
+    if device.type == "cpu" and kind.DENOISER == "unet":
         # The backward pass of the fused attention is slow on processors: plain products are 1.2 times as fast.
-        family.unet.set_attn_processor(AttnProcessor())
+        family.denoiser.set_attn_processor(AttnProcessor())
     return family

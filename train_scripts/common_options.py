@@ -154,7 +154,6 @@ def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode_scale", type=float, default=default["mode_scale"], help="of mode (default 1.29)")
     add("--guidance_scale", type=float, default=default["guidance_scale"], help="input of Flux dev (default 3.5)")
     add("--max_sequence_length", type=int, help="tokens of the large text encoder (default: the family's usual number)")
-    add("--quantization", choices=("nf4",), help="hold the transformer in 4 bits (bitsandbytes)")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -442,6 +441,8 @@ RESUMED_ARGUMENTS = (
     *("use_8bit_adam", "resolution", "snr_gamma", "noise_offset", "prediction_type", "caption_dropout", "clip_skip"),
     *("lora_dropout", "use_rslora", "use_dora", "use_ema", "ema_decay", "cache_latents", "aspect_ratio_buckets"),
     *("with_prior_preservation", "prior_loss_weight", "num_class_images", "max_train_samples", "repeats"),
+    *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "guidance_scale", "max_sequence_length"),
+    *("family", "quantization"),
 )
 
 
@@ -452,7 +453,7 @@ def check_resumed_arguments(args: argparse.Namespace, saved: Mapping[str, Any]) 
         ValueError: naming the first option that differs.
     """
     for name in RESUMED_ARGUMENTS:
-        if getattr(args, name) != saved.get(name):
+        if getattr(args, name, None) != saved.get(name):
             raise ValueError(
                 f"--{name} is {getattr(args, name)!r}, but the checkpoint was written with {saved.get(name)!r}; "
                 "resume with the same, or leave out --resume_from_checkpoint"

@@ -3,7 +3,8 @@
     python train_scripts/compare_inits.py --output_dir outputs/compare
 
 trains {inits} x {learning rates} x {seeds} on the bundled base and style set, scores them over the steps and writes
-`report.html`, with the tables and pictures that it shows beside it. An init may carry options, its method's or those of
+`report.html`, with the tables and pictures that it shows beside it. `--family sd3` takes the bundled diffusion
+transformer, and `--pretrained_model_name_or_path` a base of yours. An init may carry options, its method's or those of
 the run:
 
     --inits gaussian cntlora cntlora:gauge=balanced cntlora:variable_rank=true eva:init_num_batches=8
@@ -36,12 +37,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from common import ROOT, prepare_output_dir, run_script, save_sample_row, seeded_generator, versions, write_json
-from common_compare import BUNDLED_BASE, ImageScorer, StableDiffusionTask, encoder_names, split_records
+from common_compare import BUNDLED_BASES, ImageScorer, TextToImageTask, encoder_names, split_records
 from common_options import (
+    FAMILY_OPTIONS,
     add_dataset_arguments,
+    add_flow_arguments,
     add_lora_arguments,
+    add_loss_arguments,
     add_optimizer_arguments,
     build_method,
+    check_family_options,
     check_positive,
     make_optimizer,
     validate_shared_arguments,
@@ -52,7 +57,7 @@ from tqdm.auto import tqdm
 
 from lorainit_diffusers import adapters
 from lorainit_diffusers.evaluation import Comparison, load_encoder, write_report
-from lorainit_diffusers.families.sd import StableDiffusionFamily
+from lorainit_diffusers.families import TEXT_TO_IMAGE_FAMILIES, family_class
 from lorainit_diffusers.initialize import initialize, needs_reference
 from lorainit_diffusers.methods import METHODS, Initializer
 
@@ -62,10 +67,11 @@ IMAGE_FRACTIONS = (0.0, 0.2, 1.0)
 BASELINES = ("gaussian", "orthonormal")
 # A killed comparison goes on only with the same of these; the grid itself may grow.
 FIXED_ARGUMENTS = (
-    *("pretrained_model_name_or_path", "revision", "variant", "train_data_dir", "instance_data_dir", "instance_prompt"),
+    *("family", "pretrained_model_name_or_path", "revision", "variant", *FAMILY_OPTIONS, "caption_dropout"),
+    *("train_data_dir", "instance_data_dir", "instance_prompt"),
     *("dataset_name", "dataset_config_name", "max_train_samples", "repeats"),
     *("image_column", "caption_column", "resolution", "rank", "lora_alpha", "lora_dropout", "use_rslora"),
-    *("lora_layers", "train_text_encoder", "snr_gamma", "init_num_batches", "equal_parameters", "optimizer"),
+    *("lora_layers", "train_text_encoder", "init_num_batches", "equal_parameters", "optimizer"),
     *("use_8bit_adam", "lr_num_cycles", "lr_power"),
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "lr_scheduler"),
     *("lr_warmup_steps", "max_train_steps", "train_batch_size", "mixed_precision", "eval_steps", "image_steps"),
@@ -176,14 +182,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_workers", type=int, help="processes on this machine (default: 1 a GPU, up to 2 on the processor)")
     add("--part", help=argparse.SUPPRESS)
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", default=str(BUNDLED_BASE), help="folder or hub name (default: bundled)")
+    add("--family", default="sd", choices=list(TEXT_TO_IMAGE_FAMILIES), help="what the base is (default sd)")
+    with_base = " and ".join(BUNDLED_BASES)
+    add("--pretrained_model_name_or_path", help=f"folder or hub name (default: bundled; {with_base} have one)")
     add("--revision", help="hub revision")
     add("--variant", help="weight variant, such as fp16")
-    add("--snr_gamma", type=float, help="min-SNR weighting (default: off)")
     add_lora_arguments(parser)
     add_dataset_arguments(parser)
+    add_loss_arguments(parser)
+    add_flow_arguments(parser)
     add_optimizer_arguments(parser, max_train_steps=100)
     args = parser.parse_args(argv)
+    if args.pretrained_model_name_or_path is None:
+        if args.family not in BUNDLED_BASES:
+            raise ValueError(
+                f"--pretrained_model_name_or_path is missing, and --family {args.family} has no bundled base: "
+                "give a folder in the diffusers layout or a hub name"
+            )
+        args.pretrained_model_name_or_path = BUNDLED_BASES[args.family]
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
     if args.train_data_dir is None and args.instance_data_dir is None and args.dataset_name is None:
         args.train_data_dir = str(ROOT / "assets" / "data" / "high-contrast")
@@ -199,6 +215,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_positive(
         args,
         *("init_num_batches", "num_eval_prompts", "validation_inference_steps", "sample_batch_size", "num_workers"),
+        *("clip_skip", "max_sequence_length"),
     )
     validate_shared_arguments(args)
     for name in ("inits", "learning_rates", "seeds"):
@@ -215,7 +232,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_args(argv)
     inits = [Init.parse(label) for label in args.inits]
-    StableDiffusionFamily.check_base(args.pretrained_model_name_or_path)
+    family = family_class(args.family)
+    check_family_options(args, family)
+    family.check_base(args.pretrained_model_name_or_path)
     records, heldout = split_records(args)
     for encoder in encoder_names(args) if args.image_metrics != "none" else ():
         load_encoder(encoder)  # what cannot be scored is said before hours of training
@@ -279,13 +298,13 @@ def train_runs(
     groups: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.init.label, run.seed), []).append(run)
-    task: StableDiffusionTask | None = None
+    task: TextToImageTask | None = None
     for group in list(groups.values())[part::num_parts]:
         missing = [run for run in group if not (output_dir / "runs" / run.name / "result.json").exists()]
         bar.update((len(group) - len(missing)) * len(args.eval_steps))
         if not missing:
             continue
-        task = task or StableDiffusionTask(args, device)
+        task = task or TextToImageTask(args, device)
         state, init_report, init_s = initialise(task, missing[0], args)
         for run in missing:
             adapters.load_adapter_state_dict(
@@ -295,7 +314,7 @@ def train_runs(
 
 
 def initialise(
-    task: StableDiffusionTask, run: Run, args: argparse.Namespace
+    task: TextToImageTask, run: Run, args: argparse.Namespace
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], float]:
     """The initial adapters of a run, the report, and the seconds that they took."""
     init = run.init
@@ -328,7 +347,7 @@ def initialise(
 
 
 def train(
-    task: StableDiffusionTask,
+    task: TextToImageTask,
     run: Run,
     args: argparse.Namespace,
     directory: Path,
@@ -375,7 +394,7 @@ def train(
     for step, batch in enumerate(task.batches(run.seed, args.train_batch_size, args.max_train_steps), start=1):
         start = time.perf_counter()
         if not diverged:
-            # the numbers that train_sd_lora.py draws on one process
+            # the numbers that the family's training script draws on one process
             parts = (run.seed, "step", step, 0, 0)
             torch.manual_seed(seeded_generator(*parts).initial_seed())  # for the dropout of the adapters
             loss = task.family.loss(batch, seeded_generator(*parts))
@@ -566,6 +585,7 @@ def write_config(
         {
             "arguments": {name: value for name, value in vars(args).items() if name != "part"},
             "command": " ".join(["python train_scripts/compare_inits.py", *map(shlex.quote, argv)]),
+            "family": args.family,
             "base_model": _short(args.pretrained_model_name_or_path),
             "dataset": _short(dataset),
             "num_images": num_images,
@@ -573,7 +593,7 @@ def write_config(
             "versions": versions(),
             "hardware": hardware(device),
             "date": datetime.date.today().isoformat(),
-            "primary_metric": StableDiffusionTask.primary_metric,
+            "primary_metric": TextToImageTask.primary_metric,
             "encoder": ", ".join(Path(name).name for name in encoder_names(args)),
             "baselines": [label for label in BASELINES if label in args.inits],
             "seeds": args.seeds,
@@ -592,7 +612,9 @@ def check_same_comparison(output_dir: Path, args: argparse.Namespace) -> None:
     path = output_dir / "config.json"
     if not path.is_file():
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+    # a directory that names no family is from before there was a choice
+    earlier = {"family": "sd", "caption_dropout": 0.0, **FAMILY_OPTIONS}
+    earlier |= json.loads(path.read_text(encoding="utf-8"))["arguments"]
     for name in FIXED_ARGUMENTS:
         if getattr(args, name) != earlier.get(name):
             raise ValueError(

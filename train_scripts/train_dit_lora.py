@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = make_training_parser(__doc__, default_base=None)
     add_flow_arguments(parser)
+    parser.add_argument("--quantization", choices=("nf4",), help="hold the transformer in 4 bits (bitsandbytes)")
     parser.add_argument("--family", choices=list(FAMILIES), default="sd3", help="what the base is (default sd3)")
     return parser
 

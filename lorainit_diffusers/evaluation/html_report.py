@@ -496,6 +496,7 @@ def _provenance_blocks(comparison: Comparison) -> list[Block]:
     versions = ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
     facts = [
         ("base model", config["base_model"]),
+        ("family", config.get("family", "sd")),
         ("data", f"{config['dataset']} ({config['num_images']} images, {config['num_heldout_images']} held out)"),
         ("steps", str(config["max_train_steps"])),
         ("seeds", ", ".join(map(str, config["seeds"]))),

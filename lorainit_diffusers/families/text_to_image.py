@@ -33,8 +33,8 @@ TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 CLIP_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 # The script that trains each kind of pipeline, for the error that meets a base of another family.
 SCRIPTS = {
-    "StableDiffusionPipeline": "train_sd_lora.py",
-    "StableDiffusionXLPipeline": "train_sdxl_lora.py",
+    "StableDiffusionPipeline": "train_sd_lora.py (compare_inits.py: --family sd)",
+    "StableDiffusionXLPipeline": "train_sdxl_lora.py (compare_inits.py: --family sdxl)",
     "StableDiffusion3Pipeline": "train_dit_lora.py --family sd3",
     "FluxPipeline": "train_dit_lora.py --family flux",
     "PixArtAlphaPipeline": "train_dit_lora.py --family pixart",

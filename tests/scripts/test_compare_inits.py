@@ -17,13 +17,15 @@ import common_compare
 import compare_inits
 import pytest
 import torch
+import train_dit_lora
 import train_sd_lora
-from accelerate.state import AcceleratorState
+from dit_fixtures import write_random_sd3
 from PIL import Image
+from pixart_fixtures import write_random_dit
 from safetensors.torch import load_file
 from script_fixtures import argv_of, run_main
 from sd_fixtures import ROOT, write_images
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, T5EncoderModel
 
 from lorainit_diffusers.evaluation import METRICS
 
@@ -71,6 +73,15 @@ def random_clip(tmp_path_factory: pytest.TempPathFactory, random_sd: Path) -> Pa
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def random_sd3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options for a random Stable Diffusion 3 with T5."""
+    folder = tmp_path_factory.mktemp("base") / "random-sd3"
+    torch.manual_seed(0)
+    write_random_sd3(folder)
+    return {"family": "sd3", "pretrained_model_name_or_path": folder}
 
 
 @pytest.fixture
@@ -143,52 +154,60 @@ def test_step_zero_of_zero_delta_and_offset_inits_is_the_base(compare):
         assert (difference <= 1) == equal, label
 
 
-@pytest.mark.usefixtures("no_report")
-def test_a_run_is_the_one_that_the_training_script_makes(compare, random_sd, image_dir, tmp_path):
-    """Otherwise the comparison would say nothing of what users train."""
-    out = compare(inits=["cntlora"], seeds=[3], image_metrics="none")
-    state = load_file(out / "runs" / "cntlora-lr0.001-seed3" / "snapshots" / "step-000002.safetensors")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trained = train_sd_lora.main(
-        [
-            *("--init", "cntlora", "--pretrained_model_name_or_path", str(random_sd), "--train_data_dir"),
-            *(
-                str(image_dir),
-                "--output_dir",
-                str(tmp_path / "single"),
-                "--seed",
-                "3",
-                "--rank",
-                "2",
-                "--cache_latents",
-            ),
-            *(
-                "--max_train_steps",
-                "2",
-                "--train_batch_size",
-                "2",
-                "--init_num_batches",
-                "2",
-                "--learning_rate",
-                "1e-3",
-            ),
-            *("--validation_inference_steps", "1", "--validation_prompt", "x", "--checkpointing_steps", "2"),
-        ]
+def test_a_diffusion_transformer_is_compared_as_a_unet_is(compare, random_sd3, monkeypatch):
+    encoded: list[int] = []
+    encode = T5EncoderModel.forward
+    monkeypatch.setattr(
+        T5EncoderModel, "forward", lambda self, ids, **k: encoded.append(len(ids)) or encode(self, ids, **k)
     )
+    out = compare(**random_sd3, max_sequence_length=16, weighting_scheme="mode", caption_dropout=0.5)
+    table = rows(out)
+    assert [(row["run"], row["step"]) for row in table] == [
+        (f"{init}-lr0.001-seed0", str(step)) for init in ("gaussian", "cntlora") for step in (0, 1, 2)
+    ]
+    gaussian, cntlora = (table[index] for index in (0, 3))
+    # the layers keep the base as it is: the same loss, the same samples
+    assert float(gaussian["validation_loss"]) == pytest.approx(float(cntlora["validation_loss"]), rel=1e-5)
+    assert float(cntlora["drift@random-clip"]) == pytest.approx(0, abs=1e-6)
+    assert len({row["validation_loss"] for row in table}) >= 5
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["family"] == "sd3"
+    assert config["arguments"]["weighting_scheme"] == "mode"
+    assert (out / "report.html").exists()
+    # the captions of 4 training and 2 held-out images and none; for the samples 2 of them, a dog and none: at no step
+    assert sum(encoded) == (4 + 2 + 1) + (2 + 1 + 1)
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize(("family", "train_text_encoder"), [("sd", False), ("sd", True), ("sd3", False)])
+def test_a_run_is_the_one_that_the_training_script_makes(
+    compare, options, random_sd3, tmp_path, family, train_text_encoder
+):
+    """Otherwise the comparison would say nothing of what users train."""
+    base = {"train_text_encoder": train_text_encoder, **(random_sd3 if family == "sd3" else {})}
+    out = compare(inits=["cntlora"], seeds=[3], image_metrics="none", **base)
+    state = load_file(out / "runs" / "cntlora-lr0.001-seed3" / "snapshots" / "step-000002.safetensors")
+    same = ("pretrained_model_name_or_path", "train_data_dir", "rank", "max_train_steps", "train_batch_size")
+    script_options = {
+        **{name: options[name] for name in (*same, "init_num_batches", "validation_inference_steps")},
+        **{"init": "cntlora", "seed": 3, "learning_rate": 1e-3, "cache_latents": True, "checkpointing_steps": 2},
+        **{"validation_prompt": "x", "output_dir": tmp_path / "single"},
+    }
+    trained = run_main(train_dit_lora if family == "sd3" else train_sd_lora, {**script_options, **base})
     (checkpoint,) = (trained / "checkpoint-2").glob("adapters*.safetensors")
     single = load_file(checkpoint)
     assert single.keys() == state.keys()
+    assert any(name.startswith("text_encoder") for name in state) == train_text_encoder
     for name, value in single.items():
         assert torch.allclose(value, state[name], atol=1e-5), name
 
 
 @pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize("moment", [1, 4, 5])  # of six files: reports and results of two runs, scores of two
-def test_stopped_at_any_moment_it_ends_with_the_same_results(compare, monkeypatch, tmp_path, moment):
-    expected = (compare(output_dir=tmp_path / "whole") / "results.csv").read_bytes()
+def test_stopped_at_any_moment_it_ends_with_the_same_results(compare, random_sd3, monkeypatch, tmp_path):
+    expected = (compare(output_dir=tmp_path / "whole", **random_sd3) / "results.csv").read_bytes()
     save, count = compare_inits.write_json, 0
 
-    def stop(path: Path, document: Any) -> None:
+    def stop(path: Path, document: Any, moment: int) -> None:
         nonlocal count
         count += "runs" in path.parts
         if count == moment:
@@ -196,11 +215,14 @@ def test_stopped_at_any_moment_it_ends_with_the_same_results(compare, monkeypatc
             raise KeyboardInterrupt
         save(path, document)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(compare_inits, "write_json", stop)
-        with pytest.raises(KeyboardInterrupt):
-            compare()
-    assert (compare() / "results.csv").read_bytes() == expected
+    # one comparison, stopped three times; its six files: the reports and results of two runs, the scores of two
+    for moment in (1, 4, 3):  # at the first report; at the second result; then, two files later, at the first scores
+        count = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(compare_inits, "write_json", lambda path, document, at=moment: stop(path, document, at))
+            with pytest.raises(KeyboardInterrupt):
+                compare(**random_sd3)
+    assert (compare(**random_sd3) / "results.csv").read_bytes() == expected
 
 
 @pytest.mark.usefixtures("no_report")
@@ -217,8 +239,9 @@ def test_the_grid_grows_and_finished_runs_are_kept(compare, monkeypatch):
     assert all(row in after for row in before)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_two_workers_do_what_one_does(compare, monkeypatch, tmp_path):
-    monkeypatch.undo()  # workers are processes of their own
+    monkeypatch.setattr(common_compare, "MIN_VALIDATION_SAMPLES", 40)  # as in the workers, which are other processes
     one = compare(output_dir=tmp_path / "one", image_metrics="none")
     two = compare(output_dir=tmp_path / "two", image_metrics="none", num_workers=2)
     for a, b in zip(rows(one), rows(two), strict=True):
@@ -254,7 +277,8 @@ def test_equal_parameters_holds_variable_ranks_to_the_parameters_of_equal_ranks(
 
 
 def test_a_run_that_diverges_is_in_the_results_as_the_worst(compare):
-    out = compare(inits=["gaussian", "orthonormal"], learning_rates=[1e-3, 1e30], optimizer="sgd", max_grad_norm=1e30)
+    steep = {"learning_rates": [1e-3, 1e30], "optimizer": "sgd", "max_grad_norm": 1e30}
+    out = compare(inits=["gaussian", "orthonormal"], image_metrics="none", **steep)
     last = {row["run"]: float(row["validation_loss"]) for row in rows(out) if row["step"] == "2"}
     assert last["gaussian-lr1e+30-seed0"] == float("inf")
     assert last["gaussian-lr0.001-seed0"] < 100
@@ -302,12 +326,35 @@ def test_images_of_one_subject_have_no_pairs(compare, tmp_path):
         ({"encoders": ["no/such/folder"]}, "no/such/folder"),
         ({"pretrained_model_name_or_path": "nowhere"}, "'nowhere' is not a folder"),
         ({"rank": 0}, "--rank 0"),
+        ({"family": "sd3"}, "is a StableDiffusionPipeline, not a StableDiffusion3Pipeline; use train_sd_lora.py"),
+        ({"family": "flux", "pretrained_model_name_or_path": None}, "--family flux has no bundled base"),
+        ({"weighting_scheme": "mode"}, "--weighting_scheme mode has no effect on Stable Diffusion"),
     ],
 )
 def test_bad_input_is_refused_before_any_run(compare, changed, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         compare(**changed)
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_base_of_another_family_is_refused_with_the_right_one(compare, random_sd3):
+    base = random_sd3["pretrained_model_name_or_path"]
+    with pytest.raises(ValueError, match=r"is a StableDiffusion3Pipeline, not a StableDiffusionPipeline.*--family sd3"):
+        compare(pretrained_model_name_or_path=base)
+
+
+def test_drift_prompts_that_are_no_classes_are_refused_before_training(compare, tmp_path):
+    write_random_dit(tmp_path / "dit")
+    with pytest.raises(ValueError, match="--drift_prompts: 'a dog' is no class of this base"):
+        compare(family="dit", pretrained_model_name_or_path=tmp_path / "dit")
+
+
+def test_the_default_base_is_the_familys_bundled_one():
+    for family, name in (("sd", "tiny-sd"), ("sd3", "tiny-dit")):
+        args = compare_inits.parse_args(["--family", family])
+        assert args.pretrained_model_name_or_path == str(ROOT / "assets" / "models" / name)
+        assert common_compare.encoder_names(args) == [str(ROOT / "assets" / "models" / "tiny-clip")]
+        assert common_compare.drift_prompts(args) == list(common_compare.EMOJI_DRIFT_PROMPTS)
 
 
 def test_too_few_images_to_hold_any_out(compare, tmp_path):
@@ -318,6 +365,11 @@ def test_too_few_images_to_hold_any_out(compare, tmp_path):
 
 @pytest.mark.usefixtures("no_report")
 def test_another_comparison_in_the_same_directory_is_refused(compare):
+    out = compare(image_metrics="none")
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    for name in ("family", "weighting_scheme", "max_sequence_length"):  # as written before there were other families
+        del config["arguments"][name]
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     compare(image_metrics="none")
     with pytest.raises(ValueError, match=r"--rank is 3, but --output_dir .* holds runs with 2"):
         compare(image_metrics="none", rank=3)

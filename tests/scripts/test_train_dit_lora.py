@@ -180,6 +180,7 @@ def default_weights(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFac
     "options",
     [
         {"weighting_scheme": "none"},
+        {"weighting_scheme": "mode", "mode_scale": 0.5},
         {"logit_mean": 1.0},
         {"logit_std": 0.3},
         {"max_sequence_length": 4},
@@ -260,6 +261,13 @@ def test_base_of_a_unet_names_its_script(run: Run, random_sd: Path) -> None:
 def test_bad_input(run: Run, family: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(family, **options)
+
+
+def test_every_option_of_its_own_is_in_a_test() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    own = {action.dest for action in train_dit_lora.make_parser()._actions}
+    own -= {action.dest for action in train_sd_lora.make_parser()._actions}
+    assert {name for name in own if f'"{name}"' not in source and f"{name}=" not in source} == set()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")

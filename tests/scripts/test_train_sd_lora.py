@@ -469,6 +469,29 @@ def test_another_vae(run: Run, random_sd: Path, tmp_path: Path, default_weights:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_budget_and_device_of_the_statistics(run: Run) -> None:
+    report = read_json(
+        run("a", init="eva", init_memory_budget_gb=2.5, init_statistics_device="cpu") / "init_report.json"
+    )
+    assert report["memory_budget_bytes"] == 2.5e9
+    assert report["statistics_device"] == "cpu"
+    with pytest.raises(ValueError, match=r"need more than the 1e-06 GB"):
+        run("b", init="eva", init_memory_budget_gb=1e-6)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_merged_unet(run: Run, random_sd: Path) -> None:
+    out = run(export_merged=True, learning_rate=1e-2)
+    merged, base = (
+        UNet2DConditionModel.from_pretrained(path) for path in (out / "merged" / "unet", random_sd / "unet")
+    )
+    change = {name: merged.get_parameter(name) - weight for name, weight in base.named_parameters()}
+    for layer, expected in changes(out).items():
+        torch.testing.assert_close(change.pop(f"{layer.removeprefix('unet.')}.weight"), expected, rtol=0, atol=1e-5)
+    assert not any(value.any() for value in change.values())
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_xformers_and_tf32_are_switched_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     known = {"xformers": object()}
@@ -482,7 +505,7 @@ def test_xformers_and_tf32_are_switched_on(run: Run, monkeypatch: pytest.MonkeyP
     class Family:
         resolution, resolution_multiple = 32, 4
 
-        class unet:
+        class denoiser:
             @staticmethod
             def enable_xformers_memory_efficient_attention() -> None:
                 calls.append("xformers")
@@ -513,7 +536,8 @@ def test_text_embeddings_are_computed_once(run: Run, monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(CLIPTextModel, "forward", count)
         run(str(cached), pre_compute_text_embeddings=cached, max_train_steps=4)
-    assert calls[True] <= 3 < calls[False]  # training set, held-out set, perhaps the empty caption
+    # training set, held-out set, the prompts of the samples, the empty caption; then the encoder is let go
+    assert calls[True] <= 4 < calls[False]
 
 
 @pytest.mark.usefixtures("no_pictures")
