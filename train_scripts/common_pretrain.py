@@ -37,6 +37,19 @@ GRID_NAMES = (
 )
 
 
+def start_process(seed: int) -> tuple[torch.device, int, int]:
+    """Joins the processes that torchrun started, if it did; returns (device, rank, number of processes)."""
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    return device, rank, world_size
+
+
 def tokenize(tokenizer: Model, texts: list[str]) -> Tensor:
     """Token ids `(len(texts), MAX_TOKENS)`."""
     batch = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")

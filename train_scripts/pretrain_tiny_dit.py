@@ -1,7 +1,7 @@
 """Pretrains the bundled tiny diffusion transformer: emoji -> rectified flow in the latents of tiny-sd -> SD3 pipeline.
 
 The autoencoder and the tokenizer are those of the bundled tiny Stable Diffusion, byte for byte, and the first text
-encoder starts from its; the transformer and the second text encoder start from noise. Two CPU cores need about 80
+encoder starts from its; the transformer and the second text encoder start from noise. Two CPU cores need about 75
 minutes. Training writes checkpoints and continues from the last one when the same command is run again:
 
     torchrun --nproc_per_node 2 train_scripts/pretrain_tiny_dit.py \
@@ -37,6 +37,7 @@ from common_pretrain import (
     load_ema,
     sample_grid,
     save_pipeline,
+    start_process,
     tokenize,
     train,
 )
@@ -363,7 +364,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cache_dir", type=Path, default=emoji.DEFAULT_CACHE, help="archives of the npm packages")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--transformer_minutes", type=float, default=80.0)
+    parser.add_argument("--transformer_minutes", type=float, default=75.0)
     parser.add_argument("--transformer_steps", type=int, default=0)
     parser.add_argument("--transformer_batch_size", type=int, default=32, help="per process")
     parser.add_argument("--transformer_lr", type=float, default=1e-3)
@@ -380,14 +381,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Runs the phases in order."""
     args = parse_args(argv)
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
+    device, rank, world_size = start_process(args.seed)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if "data" in args.phases and rank == 0 and not (args.work_dir / "images.safetensors").exists():
         emoji.render_training_set(args.work_dir, args.cache_dir, IMAGE_SIZE, num_line_icons=0, seed=args.seed)

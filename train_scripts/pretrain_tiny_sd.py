@@ -35,6 +35,7 @@ from common_pretrain import (
     load_ema,
     sample_grid,
     save_pipeline,
+    start_process,
     tokenize,
     train,
 )
@@ -436,14 +437,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Runs the phases in order; each one that has used its budget is skipped."""
     args = parse_args(argv)
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
+    device, rank, world_size = start_process(args.seed)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     tokenizer_dir = args.work_dir / "tokenizer"
 
