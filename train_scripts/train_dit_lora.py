@@ -18,6 +18,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from common import ROOT, run_script
 from common_options import (
     add_flow_arguments,
@@ -64,7 +65,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     resolve_defaults(args, f"{args.family}-lora", default_data)
     validate_arguments(args)
     if args.quantization is not None:
-        require_package("bitsandbytes", f"--quantization {args.quantization}")
+        flag = f"--quantization {args.quantization}"
+        require_package("bitsandbytes", flag)
+        if not torch.cuda.is_available():
+            raise ValueError(f"{flag} needs a CUDA device: diffusers loads 4-bit models on no other; leave it out")
+        if args.export_merged:
+            raise ValueError(f"--export_merged adds to weights in full, {flag} packs them: leave one of them out")
     return args
 
 

@@ -270,16 +270,24 @@ def test_every_option_of_its_own_is_in_a_test() -> None:
     assert {name for name in own if f'"{name}"' not in source and f"{name}=" not in source} == set()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_quantization_needs_its_package(run: Run) -> None:
-    with pytest.raises(
-        ValueError, match=r"--quantization nf4 needs the package bitsandbytes.*lorainit-diffusers\[8bit\]"
-    ):
+def test_quantization_needs_package_and_gpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    known: dict[str, Any] = {"bitsandbytes": None}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: known.get(name, find_spec(name, *rest)))
+    with pytest.raises(ValueError, match=r"needs the package bitsandbytes.*lorainit-diffusers\[8bit\]"):
         run(quantization="nf4")
+    known["bitsandbytes"] = object()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--quantization nf4 needs a CUDA device"):
+        run(quantization="nf4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="--export_merged adds to weights in full"):
+        run(quantization="nf4", export_merged=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_quantized_base(run: Run) -> None:
+    pytest.importorskip("bitsandbytes")
     out = run("flux", quantization="nf4", init="cntlora", mixed_precision="bf16")
     assert any(name.startswith("transformer.") for name in weights(out))
