@@ -94,7 +94,7 @@ def initialize(
 
     Methods such as CNTLoRA, LoRA-GA and PiSSA add a frozen twin adapter, which must stay active with the trainable one
     (a later ``set_adapter`` takes ``["default", "default_offset"]``). Save with
-    :func:`~lorainit_diffusers.adapters.save_diffusers_lora`, which folds it into the file; PEFT's own saving does not
+    :func:`~lorainit_diffusers.export.save_diffusers_lora`, which folds it into the file; PEFT's own saving does not
     know of it.
 
     Args:

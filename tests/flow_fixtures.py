@@ -13,7 +13,7 @@ from lumina2_fixtures import write_random_lumina2
 from PIL import Image
 from torch import Tensor
 
-from lorainit_diffusers.adapters import save_diffusers_lora
+from lorainit_diffusers.export import save_diffusers_lora
 from lorainit_diffusers.families import family_class
 from lorainit_diffusers.families.flow_matching import FlowMatchingFamily
 

@@ -42,11 +42,10 @@ from lorainit_diffusers.adapters import (
     AdapterWeights,
     adapter_weights,
     attach,
-    discarded_energy,
-    exported_factors,
     lora_layers,
     unwrap,
 )
+from lorainit_diffusers.export import discarded_energy, exported_factors
 from lorainit_diffusers.methods import Initializer, LoraFactors
 
 RANK, ALPHA = 4, 6.0

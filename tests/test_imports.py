@@ -28,8 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"statistics", "linalg", "eigenbasis"},
     "collect": {"statistics", "budget", "hooks", "methods.base", "families.base", "linalg"},
     "checkpoint_hooks": {"adapters"},
-    "adapters": {"methods.base", "linalg", "kohya", "quantized"},
+    "adapters": {"methods.base", "quantized"},
     "kohya": set(),
+    "export": {"adapters", "kohya", "linalg", "methods.base"},
     "initialize": {
         *(
             "statistics",
@@ -45,7 +46,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         ),
     },
     "__init__": {
-        *("adapters", "checkpoint_hooks", "initialize", "methods", "report", "statistics", "ranks", "collect"),
+        *(
+            "adapters",
+            "checkpoint_hooks",
+            "export",
+            "initialize",
+            "methods",
+            "report",
+            "statistics",
+            "ranks",
+            "collect",
+        ),
         "families.base",
     },
 }

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorainit_diffusers import METHODS, adapter_state_dict, initialize, load_adapter_state_dict, make_method
-from lorainit_diffusers.adapters import base_weight, lora_layers, save_diffusers_lora, trainable_parameters
+from lorainit_diffusers.adapters import base_weight, lora_layers, trainable_parameters
 from lorainit_diffusers.collect import collect
+from lorainit_diffusers.export import save_diffusers_lora
 from lorainit_diffusers.hooks import observe_weight_gradients
 from lorainit_diffusers.quantized import is_packed, undo_cpu_packing
 from lorainit_diffusers.statistics import GradientMean

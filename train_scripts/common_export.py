@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from common import write_json, write_model_card
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from lorainit_diffusers import adapters
+from lorainit_diffusers import export
 from lorainit_diffusers.evaluation import plot_loss
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
 
@@ -28,7 +28,7 @@ def check_export(args: argparse.Namespace, family: TextToImageFamily) -> None:
     """
     if args.pad_rank is None:
         return
-    exported = [adapters.exported_factors(module) for module in family.adapted.values()]
+    exported = [export.exported_factors(module) for module in family.adapted.values()]
     ranks = [factors.lora_A.shape[0] for layers in exported for factors in layers.values()]
     largest = max(ranks) if args.export_rank is None else min(max(ranks), args.export_rank)
     if args.pad_rank < largest:
@@ -63,7 +63,7 @@ def save_lora(
     """Write the family's formats, each right on the original base; `config` gets what a compression discards."""
     output_dir, modules = Path(args.output_dir), family.adapted
     if args.export_rank is not None:
-        energy = adapters.discarded_energy(modules, args.export_rank)
+        energy = export.discarded_energy(modules, args.export_rank)
         worst = max(energy, key=lambda name: energy[name])
         config["discarded_energy"] = energy
         accelerator.print(
@@ -73,14 +73,15 @@ def save_lora(
     provenance = {"init": config["method"], "versions": config["versions"], "seeds": config["seeds"]}
     ranks: dict[str, Any] = {"export_rank": args.export_rank, "pad_rank": args.pad_rank}
     if "diffusers" in family.EXPORTS:
-        adapters.save_diffusers_lora(modules, output_dir, weight_name=WEIGHT_NAME, provenance=provenance, **ranks)
+        export.save_diffusers_lora(modules, output_dir, weight_name=WEIGHT_NAME, provenance=provenance, **ranks)
     if "kohya" in family.EXPORTS:
-        adapters.save_kohya_lora(modules, output_dir / KOHYA_WEIGHT_NAME, **ranks)
+        export.save_kohya_lora(modules, output_dir / KOHYA_WEIGHT_NAME, **ranks)
     if "peft" in family.EXPORTS:
         base = args.pretrained_model_name_or_path
-        adapters.save_peft_lora(family.denoiser, output_dir, base_model=base, provenance=provenance, **ranks)
+        export.save_peft_lora(family.denoiser, output_dir, base_model=base, provenance=provenance, **ranks)
     if args.export_merged:
-        adapters.save_merged(family.denoiser, output_dir / "merged" / family.DENOISER)
+        for component, module in modules.items():
+            export.save_merged(module, output_dir / "merged" / component)
 
 
 def write_card(
@@ -105,7 +106,7 @@ def write_card(
     if "kohya" in family.EXPORTS:
         notes.insert(0, f"`{KOHYA_WEIGHT_NAME}` holds the same LoRA for ComfyUI, A1111 and sd-scripts.")
     if args.export_merged:
-        notes.insert(0, f"`merged/{family.DENOISER}` is the whole model with the LoRA in its weights.")
+        notes.insert(0, f"`merged/{family.DENOISER}` is the whole {family.DENOISER} with the LoRA in its weights.")
     body = f"""
 LoRA for `{base}`, initialised with **{args.init}** (step 0: {init_report["step_zero"]}).
 

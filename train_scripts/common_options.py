@@ -213,7 +213,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--logging_dir", default="logs", help="inside output_dir (default logs)")
     add("--export_rank", type=int, help="compress every layer of the saved LoRA to this rank; says what that discards")
     add("--pad_rank", type=int, help="zero-pad every layer of the saved LoRA to this rank, for old loaders")
-    add("--export_merged", action="store_true", help="write the denoiser with the LoRA in its weights, too")
+    add("--export_merged", action="store_true", help="write the models with the LoRA in their weights, too")
     add("--push_to_hub", action="store_true", help="upload the result")
     add("--hub_model_id", help="repository to upload to (default: the name of output_dir)")
     add("--hub_token", help="default: the token of `hf auth login`")
