@@ -397,7 +397,7 @@ def test_base_of_another_family_names_the_script_for_it(kind: str, found: str, t
 
 def test_every_script_that_messages_name_takes_the_pipeline() -> None:
     for pipeline, script in SCRIPTS.items():
-        name = script.rpartition("--family ")[2] if "--family" in script else re.findall("train_(.*)_lora", script)[0]
+        name = re.findall(r"--family (\w+)", script)[0]
         assert pipeline in [known.__name__ for known in family_class(name).PIPELINES]
     named = set(SCRIPTS)
     for name in TEXT_TO_IMAGE_FAMILIES:
