@@ -16,6 +16,7 @@ activation of 1e4 does not overflow.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def full_float32(device: torch.device) -> AbstractContextManager[None]:
     return _full_float32(device)
 
 
-class _MeanAndCount:
+class _MeanAndCount(ABC):
     """The part that both moments share: the row count, an online mean and the check for non-finite rows."""
 
     def __init__(self, features: int) -> None:
@@ -158,8 +159,9 @@ class _MeanAndCount:
             self._eigen[centered] = self._decompose(centered)
         return self._eigen[centered]
 
+    @abstractmethod
     def _decompose(self, centered: bool) -> Eigen:
-        raise NotImplementedError
+        """The eigenpairs that the moment gives, all of them or the leading ones."""
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         """Of the accumulators, when rows come from this device."""

@@ -26,6 +26,12 @@ from torch import Tensor, nn
 from lorainit_diffusers.methods import Initializer
 
 ROOT = Path(__file__).resolve().parent.parent
+# The bundled base of a family, where it has one, and the style set that scripts take when nothing is said.
+BUNDLED_BASES = {
+    "sd": str(ROOT / "assets" / "models" / "tiny-sd"),
+    "sd3": str(ROOT / "assets" / "models" / "tiny-dit"),
+}
+BUNDLED_DATA = ROOT / "assets" / "data" / "high-contrast"
 
 # transformers says at every start that torchvision is missing; nothing here needs it
 transformers.logging.set_verbosity_error()

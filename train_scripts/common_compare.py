@@ -11,8 +11,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from common import ROOT, derive_seed, evaluating
-from common_data import CaptionedImages, DataOrder, ImageRecord, fixed_batches, load_image, read_data
+from common import BUNDLED_BASES, ROOT, derive_seed, evaluating
+from common_data import (
+    CaptionedImages,
+    DataOrder,
+    ImageRecord,
+    caption_columns,
+    fixed_batches,
+    load_image,
+    read_data,
+)
 from common_options import layer_names
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
@@ -25,11 +33,6 @@ from lorainit_diffusers.evaluation.encoders import ImageEncoder, ImageTextEncode
 from lorainit_diffusers.families import family_class
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
 
-# The bundled base of a family, where it has one.
-BUNDLED_BASES = {
-    "sd": str(ROOT / "assets" / "models" / "tiny-sd"),
-    "sd3": str(ROOT / "assets" / "models" / "tiny-dit"),
-}
 BUNDLED_ENCODER = ROOT / "assets" / "models" / "tiny-clip"
 HUB_ENCODERS = ("facebook/dinov2-small", "openai/clip-vit-base-patch32")
 # Prompts that have nothing to do with the training images: the bundled bases know emoji only.
@@ -105,8 +108,9 @@ class TextToImageTask:
         resolution = args.resolution or self.family.resolution
         if resolution % self.family.resolution_multiple:
             raise ValueError(f"--resolution {resolution} is not a multiple of {self.family.resolution_multiple}")
+        encode = self.family.caption_inputs if args.train_text_encoder else self.family.embed_captions
         self.train_set, self.validation_set = (
-            CaptionedImages(some, self._caption_columns(some), resolution, True, False)
+            CaptionedImages(some, caption_columns(some, encode), resolution, True, False)
             for some in (self.records, self.heldout)
         )
         if not args.train_text_encoder:
@@ -116,14 +120,6 @@ class TextToImageTask:
         self.targets = {name: self.family.default_targets(name) for name in self.family.adapted}
         if args.lora_layers is not None:
             self.targets[self.family.DENOISER] = layer_names(args.lora_layers)
-
-    def _caption_columns(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
-        """One row an image; each caption is encoded once, however many images have it."""
-        captions = list(dict.fromkeys(record.caption for record in records))
-        row_of = {caption: row for row, caption in enumerate(captions)}
-        rows = torch.tensor([row_of[record.caption] for record in records])
-        encode = self.family.caption_inputs if self.args.train_text_encoder else self.family.embed_captions
-        return {name: column[rows] for name, column in encode(captions).items()}
 
     def batches(self, seed: int, batch_size: int, num_batches: int) -> Iterator[dict[str, Tensor]]:
         """The batches that the family's training script trains on with this seed."""

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -609,6 +609,16 @@ def choose_prompts(
         return prompts
     copies = range(1, args.num_validation_images + 1)
     return {f"{label} ({copy})": prompt for label, prompt in prompts.items() for copy in copies}
+
+
+def caption_columns(
+    records: Sequence[ImageRecord], encode: Callable[[list[str]], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What `encode` makes of the captions, one row an image; each is encoded once, however many images have it."""
+    captions = list(dict.fromkeys(record.caption for record in records))  # DreamBooth has one for all
+    row_of = {caption: row for row, caption in enumerate(captions)}
+    rows = torch.tensor([row_of[record.caption] for record in records])
+    return {name: column[rows] for name, column in encode(captions).items()}
 
 
 def fixed_batches(images: CaptionedImages, batch_size: int = 4) -> Iterator[dict[str, Tensor]]:

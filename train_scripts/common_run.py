@@ -32,6 +32,7 @@ from common_data import (
     CaptionedImages,
     DataOrder,
     ImageRecord,
+    caption_columns,
     choose_prompts,
     fixed_batches,
     parse_buckets,
@@ -202,13 +203,10 @@ class TrainingData:
             random_flip: bool = args.random_flip,
             sizes: Sequence[tuple[int, int]] | None = None,
         ) -> CaptionedImages:
-            captions = list(dict.fromkeys(record.caption for record in chosen))  # DreamBooth has one for all
-            row_of = {caption: row for row, caption in enumerate(captions)}
-            rows = torch.tensor([row_of[record.caption] for record in chosen])
             encode = family.embed_captions if args.pre_compute_text_embeddings else family.caption_inputs
             images = CaptionedImages(
                 chosen,
-                {name: column[rows] for name, column in encode(captions).items()},
+                caption_columns(chosen, encode),
                 args.resolution,
                 center_crop,
                 random_flip,

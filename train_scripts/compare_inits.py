@@ -36,8 +36,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from common import ROOT, prepare_output_dir, run_script, save_sample_row, seeded_generator, versions, write_json
-from common_compare import BUNDLED_BASES, ImageScorer, TextToImageTask, encoder_names, split_records
+from common import (
+    BUNDLED_BASES,
+    BUNDLED_DATA,
+    ROOT,
+    prepare_output_dir,
+    run_script,
+    save_sample_row,
+    seeded_generator,
+    versions,
+    write_json,
+)
+from common_compare import ImageScorer, TextToImageTask, encoder_names, split_records
 from common_options import (
     FAMILY_OPTIONS,
     add_dataset_arguments,
@@ -202,7 +212,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.pretrained_model_name_or_path = BUNDLED_BASES[args.family]
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
     if args.train_data_dir is None and args.instance_data_dir is None and args.dataset_name is None:
-        args.train_data_dir = str(ROOT / "assets" / "data" / "high-contrast")
+        args.train_data_dir = str(BUNDLED_DATA)
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
     steps = args.max_train_steps

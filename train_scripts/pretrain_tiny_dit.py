@@ -32,13 +32,13 @@ from common_pretrain import (
     IMAGE_SIZE,
     MAX_TOKENS,
     Model,
-    batch_indices,
+    caption_tokens,
+    draw_batch,
     encode,
     load_ema,
     sample_grid,
     save_pipeline,
     start_process,
-    tokenize,
     train,
 )
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -186,36 +186,24 @@ def flow_loss_fn(
     tokens: tuple[Tensor, Tensor, Tensor],
     attention: RepeatedTokenAttention,
     args: argparse.Namespace,
-    device: torch.device,
 ) -> Callable[[int, torch.Generator], Tensor]:
-    """Rectified flow with logit-normal noise levels; captions are 80 % full, 10 % without the style, 10 % empty.
+    """Rectified flow with logit-normal noise levels.
 
     Args:
         denoiser: Transformer and text encoders.
         latents: Posterior means and standard deviations of all images, normalised.
-        tokens: Token ids of full captions, captions without a style, and the empty caption.
+        tokens: As `caption_tokens` gives them.
         attention: The transformer's attention processor.
         args: Command line.
-        device: Where to train.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mean, std = latents
-    full, plain, empty = tokens
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
-        count = args.transformer_batch_size * world_size
-        indices = batch_indices(step, count, len(mean), args.seed)[rank::world_size].to(device)
-        clean = mean[indices] + std[indices] * torch.randn(mean[indices].shape, generator=generator, device=device)
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        choice = torch.rand(len(indices), 1, generator=generator, device=device)
-        ids = torch.where(choice < 0.1, empty, torch.where(choice < 0.2, plain[indices], full[indices]))
-        # One noise level per stratum: the loss of a small batch varies less.
-        offsets = torch.rand(len(indices), generator=generator, device=device)
-        strata = (torch.arange(len(indices), device=device) + offsets) / len(indices)
+        batch_size = args.transformer_batch_size
+        clean, noise, ids, strata = draw_batch(latents, tokens, step, batch_size, args.seed, generator)
         normal = torch.special.ndtri(strata.double().clamp(1e-6, 1 - 1e-6)).float()
         sigmas = torch.sigmoid(args.logit_mean + args.logit_std * normal)
         levels = sigmas.view(-1, 1, 1, 1)
-        drawn = torch.rand((), generator=generator, device=device).item()
+        drawn = torch.rand((), generator=generator, device=generator.device).item()
         shares = torch.tensor(list(ZERO_TOKENS.values())).cumsum(0)
         attention.count = list(ZERO_TOKENS)[int((shares <= drawn).sum().clamp(max=len(shares) - 1))]
         prediction = denoiser((1 - levels) * clean + levels * noise, sigmas, ids, attention)
@@ -397,9 +385,7 @@ def main(argv: list[str] | None = None) -> None:
     if "transformer" in args.phases:
         images = load_file(args.work_dir / "images.safetensors")["base"]
         records = json.loads((args.work_dir / "captions.json").read_text())["records"]
-        full = tokenize(tokenizer, [emoji.caption(record["style"], record["name"]) for record in records]).to(device)
-        plain = tokenize(tokenizer, [emoji.caption(None, record["name"]) for record in records]).to(device)
-        tokens = (full, plain, tokenize(tokenizer, [""]).to(device))
+        tokens = caption_tokens(tokenizer, records, device)
         attention = RepeatedTokenAttention()
         for block in denoiser.transformer.transformer_blocks:
             block.attn.set_processor(attention)
@@ -407,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
             denoiser.text_encoder.set_attn_implementation("eager")
             denoiser.text_encoder_2.set_attn_implementation("eager")
         latents = encode(vae, images, device)
-        loss_fn = flow_loss_fn(denoiser, latents, tokens, attention, args, device)
+        loss_fn = flow_loss_fn(denoiser, latents, tokens, attention, args)
 
         def save_samples(ema: dict[str, Tensor], step: int) -> None:
             trial = Denoiser(first_encoder).to(device)

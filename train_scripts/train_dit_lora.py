@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from common import ROOT, run_script
+from common import BUNDLED_BASES, BUNDLED_DATA, run_script
 from common_options import (
     add_flow_arguments,
     make_training_parser,
@@ -39,8 +39,6 @@ FAMILIES = {
     "dit": "dit",
     "lumina2": "lumina2",
 }
-DEFAULT_BASES = {"sd3": ROOT / "assets" / "models" / "tiny-dit"}
-DEFAULT_DATA = ROOT / "assets" / "data" / "high-contrast"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,8 +58,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     args = make_parser().parse_args(argv)
     default_data = None
-    if args.pretrained_model_name_or_path is None and args.family in DEFAULT_BASES:
-        args.pretrained_model_name_or_path, default_data = str(DEFAULT_BASES[args.family]), DEFAULT_DATA
+    if args.pretrained_model_name_or_path is None and args.family in BUNDLED_BASES:
+        args.pretrained_model_name_or_path, default_data = BUNDLED_BASES[args.family], BUNDLED_DATA
     resolve_defaults(args, f"{args.family}-lora", default_data)
     validate_arguments(args)
     if args.quantization is not None:

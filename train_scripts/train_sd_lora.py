@@ -16,19 +16,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import ROOT, run_script
+from common import BUNDLED_BASES, BUNDLED_DATA, run_script
 from common_options import make_training_parser, resolve_defaults, validate_arguments
 from common_train import train_lora
 
 from lorainit_diffusers.families.sd import StableDiffusionFamily
 
-DEFAULT_BASE = ROOT / "assets" / "models" / "tiny-sd"
-DEFAULT_DATA = ROOT / "assets" / "data" / "high-contrast"
-
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    return make_training_parser(__doc__, default_base=str(DEFAULT_BASE))
+    return make_training_parser(__doc__, default_base=BUNDLED_BASES["sd"])
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,7 +35,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ValueError: naming the option, its value and the remedy.
     """
     args = make_parser().parse_args(argv)
-    resolve_defaults(args, "sd-lora", DEFAULT_DATA)
+    resolve_defaults(args, "sd-lora", BUNDLED_DATA)
     validate_arguments(args)
     return args
 

@@ -55,11 +55,7 @@ class LatentDiffusionFamily(DenoisingFamily):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_channels(int(self.unet.config["in_channels"]))
-        if self.clip_skip is not None:
-            for component in self.TEXT_ENCODERS:
-                limit = self._num_layers(component) + self.HIDDEN_STATE
-                if not 0 <= self.clip_skip <= limit:
-                    raise ValueError(f"clip_skip {self.clip_skip} is not between 0 and {limit} for the {component}")
+        self._check_clip_skip(self.clip_skip, self.HIDDEN_STATE)
 
     def _layers_left_out(self, component: str) -> int:
         return -1 - self.HIDDEN_STATE + (self.clip_skip or 0)

@@ -79,6 +79,8 @@ class Lumina2Family(FlowMatchingFamily):
                 f"max_sequence_length {self.max_sequence_length} is too large: the transformer has {num_positions} "
                 f"positions, of which the text can take {num_positions - 1}"
             )
+        names = (name for name, _ in self.transformer.named_modules())
+        self._text_layers = tuple(name for name in names if name.startswith("context_refiner."))
         self.tokenizer.padding_side = "right"  # as the pipeline does it, whatever the tokenizer's files say
 
     def pipeline(self) -> Lumina2Pipeline:
@@ -121,9 +123,7 @@ class Lumina2Family(FlowMatchingFamily):
         mask = embeds["prompt_attention_mask"]
         # The image's tokens, of which there may be as many, join the text's after these blocks, without its padding.
         self.step.token_masks[self.DENOISER] = mask.bool()
-        self.step.masked_layers[self.DENOISER] = tuple(
-            name for name, _ in self.transformer.named_modules() if name.startswith("context_refiner.")
-        )
+        self.step.masked_layers[self.DENOISER] = self._text_layers
         return -self.transformer(
             hidden_states=latents,
             timestep=1 - timesteps / int(self.noise_scheduler.config["num_train_timesteps"]),

@@ -27,6 +27,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from lorainit_diffusers.families.flow_matching import FlowMatchingFamily
+from lorainit_diffusers.families.text_to_image import hidden_state
+
+# Which hidden state of CLIP is used when no `clip_skip` moves it further to the front.
+HIDDEN_STATE = -2
 
 
 @dataclass
@@ -83,10 +87,7 @@ class StableDiffusion3Family(FlowMatchingFamily):
         self._check_channels(int(self.transformer.config["in_channels"]))
         if self.max_sequence_length is None:
             self.max_sequence_length = int(self.tokenizer.model_max_length)
-        for component in self.trainable_text_encoders:
-            limit = self._num_layers(component) - 2
-            if self.clip_skip is not None and not 0 <= self.clip_skip <= limit:
-                raise ValueError(f"clip_skip {self.clip_skip} is not between 0 and {limit} for the {component}")
+        self._check_clip_skip(self.clip_skip, HIDDEN_STATE)
 
     def pipeline(self) -> StableDiffusion3Pipeline:
         """A pipeline around the live modules, for samples, with the base's own flow-matching scheduler.
@@ -118,11 +119,7 @@ class StableDiffusion3Family(FlowMatchingFamily):
         pooled: list[Tensor] = []
         for encoder, column in ((self.text_encoder, "input_ids"), (self.text_encoder_2, "input_ids_2")):
             output = cast(Any, encoder)(columns[column], output_hidden_states=True)
-            hidden = output.hidden_states[-2]
-            if self.clip_skip is not None:
-                skipped = output.hidden_states[-2 - self.clip_skip]
-                hidden = skipped if unskipped is None else torch.where(unskipped[:, None, None], hidden, skipped)
-            embeds.append(hidden)
+            embeds.append(hidden_state(output, HIDDEN_STATE, self.clip_skip, unskipped))
             pooled.append(output[0])
         clip = torch.cat(embeds, dim=-1)
         width = int(self.transformer.config["joint_attention_dim"])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
+from lorainit_diffusers.families.text_to_image import hidden_state
 
 
 @dataclass
@@ -82,11 +83,7 @@ class StableDiffusionXLFamily(LatentDiffusionFamily):
         pooled = None
         for encoder, ids in zip(self.text_encoders.values(), columns.values(), strict=True):
             output = cast(Any, encoder)(ids, output_hidden_states=True)
-            hidden = output.hidden_states[self.HIDDEN_STATE]
-            if self.clip_skip is not None:
-                skipped = output.hidden_states[self.HIDDEN_STATE - self.clip_skip]
-                hidden = skipped if unskipped is None else torch.where(unskipped[:, None, None], hidden, skipped)
-            embeds.append(hidden)
+            embeds.append(hidden_state(output, self.HIDDEN_STATE, self.clip_skip, unskipped))
             pooled = output[0]  # the second encoder's is its projection of the end token
         return {"prompt_embeds": torch.cat(embeds, dim=-1), "pooled_prompt_embeds": cast(Tensor, pooled)}
 

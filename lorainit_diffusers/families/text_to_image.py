@@ -697,6 +697,17 @@ class TextToImageFamily(_Parts, ABC):
                 "image-conditioned base is not supported, take a text-to-image one (and a VAE that fits it)"
             )
 
+    def _check_clip_skip(self, clip_skip: int | None, usual: int) -> None:
+        """See that the CLIP encoders have so many layers before the hidden state that is usually taken.
+
+        Raises:
+            ValueError: when one has not.
+        """
+        for component in self.trainable_text_encoders:
+            limit = self._num_layers(component) + usual
+            if clip_skip is not None and not 0 <= clip_skip <= limit:
+                raise ValueError(f"clip_skip {clip_skip} is not between 0 and {limit} for the {component}")
+
     def _num_layers(self, component: str) -> int:
         return int(cast(Any, self.text_encoders[component]).config.num_hidden_layers)
 
@@ -734,6 +745,22 @@ class TextToImageFamily(_Parts, ABC):
 
     def _randn(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         return torch.randn(tuple(shape), generator=generator).to(self.device)
+
+
+def hidden_state(output: Any, usual: int, clip_skip: int | None, unskipped: Tensor | None) -> Tensor:
+    """The hidden state of a text encoder that conditions the denoiser: (batch, tokens, width).
+
+    Args:
+        output: of the encoder, with `hidden_states`.
+        usual: index of the one that is taken without `clip_skip`.
+        clip_skip: how many layers further to the front; None is the usual one.
+        unskipped: (batch,) boolean, the samples that it is not applied to; None applies it to all.
+    """
+    hidden: Tensor = output.hidden_states[usual]
+    if clip_skip is None:
+        return hidden
+    skipped: Tensor = output.hidden_states[usual - clip_skip]
+    return skipped if unskipped is None else torch.where(unskipped[:, None, None], hidden, skipped)
 
 
 def token_mask(input_ids: Tensor, end_token_id: int) -> Tensor:
