@@ -259,6 +259,9 @@ def initialize(
             use_dora=use_dora,
             lora_dropout=lora_dropout,
         )
+    if family is not None:  # attaching froze them, too
+        for head in family.heads.values():
+            head.requires_grad_(True)
     attach_s = time.perf_counter() - start
 
     def report_layer(full_name: str) -> LayerReport:

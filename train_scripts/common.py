@@ -26,12 +26,16 @@ from torch import Tensor, nn
 from lorainit_diffusers.methods import Initializer
 
 ROOT = Path(__file__).resolve().parent.parent
-# The bundled base of a family, where it has one, and the style set that scripts take when nothing is said.
+# The bundled base of a family, where it has one, and the data that scripts take when nothing is said.
 BUNDLED_BASES = {
     "sd": str(ROOT / "assets" / "models" / "tiny-sd"),
     "sd3": str(ROOT / "assets" / "models" / "tiny-dit"),
+    "classifier": str(ROOT / "assets" / "models" / "tiny-vit"),
+    "vlm": str(ROOT / "assets" / "models" / "tiny-vlm"),
 }
 BUNDLED_DATA = ROOT / "assets" / "data" / "high-contrast"
+BUNDLED_CLASSES = ROOT / "assets" / "data" / "high-contrast-classes"
+BUNDLED_QUESTIONS = ROOT / "assets" / "data" / "high-contrast-questions"
 
 # transformers says at every start that torchvision is missing; nothing here needs it
 transformers.logging.set_verbosity_error()
@@ -200,10 +204,17 @@ def read_metrics(path: Path, before_step: int) -> list[dict[str, Any]]:
 
 
 def write_model_card(
-    path: Path, *, title: str, base_model: str, prompt: str | None, tags: Sequence[str], body: str
+    path: Path,
+    *,
+    title: str,
+    base_model: str,
+    library: str = "diffusers",
+    prompt: str | None,
+    tags: Sequence[str],
+    body: str,
 ) -> None:
     """Write a model card with the YAML header that model hubs read."""
-    header = ["---", f"base_model: {json.dumps(base_model)}", "library_name: diffusers"]
+    header = ["---", f"base_model: {json.dumps(base_model)}", f"library_name: {library}"]
     header += ["tags:", *(f"- {tag}" for tag in tags)]
     if prompt is not None:
         header.append(f"instance_prompt: {json.dumps(prompt)}")

@@ -14,13 +14,14 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from lorainit_diffusers import export
 from lorainit_diffusers.evaluation import plot_loss
+from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHT_NAME = "pytorch_lora_weights_kohya.safetensors"
 
 
-def check_export(args: argparse.Namespace, family: TextToImageFamily) -> None:
+def check_export(args: argparse.Namespace, family: ModelFamily) -> None:
     """See, before hours of training, that the result can be padded as asked for.
 
     Raises:
@@ -62,14 +63,7 @@ def save_lora(
 ) -> None:
     """Write the family's formats, each right on the original base; `config` gets what a compression discards."""
     output_dir, modules = Path(args.output_dir), family.adapted
-    if args.export_rank is not None:
-        energy = export.discarded_energy(modules, args.export_rank)
-        worst = max(energy, key=lambda name: energy[name])
-        config["discarded_energy"] = energy
-        accelerator.print(
-            f"--export_rank {args.export_rank} discards {sum(energy.values()) / len(energy):.2%} of the energy of the "
-            f"change on average, at most {energy[worst]:.2%} ({worst})"
-        )
+    report_discarded_energy(args, family, config, accelerator)
     provenance = {"init": config["method"], "versions": config["versions"], "seeds": config["seeds"]}
     ranks: dict[str, Any] = {"export_rank": args.export_rank, "pad_rank": args.pad_rank}
     if "diffusers" in family.EXPORTS:
@@ -82,6 +76,21 @@ def save_lora(
     if args.export_merged:
         for component, module in modules.items():
             export.save_merged(module, output_dir / "merged" / component)
+
+
+def report_discarded_energy(
+    args: argparse.Namespace, family: ModelFamily, config: dict[str, Any], accelerator: Accelerator
+) -> None:
+    """Say what `--export_rank` loses, and note it in `config`, layer by layer."""
+    if args.export_rank is None:
+        return
+    energy = export.discarded_energy(family.adapted, args.export_rank)
+    worst = max(energy, key=lambda name: energy[name])
+    config["discarded_energy"] = energy
+    accelerator.print(
+        f"--export_rank {args.export_rank} discards {sum(energy.values()) / len(energy):.2%} of the energy of the "
+        f"change on average, at most {energy[worst]:.2%} ({worst})"
+    )
 
 
 def write_card(

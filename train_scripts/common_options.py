@@ -70,28 +70,35 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry_run", action="store_true", help="print layers, ranks, parameters and memory, and stop; trains nothing")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, default_base: str | None) -> None:
-    """The base model, and how it is held in memory."""
+def add_base_arguments(parser: argparse.ArgumentParser, default_base: str | None) -> Callable[..., Any]:
+    """The base model; returns the group's `add_argument`."""
     add = parser.add_argument_group("model").add_argument
     default = "required" if default_base is None else "default: the bundled base"
     add("--pretrained_model_name_or_path", default=default_base, help=f"folder or hub name ({default})")
-    add("--pretrained_vae_model_name_or_path", help="another VAE (default: the base's, in float32)")
     add("--revision", help="hub revision")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs, except in statistics")
+    return add
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, default_base: str | None) -> None:
+    """The base model of a text-to-image script, and how it is held in memory."""
+    add = add_base_arguments(parser, default_base)
+    add("--pretrained_vae_model_name_or_path", help="another VAE (default: the base's, in float32)")
     add("--variant", help="weight variant, such as fp16")
     add("--enable_xformers_memory_efficient_attention", action="store_true")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs, except in statistics")
     add("--offload", action="store_true", help="keep the VAE and frozen text encoders in CPU memory while unused")
 
 
-def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    """The adapters."""
+def add_lora_arguments(parser: argparse.ArgumentParser, *, text_encoders: bool = True) -> None:
+    """The adapters; text-to-image bases have text encoders that may get them, too."""
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=int, default=8, help="rank of every layer, or on average with --variable_rank (default 8)")
     add("--lora_alpha", type=float, help="default: the rank, so that the scale is 1")
     add("--lora_dropout", type=float, default=0.0)
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank)")
-    add("--lora_layers", help="comma-separated names or name endings of the denoiser's layers (default: attention)")
-    add("--train_text_encoder", action="store_true", help="LoRA on the text encoders' attention, too")
+    add("--lora_layers", help="comma-separated names or name endings of the layers (default: attention)")
+    if text_encoders:
+        add("--train_text_encoder", action="store_true", help="LoRA on the text encoders' attention, too")
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> Callable[..., Any]:
@@ -156,11 +163,17 @@ def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_sequence_length", type=int, help="tokens of the large text encoder (default: the family's usual number)")
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Learning rates, accumulation, averages."""
+def add_training_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    second_lr: str = "text_encoder_lr",
+    max_train_steps: int = 200,
+    batch_size: int = 8,
+) -> None:
+    """Learning rates, accumulation, averages; `second_lr` is the rate of text encoders or of heads."""
     add = parser.add_argument_group("training").add_argument
     add("--learning_rate", type=float, default=1e-3)
-    add("--text_encoder_lr", type=float, help="default: learning_rate")
+    add(f"--{second_lr}", type=float, help="default: learning_rate")
     add("--scale_lr", action="store_true", help="multiply learning rates by processes x accumulation x batch size")
     add("--num_train_epochs", type=int, help="instead of --max_train_steps: passes over the images")
     add("--gradient_accumulation_steps", type=int, default=1)
@@ -168,10 +181,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--use_dora", action="store_true", help="train magnitude and direction (DoRA, arXiv:2402.09353)")
     add("--use_ema", action="store_true", help="sample and save a moving average of the LoRA weights")
     add("--ema_decay", type=float, default=0.999, help="its decay, reached as (1 + step) / (10 + step) (default 0.999)")
-    add_optimizer_arguments(parser, max_train_steps=200)
+    add_optimizer_arguments(parser, max_train_steps, batch_size)
 
 
-def add_optimizer_arguments(parser: argparse.ArgumentParser, max_train_steps: int) -> None:
+def add_optimizer_arguments(parser: argparse.ArgumentParser, max_train_steps: int, batch_size: int = 8) -> None:
     """Optimiser, schedule, length and precision: what one run and a comparison of runs have in common."""
     add = parser.add_argument_group("optimiser").add_argument
     add("--optimizer", default="adamw", choices=("adamw", "sgd", "prodigy"))
@@ -192,20 +205,27 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser, max_train_steps: in
     add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts (default 1)")
     add("--lr_power", type=float, default=1.0, help="power of polynomial (default 1)")
     add("--max_train_steps", type=int, default=max_train_steps, help=f"optimiser steps (default {max_train_steps})")
-    add("--train_batch_size", type=int, default=8, help="images a process and micro-step (default 8)")
+    default = f"samples a process and micro-step (default {batch_size})"
+    add("--train_batch_size", type=int, default=batch_size, help=default)
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is configured for")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """The pictures that a run draws as it goes."""
+    add = parser.add_argument_group("samples").add_argument
+    add("--validation_prompt", nargs="+", help="prompts for samples (default: some training and held-out captions)")
+    add("--num_validation_images", type=int, default=1, help="samples a prompt (default 1)")
+    add("--validation_inference_steps", type=int, default=25)
+    add("--validation_guidance_scale", type=float, default=5.0)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, validation_steps: int = 50) -> None:
     """Seeds, validation, checkpoints and outputs."""
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", help="default: outputs/<script>-<init>")
     add("--seed", type=int, default=0)
-    add("--validation_prompt", nargs="+", help="prompts for samples (default: some training and held-out captions)")
-    add("--num_validation_images", type=int, default=1, help="samples a prompt (default 1)")
-    add("--validation_steps", type=int, default=50, help="steps between validation losses and sample rows (default 50)")
-    add("--validation_inference_steps", type=int, default=25)
-    add("--validation_guidance_scale", type=float, default=5.0)
+    default = f"steps between validations (default {validation_steps})"
+    add("--validation_steps", type=int, default=validation_steps, help=default)
     add("--checkpointing_steps", type=int, default=500, help="steps between checkpoints (default 500)")
     add("--checkpoints_total_limit", type=int, help="the oldest are deleted first")
     add("--resume_from_checkpoint", help="latest, a checkpoint's name in output_dir, or its path")
@@ -229,6 +249,7 @@ def make_training_parser(description: str | None, default_base: str | None) -> a
     add_dreambooth_arguments(parser)
     add_loss_arguments(parser)
     add_training_arguments(parser)
+    add_sample_arguments(parser)
     add_run_arguments(parser)
     return parser
 
@@ -267,39 +288,50 @@ def validate_arguments(args: argparse.Namespace) -> None:
         ValueError: naming the option, its value and the remedy.
     """
     validate_shared_arguments(args)
+    validate_run_arguments(args)
     check_positive(
         args,
-        *("init_num_batches", "init_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
-        *("rank_budget", "max_rank", "export_rank", "pad_rank", "checkpointing_steps", "checkpoints_total_limit"),
-        *("validation_steps", "num_validation_images", "validation_inference_steps", "num_class_images", "clip_skip"),
-        *("sample_batch_size",),
+        *("num_validation_images", "validation_inference_steps", "num_class_images", "clip_skip", "sample_batch_size"),
     )
-    if not args.variable_rank and (args.rank_budget is not None or args.max_rank is not None):
-        raise ValueError("--rank_budget and --max_rank need --variable_rank")
     if args.cache_latents and args.random_flip:
         raise ValueError("--cache_latents keeps one encoding of each image: leave out --random_flip")
     if args.pre_compute_text_embeddings and args.train_text_encoder:
         raise ValueError("--pre_compute_text_embeddings keeps the embeddings of now: leave out --train_text_encoder")
+    _validate_prior_preservation(args)
+    if args.optimizer == "prodigy" and args.train_text_encoder and args.text_encoder_lr not in (0, args.learning_rate):
+        raise ValueError(
+            f"--text_encoder_lr {args.text_encoder_lr}: prodigy finds one step size for all; leave it out or give 0"
+        )
+    if args.enable_xformers_memory_efficient_attention:
+        flag = "--enable_xformers_memory_efficient_attention"
+        require_package("xformers", flag)
+        if not torch.cuda.is_available():
+            raise ValueError(f"{flag} needs a CUDA device; leave it out")
+
+
+def validate_run_arguments(args: argparse.Namespace) -> None:
+    """The options on initialisation, checkpoints, exports and trackers that all training scripts have.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    check_positive(
+        args,
+        *("init_num_batches", "init_batch_size", "gradient_accumulation_steps", "num_train_epochs", "validation_steps"),
+        *("rank_budget", "max_rank", "export_rank", "pad_rank", "checkpointing_steps", "checkpoints_total_limit"),
+    )
+    if not args.variable_rank and (args.rank_budget is not None or args.max_rank is not None):
+        raise ValueError("--rank_budget and --max_rank need --variable_rank")
     if args.init_memory_budget_gb is not None and args.init_memory_budget_gb <= 0:
         raise ValueError(
             f"--init_memory_budget_gb {args.init_memory_budget_gb}: must be positive; leave it out for auto"
         )
     if not 0.0 <= args.ema_decay < 1.0:
         raise ValueError(f"--ema_decay {args.ema_decay}: must be at least 0 and below 1, such as 0.999")
-    _validate_prior_preservation(args)
-    if args.optimizer == "prodigy" and args.train_text_encoder and args.text_encoder_lr not in (0, args.learning_rate):
-        raise ValueError(
-            f"--text_encoder_lr {args.text_encoder_lr}: prodigy finds one step size for all; leave it out or give 0"
-        )
     if args.report_to == "wandb" and args.hub_token is not None:
         raise ValueError("--report_to wandb records the command line, --hub_token in it: use `hf auth login` instead")
     if args.report_to is not None:
         require_package(args.report_to, f"--report_to {args.report_to}")
-    if args.enable_xformers_memory_efficient_attention:
-        flag = "--enable_xformers_memory_efficient_attention"
-        require_package("xformers", flag)
-        if not torch.cuda.is_available():
-            raise ValueError(f"{flag} needs a CUDA device; leave it out")
 
 
 def _validate_prior_preservation(args: argparse.Namespace) -> None:
@@ -328,6 +360,10 @@ def check_method(args: argparse.Namespace, method: Initializer) -> None:
     Raises:
         ValueError: naming the options and the remedy.
     """
+    if needs_reference(method) and not hasattr(args, "with_prior_preservation"):
+        raise ValueError(
+            "--init_option pretraining=measured needs class images, which this script has not: leave it out"
+        )
     if needs_reference(method) and not args.with_prior_preservation:
         raise ValueError(
             "--init_option pretraining=measured takes the class images as the pre-training data: "
@@ -371,15 +407,16 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def validate_shared_arguments(args: argparse.Namespace) -> None:
-    """The options on data, adapters and optimiser that all scripts have.
+    """The options on data, adapters and optimiser that all text-to-image scripts have.
 
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
     check_positive(
         args,
-        *("rank", "resolution", "train_batch_size", "max_train_steps", "max_train_samples", "repeats", "lr_num_cycles"),
+        *("resolution", "max_train_samples", "repeats"),
     )
+    validate_adapter_arguments(args)
     sources = ("train_data_dir", "instance_data_dir", "dataset_name")
     given = [f"--{name}" for name in sources if getattr(args, name) is not None]
     if len(given) > 1:
@@ -392,6 +429,15 @@ def validate_shared_arguments(args: argparse.Namespace) -> None:
         require_package("datasets", "--dataset_name")
     elif args.dataset_config_name is not None:
         raise ValueError("--dataset_config_name needs --dataset_name")
+
+
+def validate_adapter_arguments(args: argparse.Namespace) -> None:
+    """The options on adapters and optimiser that every script that trains has.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    check_positive(args, "rank", "train_batch_size", "max_train_steps", "lr_num_cycles")
     if args.lora_layers is not None and not layer_names(args.lora_layers):
         raise ValueError("--lora_layers is empty; name layers such as to_q,to_k")
     if args.optimizer == "prodigy":
@@ -424,8 +470,9 @@ def scale_learning_rates(args: argparse.Namespace, num_processes: int) -> None:
     """Apply `--scale_lr`, as diffusers' examples do."""
     if args.scale_lr:
         factor = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-        args.learning_rate *= factor
-        args.text_encoder_lr *= factor
+        for name in ("learning_rate", "text_encoder_lr", "head_lr"):
+            if hasattr(args, name):
+                setattr(args, name, factor * getattr(args, name))
 
 
 def resolve_epochs(args: argparse.Namespace, batches_per_epoch: int, num_processes: int) -> None:
@@ -442,7 +489,7 @@ RESUMED_ARGUMENTS = (
     *("lora_dropout", "use_rslora", "use_dora", "use_ema", "ema_decay", "cache_latents", "aspect_ratio_buckets"),
     *("with_prior_preservation", "prior_loss_weight", "num_class_images", "max_train_samples", "repeats"),
     *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "guidance_scale", "max_sequence_length"),
-    *("family", "quantization"),
+    *("family", "quantization", "head_lr"),
 )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from common_run import enable_gradient_checkpointing
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorainit_diffusers import adapters
-from lorainit_diffusers.families.text_to_image import TextToImageFamily
+from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.methods import Initializer
 
 # Bytes of optimiser state for each trained parameter.
@@ -20,13 +21,23 @@ EIGHT_BIT_ADAM_BYTES = 2
 
 def print_plan(
     args: argparse.Namespace,
-    family: TextToImageFamily,
+    family: ModelFamily,
+    modules: Mapping[str, nn.Module],
     method: Initializer,
-    batch: Mapping[str, Tensor],
+    sample: Any,
+    num_samples: int,
 ) -> None:
     """Say what would be trained: layers, ranks, parameters, and an estimate of the memory.
 
-    The activations are measured: the bytes that one forward pass of one image keeps for the backward pass.
+    The activations are measured: the bytes that one forward pass of one sample keeps for the backward pass.
+
+    Args:
+        args: the options of a script.
+        family: the base, with adapters.
+        modules: all of its modules, those without adapters included.
+        method: the initialisation.
+        sample: a batch of one sample, as `family.loss` takes it.
+        num_samples: in a batch of the training.
     """
     total = factors = 0
     print(f"{'layer':80s} {'rank':>5s} {'parameters':>11s}")
@@ -36,35 +47,37 @@ def print_plan(
             factors += sum(tensor.numel() for tensor in layer.factors)
             total += count
             print(f"{component + '.' + name:80s} {layer.factors.lora_A.shape[0]:5d} {count:11,d}")
+    for name, head in family.heads.items():
+        count = sum(parameter.numel() for parameter in head.parameters())
+        total += count
+        print(f"{name:80s}  full {count:11,d}")
     print(f"{total:,d} trained parameters, to be initialised by {args.init}")
 
+    device = next(p.device for module in family.adapted.values() for p in module.parameters())
     frozen = sum(
         p.numel() * p.element_size()
-        for module in family.modules.values()
+        for module in modules.values()
         for name, p in module.named_parameters()
-        if ".lora_" not in name and p.device == family.device  # --offload keeps some elsewhere
+        if ".lora_" not in name and p.device == device  # --offload keeps some elsewhere
     )
     slots = EIGHT_BIT_ADAM_BYTES if args.use_8bit_adam else OPTIMIZER_BYTES[args.optimizer]
-    images = args.train_batch_size * (2 if args.with_prior_preservation else 1)
     parts = {
         "base model": frozen,
-        "LoRA weights and gradients": 8 * total,
+        "trained weights and gradients": 8 * total,
         "frozen twin": 4 * factors if method.step_zero == "offset" else 0,
         f"optimiser ({'8-bit ' if args.use_8bit_adam else ''}{args.optimizer})": slots * total,
         "moving average": 4 * total if args.use_ema else 0,
-        f"activations ({images} images)": images * _activation_bytes(args, family, batch),
+        f"activations ({num_samples} samples)": num_samples * _activation_bytes(args, family, modules, sample),
     }
-    print(f"memory on {family.device}, estimated (without the buffers of kernels, collection and sampling):")
+    print(f"memory on {device}, estimated (without the buffers of kernels, collection and sampling):")
     for what, size in {**{w: s for w, s in parts.items() if s}, "together": sum(parts.values())}.items():
         print(f"  {what:32s} {size / 2**20:12,.3f} MiB")
 
 
 def _activation_bytes(
-    args: argparse.Namespace,
-    family: TextToImageFamily,
-    batch: Mapping[str, Tensor],
+    args: argparse.Namespace, family: ModelFamily, modules: Mapping[str, nn.Module], sample: Any
 ) -> int:
-    weights = {p.untyped_storage().data_ptr() for module in family.modules.values() for p in module.parameters()}
+    weights = {p.untyped_storage().data_ptr() for module in modules.values() for p in module.parameters()}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -77,9 +90,8 @@ def _activation_bytes(
         enable_gradient_checkpointing(family)
     for module in family.adapted.values():
         module.train()
-    one = {name: value[:1] for name, value in batch.items()}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = family.loss(one, torch.Generator().manual_seed(0))  # held, so that no storage is used twice
+        loss = family.loss(sample, torch.Generator().manual_seed(0))  # held, so that no storage is used twice
     size = sum(kept.values())
     del loss
     return size

@@ -1,11 +1,12 @@
-"""What the LoRA training scripts share beside their loop: data, pictures, log, weight average, checkpoints."""
+"""What the LoRA training scripts share: the loop over the steps, data, pictures, log, weight average, checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -43,9 +44,11 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from lorainit_diffusers import adapters, checkpoints
 from lorainit_diffusers.evaluation import fixed_noise_loss, sample_grid
+from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
 from lorainit_diffusers.initialize import initialize, make_method, needs_reference
 from lorainit_diffusers.methods import Initializer
@@ -280,26 +283,35 @@ class TrainingData:
 
 def initialise(
     args: argparse.Namespace,
-    family: TextToImageFamily,
+    family: ModelFamily,
     method: Initializer,
-    data: TrainingData,
+    batches: Mapping[str, Any],
+    targets: Mapping[str, Sequence[str]],
     accelerator: Accelerator,
     state: checkpoints.TrainingState | None,
 ) -> dict[str, Any]:
-    """Give the family its adapters, from the checkpoint or from the data; returns the report of the initialisation."""
+    """Give the family its adapters, from the checkpoint or from the data; returns the report of the initialisation.
+
+    Args:
+        args: the options of a script.
+        family: the base.
+        method: the initialisation.
+        batches: `batches`, and `reference_batches` where the method takes them, as `initialize` does.
+        targets: layers that get an adapter, by component.
+        accelerator: of the run.
+        state: the checkpoint to continue from.
+    """
     modules = dict(family.adapted)
     adapter_options = {"use_rslora": args.use_rslora, "lora_dropout": args.lora_dropout}
     if state is not None:
         adapters.load_adapter_state_dict(modules, state.tensors, **adapter_options)
+        load_heads(family.heads, state.tensors)
         return state.extra["init_report"]
-    targets = {name: family.default_targets(name) for name in modules}
-    if args.lora_layers is not None:
-        targets[family.DENOISER] = layer_names(args.lora_layers)
     needs_pass = args.variable_rank or not args.dry_run  # ranks that do not depend on the data can be told without
     report = initialize(
         family,
         method if needs_pass else make_method("kaiming"),
-        **data.for_initialisation(method, accelerator),
+        **batches,
         rank=args.rank,
         alpha=args.lora_alpha,
         target_modules=targets,
@@ -322,6 +334,31 @@ def initialise(
             for parameter in adapters.trainable_parameters(module):
                 parameter.data.copy_(broadcast(parameter.data))
     return report.to_json()
+
+
+def lora_targets(args: argparse.Namespace, family: ModelFamily, component: str) -> dict[str, list[str]]:
+    """Layers that get an adapter: the family's own choice, or `--lora_layers` in this component."""
+    targets = {name: family.default_targets(name) for name in family.adapted}
+    if args.lora_layers is not None:
+        targets[component] = layer_names(args.lora_layers)
+    return targets
+
+
+def head_state_dict(heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The modules that are trained in full, for a checkpoint: `head.{component}.{name}.{parameter}`, on the CPU."""
+    return {
+        f"head.{name}.{key}": value.detach().cpu().clone()
+        for name, head in heads.items()
+        for key, value in head.state_dict().items()
+    }
+
+
+def load_heads(heads: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
+    """Inverse of `head_state_dict`; the heads are trainable afterwards."""
+    for name, head in heads.items():
+        prefix = f"head.{name}."
+        head.load_state_dict({key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)})
+        head.requires_grad_(True)
 
 
 # ----------------------------------------------------------------------------------------------------- pictures and log
@@ -418,10 +455,12 @@ class RunLog:
             scratch.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
             os.replace(scratch, self.path)
 
-    def write(self, line: dict[str, float]) -> None:
-        """Add a line; its `step` is the trackers' step."""
+    def write(self, line: dict[str, Any]) -> None:
+        """Add a line; its `step` is the trackers' step, and its `stage`, where it has one, comes before their names."""
         self.lines.append(line)
-        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=int(line["step"]))
+        stage = f"{line['stage']}/" if "stage" in line else ""
+        values = {f"{stage}{name}": value for name, value in line.items() if name not in ("step", "stage")}
+        self.accelerator.log(values, step=int(line["step"]))
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -432,8 +471,8 @@ class RunLog:
 
 def backward_step(
     args: argparse.Namespace,
-    family: TextToImageFamily,
-    batches: Iterator[dict[str, Tensor]],
+    family: ModelFamily,
+    batches: Iterator[Any],
     accelerator: Accelerator,
     parameters: Sequence[nn.Parameter],
     step: int,
@@ -511,18 +550,21 @@ class Optimization:
     def __init__(
         self,
         args: argparse.Namespace,
-        modules: Mapping[str, nn.Module],
+        family: ModelFamily,
         accelerator: Accelerator,
         state: checkpoints.TrainingState | None,
     ) -> None:
-        self.args, self.modules, self.accelerator = args, modules, accelerator
+        self.args, self.family, self.accelerator = args, family, accelerator
         groups = [
             {
                 "params": adapters.trainable_parameters(module),
                 "lr": args.text_encoder_lr if name.startswith("text_encoder") else args.learning_rate,
             }
-            for name, module in modules.items()
+            for name, module in family.adapted.items()
         ]
+        if family.heads:
+            heads = [parameter for head in family.heads.values() for parameter in head.parameters()]
+            groups.append({"params": heads, "lr": args.head_lr})
         self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         self.optimizer: Any = accelerator.prepare_optimizer(make_optimizer(args, groups))
         self.lr_scheduler = get_scheduler(
@@ -556,7 +598,11 @@ class Optimization:
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         checkpoints.save_training_state(
             output_dir / f"checkpoint-{step}",
-            tensors={**adapters.adapter_state_dict(self.modules), **self.average.state()},
+            tensors={
+                **adapters.adapter_state_dict(self.family.adapted),
+                **head_state_dict(self.family.heads),
+                **self.average.state(),
+            },
             optimizer=self.optimizer.optimizer,
             lr_scheduler=self.lr_scheduler,
             step=step,
@@ -566,10 +612,47 @@ class Optimization:
             checkpoints.prune_checkpoints(output_dir, limit)
 
 
-def enable_gradient_checkpointing(family: TextToImageFamily) -> None:
+def train_steps(
+    args: argparse.Namespace,
+    family: ModelFamily,
+    batches: Iterator[Any],
+    accelerator: Accelerator,
+    optimization: Optimization,
+    log: RunLog,
+    init_report: Mapping[str, Any],
+    validate: Callable[[int], None],
+    first_step: int,
+) -> None:
+    """The training loop: every step after `first_step`, with its line in the log, validations and checkpoints.
+
+    `validate` is called with the number of the step, with the averaged weights in the model where there are any.
+    """
+    is_main = accelerator.is_main_process
+    for module in family.adapted.values():
+        module.train()
+    progress = tqdm(desc="training", initial=first_step, total=args.max_train_steps, disable=not is_main)
+    for step in range(first_step + 1, args.max_train_steps + 1):
+        step_started = time.perf_counter()
+        loss, grad_norm = backward_step(args, family, batches, accelerator, optimization.parameters, step)
+        learning_rate = float(optimization.lr_scheduler.get_last_lr()[0])
+        optimization.step()
+        step_s = round(time.perf_counter() - step_started, 4)
+        log.write({"step": step, "loss": loss, "lr": learning_rate, "grad_norm": grad_norm, "step_s": step_s})
+        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        progress.update()
+        if step % args.validation_steps == 0 or step == args.max_train_steps:
+            with optimization.average.applied():
+                validate(step)
+        if step % args.checkpointing_steps == 0 and is_main:
+            optimization.save(step, init_report)
+    progress.close()
+    accelerator.wait_for_everyone()
+
+
+def enable_gradient_checkpointing(family: ModelFamily) -> None:
     """Recompute activations in the backward pass, in every module that is trained."""
-    for name, module in family.adapted.items():
-        if name == family.DENOISER:
+    for module in family.adapted.values():
+        if hasattr(module, "enable_gradient_checkpointing"):  # diffusers' models
             cast(Any, module).enable_gradient_checkpointing()
         else:
             # the reentrant kind, transformers 4's default, needs inputs that require gradients: embeddings are frozen

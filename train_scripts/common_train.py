@@ -20,16 +20,16 @@ from common_run import (
     Pictures,
     RunLog,
     TrainingData,
-    backward_step,
     class_images,
     enable_gradient_checkpointing,
     family_options,
     find_state,
     initialise,
+    lora_targets,
     settle_options,
     start_accelerator,
+    train_steps,
 )
-from tqdm.auto import tqdm
 
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
 
@@ -74,13 +74,18 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
     pictures.add("base")
 
     # ---- collect and initialise
-    init_report = initialise(args, family, method, data, accelerator, state)
+    targets = lora_targets(args, family, family.DENOISER)
+    batches = data.for_initialisation(method, accelerator)
+    init_report = initialise(args, family, method, batches, targets, accelerator, state)
     if args.dry_run:
         if is_main:
-            print_plan(args, family, method, next(data.training_batches(accelerator, 0)))
+            batch = next(data.training_batches(accelerator, 0))
+            one = {name: value[:1] for name, value in batch.items()}
+            num_samples = args.train_batch_size * (2 if args.with_prior_preservation else 1)
+            print_plan(args, family, family.modules, method, one, num_samples)
         return output_dir
     check_export(args, family)
-    optimization = Optimization(args, family.adapted, accelerator, state)
+    optimization = Optimization(args, family, accelerator, state)
     config = describe_run(args, method, accelerator)
     config["num_images"], config["num_heldout_images"] = len(records), len(heldout)
     config["num_trainable_parameters"] = sum(parameter.numel() for parameter in optimization.parameters)
@@ -99,35 +104,17 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
         enable_gradient_checkpointing(family)
 
     def validate(step: int) -> None:
-        with optimization.average.applied():
-            loss = data.validation_loss()
-            if loss is not None:
-                log.write({"step": step, "validation_loss": loss})
-            pictures.add(f"step-{step:06d}", step)
+        loss = data.validation_loss()
+        if loss is not None:
+            log.write({"step": step, "validation_loss": loss})
+        pictures.add(f"step-{step:06d}", step)
 
     if state is None:
         validate(0)
-    for module in family.adapted.values():
-        module.train()
-    batches = data.training_batches(accelerator, first_step)
-    progress = tqdm(desc="training", initial=first_step, total=args.max_train_steps, disable=not is_main)
-    for step in range(first_step + 1, args.max_train_steps + 1):
-        step_started = time.perf_counter()
-        loss, grad_norm = backward_step(args, family, batches, accelerator, optimization.parameters, step)
-        learning_rate = float(optimization.lr_scheduler.get_last_lr()[0])
-        optimization.step()
-        step_s = round(time.perf_counter() - step_started, 4)
-        log.write({"step": step, "loss": loss, "lr": learning_rate, "grad_norm": grad_norm, "step_s": step_s})
-        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        progress.update()
-        if step % args.validation_steps == 0 or step == args.max_train_steps:
-            validate(step)
-        if step % args.checkpointing_steps == 0 and is_main:
-            optimization.save(step, init_report)
-    progress.close()
+    training_batches = data.training_batches(accelerator, first_step)
+    train_steps(args, family, training_batches, accelerator, optimization, log, init_report, validate, first_step)
 
     # ---- evaluate and save
-    accelerator.wait_for_everyone()
     if is_main:
         pictures.save_grid(output_dir / "samples.png")
         config["total_s"] = round(time.perf_counter() - started, 1)

@@ -49,6 +49,11 @@ class ModelFamily(Protocol):
         """The modules that get LoRA, by component name (`unet`, `text_encoder`, ...)."""
         ...
 
+    @property
+    def heads(self) -> Mapping[str, nn.Module]:
+        """Modules trained in full beside the adapters, by component and name (`model.classifier`); often none."""
+        ...
+
     def default_targets(self, component: str) -> list[str]:
         """Suffixes of the layer names that get an adapter when the user names none."""
         ...

@@ -419,6 +419,11 @@ class TextToImageFamily(_Parts, ABC):
         """Source code of the pipeline's first argument, for model cards."""
         return repr(prompt or "a prompt in the style of the captions")
 
+    @property
+    def heads(self) -> Mapping[str, nn.Module]:
+        """None: these families train adapters only."""
+        return {}
+
     def default_targets(self, component: str) -> list[str]:
         """`TARGETS` of the denoiser, `q_proj k_proj v_proj out_proj` of CLIP text encoders.
 

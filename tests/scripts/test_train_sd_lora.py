@@ -772,14 +772,14 @@ def test_dry_run_says_what_the_run_would_do(
     assert sizes["together"] == pytest.approx(sum(sizes.values()) - sizes["together"], abs=0.01)
     assert sizes["optimiser (adamw)"] == pytest.approx(8 * trained / 2**20, abs=0.001)
     assert ("frozen twin" in sizes) == ("init" not in more)
-    assert sizes["activations (2 images)"] > 0
+    assert sizes["activations (2 samples)"] > 0
 
 
 def test_dry_run_counts_what_checkpointing_saves(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     sizes: list[float] = []
     for checkpointing in (False, True):
         run(dry_run=True, gradient_checkpointing=checkpointing, train_batch_size=64, resolution=64)
-        line = next(line for line in capsys.readouterr().out.splitlines() if "activations (64 images)" in line)
+        line = next(line for line in capsys.readouterr().out.splitlines() if "activations (64 samples)" in line)
         sizes.append(float(line[34:].split()[0].replace(",", "")))
     assert sizes[1] < 0.8 * sizes[0]
 
