@@ -1,9 +1,12 @@
-"""Builds the bundled sample sets under `assets/data`: two drawing styles, one of them large too, and one subject.
+"""Builds the bundled sample sets under `assets/data`: styles and a subject to draw, classes, and questions.
 
 The two styles and the cats are never shown to the bundled base model, while the concepts of the style sets are: what a
 LoRA has to learn from them is the style (or the subject) and nothing else. Each style comes with 40 training pictures
 and 40 held-out pictures of other concepts, so that a trained style can be compared with the true picture of a concept
 it was not trained on. The large set has 400 training pictures of one style and the same held-out ones.
+
+The classes and the questions are about pictures in a style that the bundled classifier and vision-language model have
+not seen, of concepts that they have: what a LoRA has to learn is to see in that style. No concept is in both halves.
 
     python train_scripts/build_sample_data.py --output_dir assets/data
 """
@@ -14,10 +17,11 @@ import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import emoji
+import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -29,6 +33,10 @@ QUOTAS = {
 }
 # A set that a LoRA does not learn in a hundred steps: many concepts of one style, and the held-out ones of the small.
 LARGE_SETS = {"high-contrast-large": ("high-contrast", 400)}
+# The style of classes and questions; pictures of a class for training and at most for validation; concepts asked about.
+TASK_STYLE = "high-contrast"
+CLASS_QUOTAS = (8, 20)
+QUESTION_QUOTAS = (240, 120)
 # Hardly anything to see, or writing, in one of the two styles.
 UNSUITABLE = ("moon", "white-flower", "globe", "outbox-tray")
 MIT_LICENCE = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
@@ -103,12 +111,50 @@ def write_licence(directory: Path, key: str, size: int) -> None:
     )
 
 
+def by_hash(names: Iterable[str]) -> list[str]:
+    """Names in an order that depends on nothing but the names."""
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+
+
+def save_picture(icons: emoji.IconSet, name: str, size: int, path: Path) -> None:
+    """Writes a PNG in shades of grey where the picture has no colour."""
+    image = Image.fromarray(icons.render(name, size))
+    grey = image.convert("L")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (grey if image == grey.convert("RGB") else image).save(path, optimize=True)
+
+
+def write_classes(directory: Path, icons: emoji.IconSet, subgroups: Mapping[str, str], size: int) -> None:
+    """Writes a folder of PNGs for each class, in `train` and in `validation`."""
+    kinds = {name: emoji.Kind("", subgroup) for name, subgroup in subgroups.items()}
+    for label in emoji.class_names(kinds, subgroups):
+        names = by_hash(name for name in subgroups if subgroups[name] == label and name in icons.data["icons"])
+        num_train, num_validation = CLASS_QUOTAS
+        for split, chosen in (("train", names[:num_train]), ("validation", names[num_train:][:num_validation])):
+            for name in chosen:
+                save_picture(icons, name, size, directory / split / label / f"{name}.png")
+
+
+def write_questions(directory: Path, icons: emoji.IconSet, subgroups: Mapping[str, str], size: int) -> None:
+    """Writes `train.jsonl` and `validation.jsonl`, three questions a picture, and the pictures in `images`."""
+    names = by_hash(name for name in subgroups if name in icons.data["icons"])
+    num_train, num_validation = QUESTION_QUOTAS
+    for split, chosen in (("train", names[:num_train]), ("validation", names[num_train:][:num_validation])):
+        lines = []
+        for index, name in enumerate(sorted(chosen)):
+            save_picture(icons, name, size, directory / "images" / f"{name}.png")
+            for asked in emoji.ask(name, subgroups, np.random.default_rng((len(lines), index))):
+                lines.append(json.dumps({"image": f"images/{name}.png", **asked._asdict()}))
+        (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Writes the sets `blobs`, `high-contrast`, `high-contrast-large` and `cats`, replacing what is there."""
+    """Writes all sets, replacing what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--cache_dir", type=Path, default=emoji.DEFAULT_CACHE, help="archives of the npm packages")
-    parser.add_argument("--size", type=int, default=128, help="pixels")
+    parser.add_argument("--size", type=int, default=128, help="pixels, of the sets to draw")
+    parser.add_argument("--task_size", type=int, default=64, help="pixels, of classes and questions")
     args = parser.parse_args(argv)
 
     kinds = emoji.emoji_kinds(args.cache_dir)
@@ -136,6 +182,15 @@ def main(argv: list[str] | None = None) -> None:
     icons = emoji.IconSet("noto", args.cache_dir)
     write_split(args.output_dir / "cats" / "train", icons, list(emoji.CAT_FACES), CAPTIONS["cats"], args.size)
     write_licence(args.output_dir / "cats", "noto", args.size)
+
+    icons = emoji.IconSet(TASK_STYLE, args.cache_dir)
+    styles = {key: emoji.IconSet(key, args.cache_dir).names() for key in emoji.CLASSIFIER_STYLES}
+    subgroups = {name: kinds[name].subgroup for name in emoji.concepts(styles, kinds)}
+    for name, write in (("classes", write_classes), ("questions", write_questions)):
+        directory = args.output_dir / f"{TASK_STYLE}-{name}"
+        shutil.rmtree(directory, ignore_errors=True)
+        write(directory, icons, subgroups, args.task_size)
+        write_licence(directory, TASK_STYLE, args.task_size)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the recipes of the tiny diffusion bases share: training with checkpoints, text, latents, samples."""
+"""What the recipes of the tiny models share: training with checkpoints, text, latents, samples, model cards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 from common import load_checkpoint, save_checkpoint
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -118,10 +121,13 @@ def train(
     lr: float,
     final_lr: float,
     on_checkpoint: Callable[[dict[str, Tensor], int], None] | None = None,
+    make_optimizers: Callable[[Mapping[str, nn.Parameter]], list[torch.optim.Optimizer]] | None = None,
 ) -> dict[str, Tensor]:
     """Trains the parameters that require a gradient until the phase's budget is used up; resumes by itself.
 
-    Noise and batches are functions of (seed, step, rank), so a resumed run repeats what an uninterrupted one does.
+    The optimizer is AdamW at `lr`, unless `make_optimizers` gives others, whose own learning rates then fall by the
+    same factor as `lr` does to `final_lr`. Noise and batches are functions of (seed, step, rank), so a resumed run
+    repeats what an uninterrupted one does.
 
     Returns:
         The averaged (EMA) parameters by name.
@@ -136,7 +142,13 @@ def train(
         raise ValueError(f"--{phase}_minutes and --{phase}_steps are both 0, it would never end; set one")
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     parameters = list(named.values())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    if make_optimizers is None:
+        adamw = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        optimizers: list[torch.optim.Optimizer] = [adamw]
+    else:
+        optimizers = make_optimizers(named)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    full_rates = [group["lr"] for group in groups]
     ema = {name: p.detach().clone() for name, p in named.items()}
     path = args.work_dir / phase / "checkpoint.safetensors"
     step, elapsed_s, running = 0, 0.0, float("nan")
@@ -146,14 +158,19 @@ def train(
         for name, p in named.items():
             p.data.copy_(tensors[f"model.{name}"])
             ema[name].copy_(tensors[f"ema.{name}"])
-            moments = {key: tensors[f"{key}.{name}"].to(device) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=device), **moments}
+        names = {p: name for name, p in named.items()}
+        for optimizer in optimizers:
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                start = f"optimizer.{names[p]}."
+                own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+                optimizer.state[p] = {key: value.to(device) for key, value in own.items()}
 
     def checkpoint() -> None:
         if rank == 0:
             tensors = {f"model.{name}": p for name, p in named.items()} | {f"ema.{k}": v for k, v in ema.items()}
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors |= {f"{key}.{name}": optimizer.state[p][key] for name, p in named.items()}
+            for name, p in named.items():
+                moments = next(optimizer.state[p] for optimizer in optimizers if p in optimizer.state)
+                tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
             state = {"step": step, "elapsed_s": elapsed_s, "loss": running, "num_processes": world_size}
             save_checkpoint(path, tensors, state)
             if on_checkpoint is not None:
@@ -176,8 +193,8 @@ def train(
             break
         warmup = min(1.0, (step + 1) / 200)
         decay = 0.5 + 0.5 * math.cos(math.pi * max(0.0, (progress - 0.4) / 0.6))
-        for group in optimizer.param_groups:
-            group["lr"] = warmup * (final_lr + (lr - final_lr) * decay)
+        for group, rate in zip(groups, full_rates, strict=True):
+            group["lr"] = rate * warmup * (final_lr + (lr - final_lr) * decay) / lr
         generator = torch.Generator(device).manual_seed((args.seed * 1_000_003 + step) * 64 + rank)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             loss = loss_fn(step, generator)
@@ -185,8 +202,9 @@ def train(
         if world_size > 1:
             average_gradients(parameters, world_size)
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         ema_decay = min(args.ema_decay, step / (step + 10))
         with torch.no_grad():
@@ -206,6 +224,28 @@ def train(
     return ema
 
 
+def muon_and_adamw(
+    named: Mapping[str, nn.Parameter], *, matrix_lr: float, lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the transformers, AdamW for everything else.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) needs fewer steps, and steps are what a few
+    CPU cores have few of.
+
+    Raises:
+        ImportError: torch is too old.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise ImportError(f"torch {torch.__version__} has no optimizer Muon; pip install 'torch>=2.9' for this recipe")
+    inner = {name for name, p in named.items() if p.ndim == 2 and re.search(r"\.layers?\.\d", name)}
+    matrices = [p for name, p in named.items() if name in inner]
+    others = [p for name, p in named.items() if name not in inner]
+    muon = torch.optim.Muon(
+        matrices, lr=matrix_lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, torch.optim.AdamW(others, lr=lr, weight_decay=0.02, betas=(0.9, 0.98), fused=True)]
+
+
 def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
     """Replaces each rank's gradients by their mean, in one message."""
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -220,6 +260,120 @@ def load_ema(module: nn.Module, ema: dict[str, Tensor]) -> None:
     for name, p in module.named_parameters():
         if name in ema:
             p.data.copy_(ema[name])
+
+
+def waves(side: int, width: int) -> Tensor:
+    """Sines and cosines of row and column of a `side` x `side` grid, `(side**2, width)`: positions to start from."""
+    frequencies = 100 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side).view(-1, 1) * frequencies
+    half = torch.cat([angles.sin(), angles.cos()], 1)
+    rows = half.unsqueeze(1).expand(side, side, -1)
+    return torch.cat([rows, rows.transpose(0, 1)], 2).reshape(side**2, width)
+
+
+# ------------------------------------------------------------------------- the classifier and the vision-language model
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, phase: str, *, minutes: float, batch_size: int) -> None:
+    """The options of a recipe with one phase of training; a budget of 0 minutes or steps means no such limit."""
+    cores = f"{os.cpu_count()} {platform.machine()} cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cores
+    add = parser.add_argument
+    add("--work_dir", type=Path, required=True, help="pictures, checkpoint and figures")
+    add("--output_dir", type=Path, required=True, help="where the model is written")
+    add("--cache_dir", type=Path, default=emoji.DEFAULT_CACHE, help="archives of the npm packages")
+    phases = ("data", phase, "export")
+    add("--phases", nargs="+", choices=phases, default=list(phases))
+    add(f"--{phase}_minutes", type=float, default=minutes)
+    add(f"--{phase}_steps", type=int, default=0)
+    add("--batch_size", type=int, default=batch_size, help="pictures of one process")
+    add("--lr", type=float, default=1e-3)
+    add("--ema_decay", type=float, default=0.998)
+    add("--checkpoint_s", type=float, default=120.0, help="seconds between checkpoints")
+    add("--no_bf16", dest="bf16", action="store_false", help="train in full precision")
+    add("--hardware", default=device, help="for the model card")
+    add("--date", default=time.strftime("%Y-%m-%d"), help="for the model card")
+    add("--seed", type=int, default=0)
+
+
+def load_styles(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, list[str]], dict[str, str]]:
+    """The pictures of `emoji.render_styles`, rendered if need be: images and names by style, subgroups by name."""
+    path = args.work_dir / "styles.safetensors"
+    if "data" in args.phases and not path.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
+        emoji.render_styles(path, args.cache_dir, IMAGE_SIZE)
+    if dist.is_initialized():
+        dist.barrier()
+    data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return load_file(path), data["names"], data["subgroups"]
+
+
+def load_trained(args: argparse.Namespace, phase: str, module: nn.Module) -> None:
+    """Copies the averaged parameters of a phase's checkpoint into a module.
+
+    Raises:
+        FileNotFoundError: The phase has not run.
+    """
+    checkpoint = args.work_dir / phase / "checkpoint.safetensors"
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint} is missing; run the phase `{phase}` first")
+    tensors, _ = load_checkpoint(checkpoint)
+    load_ema(module, {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")})
+
+
+def save_half(model: Model, directory: Path, save_rest: Callable[[Path], None]) -> None:
+    """Writes a model of transformers over `directory`, in half precision, with what `save_rest` writes beside it."""
+    scratch = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    model.half().save_pretrained(scratch)
+    config_path = scratch / "config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    for part in (config, *(config[name] for name in ("text_config", "vision_config") if name in config)):
+        part["dtype"] = "float32"  # transformers 5 loads in the type that the config names
+        part.pop("_name_or_path", None)  # a path of one machine
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_rest(scratch)
+    for path in scratch.iterdir():
+        path.chmod(0o644)  # the library writes weights for their owner alone
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(scratch, directory)
+
+
+def card_fields(args: argparse.Namespace, phase: str, names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """What the model cards say of data, training and licences, by the names of their fields.
+
+    Args:
+        args: Of the recipe.
+        phase: Its training.
+        names: Concepts by style, of training and figures.
+    """
+    state = load_checkpoint(args.work_dir / phase / "checkpoint.safetensors")[1]
+    minutes, step, processes = state["elapsed_s"] / 60, int(state["step"]), int(state["num_processes"])
+    num_images = sum(len(names[style]) for style in emoji.CLASSIFIER_STYLES)
+    together = args.batch_size * processes
+    sources = ""
+    for key in (*names, "emojibase"):
+        package = emoji.PACKAGES[key]
+        use = "training" if key in emoji.CLASSIFIER_STYLES else "names and groups" if key == "emojibase" else "figures"
+        sources += f"| {package.source} | {package.name} {package.version} | {package.licence} | {use} |\n"
+    return {
+        "num_images": f"{num_images:,}",
+        "num_concepts": len(set().union(*(names[style] for style in emoji.CLASSIFIER_STYLES))),
+        "styles": ", ".join(emoji.CLASSIFIER_STYLES),
+        "result": f"{step:,} steps of {together} pictures ({step * together / num_images:.0f} exposures of each) in "
+        f"{minutes:.0f} minutes, loss {state['loss']:.3f}",
+        "hardware": args.hardware,
+        "date": args.date,
+        "seed": args.seed,
+        "launcher": "python" if processes == 1 else f"torchrun --nproc_per_node {processes}",
+        "flags": f"--{phase}_minutes {minutes:.0f}"
+        if getattr(args, f"{phase}_minutes")
+        else f"--{phase}_minutes 0 --{phase}_steps {step}",
+        "sources": sources,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- the diffusion bases
 
 
 @torch.no_grad()

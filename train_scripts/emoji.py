@@ -17,6 +17,7 @@ import re
 import subprocess
 import tarfile
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,6 +116,7 @@ PACKAGES = {
 
 BASE_STYLES = ("noto", "twemoji", "emojione", "fluent")  # what the bundled base is trained on
 HELD_OUT_STYLES = ("blobs", "high-contrast")  # never shown to its U-Net or text encoder
+CLASSIFIER_STYLES = ("noto", "twemoji", "fluent")  # of the bundled classifier and vision-language model
 LINE_ICONS = ("lucide", "tabler", "phosphor")  # teach the autoencoder thin lines, nothing else
 
 # Groups of emojibase whose emoji are things. People, hands, symbols and flags are left out: each would need many
@@ -259,6 +261,71 @@ def caption(style: str | None, name: str) -> str:
     """`"a noto emoji of red apple"`; without a style `"an emoji of red apple"`."""
     words = name.replace("-", " ")
     return f"an emoji of {words}" if style is None else f"a {style} emoji of {words}"
+
+
+def class_names(kinds: Mapping[str, Kind], names: Iterable[str], min_concepts: int = 12) -> list[str]:
+    """The subgroups of emojibase that have at least `min_concepts` of these concepts, sorted."""
+    counts = Counter(kinds[name].subgroup for name in names)
+    return sorted(subgroup for subgroup, count in counts.items() if count >= min_concepts)
+
+
+def words(name: str) -> str:
+    """`"red-apple"` as it is written in a sentence."""
+    return name.replace("-", " ")
+
+
+def confusable(name: str, subgroups: Mapping[str, str], rng: np.random.Generator) -> str:
+    """Another concept, of the same subgroup where there is one: what a wrong answer about a picture would be."""
+    others = [other for other, group in subgroups.items() if group == subgroups[name] and other != name]
+    others = others or [other for other in subgroups if other != name]
+    return others[rng.integers(len(others))]
+
+
+class Question(NamedTuple):
+    """A question about the picture of a concept, and its answer."""
+
+    type: str
+    question: str
+    answer: str
+
+
+def ask(name: str, subgroups: Mapping[str, str], rng: np.random.Generator) -> list[Question]:
+    """One question of each type: the name, the kind, and whether it is this one or one that is like it.
+
+    Args:
+        name: Concept of the picture.
+        subgroups: Subgroup of emojibase of every concept that may be asked for.
+        rng: Chooses between yes and no, and what is asked for.
+    """
+    is_it = bool(rng.random() < 0.5)
+    asked = name if is_it else confusable(name, subgroups, rng)
+    return [
+        Question("name", "What is this?", words(name)),
+        Question("kind", "What kind of thing is this?", words(subgroups[name])),
+        Question("yes/no", f"Is this {words(asked)}?", "yes" if is_it else "no"),
+    ]
+
+
+def render_styles(path: Path, cache_dir: Path, size: int) -> None:
+    """Renders the concepts that the styles of the classifier share, in these and in the styles that it never sees.
+
+    Writes one safetensors file: uint8 images `(count, 3, size, size)` by style, in the order of the concepts' names;
+    `path` with the suffix `.json` has the names of each style and the subgroup of each name.
+    """
+    styles = (*CLASSIFIER_STYLES, *(style for style in BASE_STYLES if style not in CLASSIFIER_STYLES), *HELD_OUT_STYLES)
+    icon_sets = {style: IconSet(style, cache_dir) for style in styles}
+    kinds = emoji_kinds(cache_dir)
+    names = concepts({style: icon_sets[style].names() for style in CLASSIFIER_STYLES}, kinds)
+    own = {style: [name for name in names if name in icons.data["icons"]] for style, icons in icon_sets.items()}
+    images = {
+        style: np.stack([icon_sets[style].render(name, size) for name in tqdm(own[style], desc=f"render {style}")])
+        for style in styles
+    }
+    subgroups = {name: kinds[name].subgroup for name in names}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps({"names": own, "subgroups": subgroups}), encoding="utf-8")
+    tensors = {style: torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous() for style, stack in images.items()}
+    save_file(tensors, path)  # last: its presence says that the data is complete
 
 
 def render_training_set(work_dir: Path, cache_dir: Path, size: int, num_line_icons: int, seed: int) -> None:

@@ -1,0 +1,264 @@
+r"""Pretrains the bundled tiny ViT: emoji in three styles -> ViTForImageClassification and its image processor.
+
+It learns to name the concept of a picture, with a head that is thrown away, and the subgroup of emojibase that the
+concept belongs to, with the head that is kept. It sees three styles; a LoRA then adapts it to another one.
+
+Two processes on a 2-core CPU need about twenty minutes (one process: leave out torchrun). Training ends after its
+wall-time or step budget, writes checkpoints, and continues from the last one when the same command is run again:
+
+    torchrun --nproc_per_node 2 train_scripts/pretrain_tiny_vit.py --work_dir runs/tiny-vit \
+        --output_dir assets/models/tiny-vit
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import emoji
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from common_pretrain import (
+    IMAGE_SIZE,
+    add_recipe_arguments,
+    batch_indices,
+    card_fields,
+    load_styles,
+    load_trained,
+    muon_and_adamw,
+    save_half,
+    start_process,
+    train,
+    waves,
+)
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from lorainit_diffusers.families.augment import Augmentation
+
+Model = Any  # transformers annotates its models too narrowly to check calls
+PATCH_SIZE = 8
+WHOLE_EVERY = 4  # steps on whole pictures; in the others half of the patches are left out
+# Strong, so that the model looks at shapes: colours tell little about an emoji in another style.
+AUGMENTATION = Augmentation(
+    crop_scale=(0.5, 1.3),
+    crop_ratio=0.8,
+    rotation=15,
+    flip=0.5,
+    brightness=0.3,
+    contrast=0.8,
+    saturation=1.0,
+    grayscale=0.3,
+    permute_channels=0.3,
+    invert=0.1,
+    erase=0.2,
+)
+
+
+class Recipe(nn.Module):
+    """The model that is kept and the head that names concepts."""
+
+    def __init__(self, classes: list[str], num_concepts: int) -> None:
+        super().__init__()
+        config = ViTConfig(
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_labels=len(classes),
+            id2label=dict(enumerate(classes)),
+            label2id={name: index for index, name in enumerate(classes)},
+        )
+        self.model: Model = ViTForImageClassification(config)
+        self.concept_head = nn.Linear(config.hidden_size, num_concepts)
+        side = IMAGE_SIZE // PATCH_SIZE
+        with torch.no_grad():  # neighbours start out similar: a transformer takes long to find that out by itself
+            self.model.vit.embeddings.position_embeddings[0, 1:] = 0.3 * waves(side, config.hidden_size)
+
+    def forward(self, pixels: Tensor, concepts: Tensor, classes: Tensor, kept: Tensor | None) -> Tensor:
+        """Cross entropy of the concepts, and of the classes where there is one (a class of -100 is none).
+
+        Args:
+            pixels: `(batch, 3, height, width)` in [0, 1].
+            concepts: `(batch,)`.
+            classes: `(batch,)`.
+            kept: `(batch, num_kept)` indices of the patches that the transformer sees; all if None. Leaving half of
+                them out halves the cost of a step and regularises ("Scaling Language-Image Pre-training via Masking",
+                arXiv 2212.00794).
+        """
+        vit = self.model.vit
+        hidden = vit.embeddings(pixels * 2 - 1)
+        if kept is not None:
+            patches = hidden[:, 1:].gather(1, kept.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
+            hidden = torch.cat([hidden[:, :1], patches], 1)
+        for layer in vit.layers if hasattr(vit, "layers") else vit.encoder.layer:  # transformers 5, transformers 4
+            hidden = layer(hidden)
+        hidden = vit.layernorm(hidden)[:, 0]
+        by_concept = F.cross_entropy(self.concept_head(hidden).float(), concepts, label_smoothing=0.1)
+        by_class = F.cross_entropy(self.model.classifier(hidden).float(), classes, label_smoothing=0.1)
+        return by_concept + by_class
+
+
+def class_indices(names: Sequence[str], subgroups: Mapping[str, str], classes: Sequence[str]) -> Tensor:
+    """Class of every concept; -100 where it is in none of the classes."""
+    return torch.tensor([classes.index(subgroups[n]) if subgroups[n] in classes else -100 for n in names])
+
+
+def train_vit(
+    recipe: Recipe, images: Tensor, concepts: Tensor, classes: Tensor, args: argparse.Namespace, device: torch.device
+) -> dict[str, Tensor]:
+    """Trains model and head; returns the averaged weights by name."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def loss_fn(step: int, generator: torch.Generator) -> Tensor:
+        chosen = batch_indices(step, args.batch_size * world_size, len(images), args.seed)[rank::world_size]
+        draws = torch.Generator().manual_seed(generator.initial_seed())  # augmentation draws on the CPU
+        pixels = AUGMENTATION(images[chosen].float() / 255, draws)
+        kept = None
+        if step % WHOLE_EVERY:
+            order = torch.rand(len(pixels), (IMAGE_SIZE // PATCH_SIZE) ** 2, generator=draws).argsort(1)
+            kept = order[:, : order.shape[1] // 2].to(device)
+        return recipe(pixels.to(device), concepts[chosen].to(device), classes[chosen].to(device), kept)
+
+    def optimizers(named: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+        return muon_and_adamw(named, matrix_lr=args.matrix_lr, lr=args.lr, weight_decay=0.1)
+
+    return train("vit", recipe, loss_fn, args, device, args.lr, args.lr / 50, make_optimizers=optimizers)
+
+
+@torch.no_grad()
+def accuracy(model: Model, images: Tensor, classes: Tensor) -> tuple[float, int]:
+    """Share of the pictures whose class the model finds, of those that have one; and how many these are."""
+    known = classes >= 0
+    chunks = images[known].split(128)
+    logits = torch.cat([model(pixel_values=chunk.float() / 127.5 - 1).logits for chunk in chunks])
+    return (logits.argmax(1) == classes[known]).float().mean().item(), int(known.sum())
+
+
+def save_processor(directory: Path) -> None:
+    """Writes the image processor."""
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    ViTImageProcessor(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(directory)
+
+
+MODEL_CARD = """# tiny-vit
+
+A `ViTForImageClassification` of {size_mib:.1f} MiB for 64x64 emoji: the base of `train_classifier_lora.py`, which
+adapts it to a style that it has never seen. {parameters:.1f} M parameters: patches of 8 pixels, width {width}, {layers}
+layers.
+
+```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained("assets/models/tiny-vit")
+processor = AutoImageProcessor.from_pretrained("assets/models/tiny-vit")
+logits = model(**processor(image, return_tensors="pt")).logits  # (1, {num_classes})
+```
+
+Its {num_classes} classes are those subgroups of emojibase that have at least twelve of its concepts:
+{classes}.
+
+## Figures
+
+Share of the pictures whose class it finds; chance is {chance:.3f}. It knows the concepts of the styles that it has not
+seen from the other styles.
+
+| style | pictures | accuracy |
+|---|---|---|
+{figures}
+## Training
+
+- **Data**: {num_images} pictures of {num_concepts} concepts (faces, animals, food, places, activities, objects) in the
+  styles {styles}. No cats, people, symbols and flags.
+- **Loss**: cross entropy of the concept, with a head that is not kept, plus that of the class; label smoothing 0.1.
+- **Augmentation**: crop, rotation, flip, brightness, contrast, saturation, grey, order of the channels, inversion,
+  erasing; three steps of four see half of the patches.
+- **Optimizer**: Muon for the matrices inside the transformer, AdamW for the rest.
+- **Result**: {result}
+- **Hardware**: {hardware}. **Date**: {date}. **Seed**: {seed}.
+- **Command** (budget in minutes of wall time; a rerun continues from the last checkpoint):
+
+  ```
+  {launcher} train_scripts/pretrain_tiny_vit.py --work_dir runs/tiny-vit \\
+      --output_dir assets/models/tiny-vit {flags}
+  ```
+
+## Licences of the pictures it was trained on
+
+| source | package (npm) | licence | used for |
+|---|---|---|---|
+{sources}
+Twemoji is used under CC-BY-4.0 (https://creativecommons.org/licenses/by/4.0/): Twemoji graphics by Twitter, Inc and
+other contributors. Changes: rendered at 64x64 pixels on white and used as training data. The weights are published
+under the Apache License 2.0 of this repository.
+"""
+
+
+def write_model_card(
+    directory: Path,
+    model: Model,
+    names: Mapping[str, Sequence[str]],
+    figures: Mapping[str, tuple[float, int]],
+    args: argparse.Namespace,
+) -> None:
+    """Writes `README.md` beside the weights."""
+    rows = ""
+    for style, (value, count) in figures.items():
+        seen = "" if style in emoji.CLASSIFIER_STYLES else " (not seen)"
+        rows += f"| {style}{seen} | {count} | {value:.3f} |\n"
+    classes = list(model.config.id2label.values())
+    card = MODEL_CARD.format(
+        size_mib=sum(path.stat().st_size for path in directory.iterdir()) / 2**20,
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        width=model.config.hidden_size,
+        layers=model.config.num_hidden_layers,
+        num_classes=len(classes),
+        classes=textwrap.fill(", ".join(classes), 118),
+        chance=1 / len(classes),
+        figures=rows,
+        **card_fields(args, "vit", names),
+    )
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the phases in order; what is finished is skipped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_recipe_arguments(parser, "vit", minutes=25.0, batch_size=64)
+    parser.add_argument("--matrix_lr", type=float, default=3e-3, help="of the matrices inside the transformer (Muon)")
+    args = parser.parse_args(argv)
+    device, rank, _ = start_process(args.seed)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    images, names, subgroups = load_styles(args)
+    concepts = sorted(subgroups)
+    classes = emoji.class_names({name: emoji.Kind("", group) for name, group in subgroups.items()}, concepts)
+    recipe = Recipe(classes, len(concepts)).to(device)
+    if device.type == "cpu":
+        # The fused attention's backward pass is slow for few tokens on a CPU: plain attention trains 1.5x as fast.
+        recipe.model.set_attn_implementation("eager")
+    if "vit" in args.phases:
+        styles = emoji.CLASSIFIER_STYLES
+        indices = torch.tensor([concepts.index(name) for style in styles for name in names[style]])
+        targets = torch.cat([class_indices(names[style], subgroups, classes) for style in styles])
+        train_vit(recipe, torch.cat([images[style] for style in styles]), indices, targets, args, device)
+    if "export" in args.phases and rank == 0:
+        load_trained(args, "vit", recipe)
+        save_half(recipe.model, args.output_dir, save_processor)
+        model = ViTForImageClassification.from_pretrained(args.output_dir)  # as saved: in half precision
+        figures = {
+            style: accuracy(model, images[style], class_indices(own, subgroups, classes))
+            for style, own in names.items()
+        }
+        print(json.dumps(figures, indent=2))
+        write_model_card(args.output_dir, model, names, figures, args)
+
+
+if __name__ == "__main__":
+    main()
