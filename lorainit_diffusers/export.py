@@ -207,6 +207,7 @@ def save_peft_lora(
     *,
     base_model: str | None = None,
     adapter_name: str = "default",
+    full_modules: Sequence[str] = (),
     export_rank: int | None = None,
     pad_rank: int | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -221,6 +222,8 @@ def save_peft_lora(
         directory: created when missing; gets ``adapter_config.json`` and ``adapter_model.safetensors``.
         base_model: folder or hub name of the base, for the configuration.
         adapter_name: which adapter.
+        full_modules: names of modules that were trained in full, such as a classifier's output layer; their weights
+            are saved as they are (PEFT's ``modules_to_save``), and replace those of the base when it is loaded.
         export_rank: compress layers of a larger rank, as in :func:`exported_factors`.
         pad_rank: zero-pad every layer to this rank.
         provenance: how the file was made; JSON under a metadata key of our own, which loaders ignore.
@@ -229,25 +232,43 @@ def save_peft_lora(
         The folder.
 
     Raises:
-        ValueError: as for :func:`save_diffusers_lora`.
+        ValueError: as for :func:`save_diffusers_lora`; a module of ``full_modules`` that does not exist, or is adapted.
     """
     exported = exported_factors(module, adapter_name, export_rank=export_rank, pad_rank=pad_rank)
+    whole = _full_modules(module, full_modules)
     magnitudes = _exported_magnitudes(module, adapter_name)
     tensors = {f"{PEFT_PREFIX}{name}.lora_A.weight": factors.lora_A for name, factors in exported.items()}
     tensors |= {f"{PEFT_PREFIX}{name}.lora_B.weight": factors.lora_B for name, factors in exported.items()}
     tensors |= {f"{PEFT_PREFIX}{name}.lora_magnitude_vector": magnitude for name, magnitude in magnitudes.items()}
+    tensors |= {f"{PEFT_PREFIX}{key}": value for key, value in whole.items()}
     ranks = {f"^{re.escape(name)}": factors.lora_A.shape[0] for name, factors in exported.items()}
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         **_minimal_config(ranks, exactly(exported), use_dora=bool(magnitudes)),
+        **({"modules_to_save": list(full_modules)} if full_modules else {}),
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / PEFT_WEIGHT_NAME, metadata=_file_metadata(provenance))
     (directory / PEFT_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return directory
+
+
+def _full_modules(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The weights of modules that were trained in full, on the CPU."""
+    inner = unwrap(module)
+    known = dict(inner.named_modules())
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{type(inner).__name__} has no module {name!r} that could have been trained in full")
+        state = known[name].state_dict()
+        if any("lora_" in key for key in state):
+            raise ValueError(f"module {name!r} carries an adapter: it cannot be saved in full, too")
+        tensors |= {f"{name}.{key}": value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    return tensors
 
 
 def _file_metadata(provenance: Mapping[str, Any] | None) -> dict[str, str]:
@@ -268,7 +289,8 @@ def load_lora(
         load_lora(pipeline.transformer, "outputs/dit-lora")
 
     It is an active adapter afterwards; the base weights are untouched and frozen, and run alone in
-    :func:`adapters_disabled`. Only safetensors files are read.
+    :func:`adapters_disabled`. Modules that were trained in full (a classifier's output layer) are the exception: their
+    weights replace those of the base. Only safetensors files are read.
 
     Args:
         module: the base model (a pipeline's transformer or UNet, say) that the LoRA was made for.
@@ -280,7 +302,7 @@ def load_lora(
     Raises:
         FileNotFoundError: no such file, or a folder that holds neither format.
         ValueError: the module carries such an adapter already; the file lacks the component, or holds something other
-            than a LoRA; a layer that the module does not have, or of another shape.
+            than a LoRA; a layer that the module does not have, or of another shape. The module is then as it was.
     """
     if existing_adapter(module, adapter_name) is not None:
         raise ValueError(
@@ -299,6 +321,7 @@ def load_lora(
                 if key.startswith(prefix):
                     config[key.removeprefix(prefix)] = value
         tensors = {key.removeprefix(prefix): opened.get_tensor(key) for key in keys if key.startswith(prefix)}
+    whole = _take_full_modules(module, tensors, config, file)
     entries: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         layer, found, entry = key.rpartition(".lora_")
@@ -334,6 +357,31 @@ def load_lora(
     if not weights:
         raise ValueError(f"{str(file)!r} holds no LoRA layers; save it again")
     attach(module, weights, adapter_name=adapter_name, use_dora=any(w.magnitude is not None for w in weights.values()))
+    own = unwrap(module).state_dict()
+    for key, value in whole.items():
+        own[key].copy_(value)
+
+
+def _take_full_modules(
+    module: nn.Module, tensors: dict[str, Tensor], config: Mapping[str, Any], file: Path
+) -> dict[str, Tensor]:
+    """Take the weights of modules that were trained in full out of a file's tensors, and see that they fit."""
+    names = tuple(f"{name}." for name in cast("list[str]", config.get("modules_to_save") or []))
+    whole = {key: tensors.pop(key) for key in list(tensors) if names and key.startswith(names)}
+    own, kind = unwrap(module).state_dict(), type(unwrap(module)).__name__
+    for key, value in whole.items():
+        if key not in own:
+            raise ValueError(
+                f"{str(file)!r} holds {key!r}, trained in full, but {kind} has no such weight; load it into the model "
+                "that it was trained on"
+            )
+        if own[key].shape != value.shape:
+            raise ValueError(
+                f"{key!r}, trained in full, has shape {tuple(value.shape)} in {str(file)!r}, but "
+                f"{tuple(own[key].shape)} in {kind}; load the base with as many labels as it was trained with "
+                "(id2label, ignore_mismatched_sizes=True)"
+            )
+    return whole
 
 
 def _lora_file(path: Path) -> Path:

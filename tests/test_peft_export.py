@@ -1,19 +1,26 @@
-"""PEFT folders, merged models and our loader, on random PixArt and DiT transformers: diffusers loads no LoRA there."""
+"""PEFT folders, merged models and our loader, on what diffusers loads no LoRA for: PixArt, DiT, image classifiers."""
 
 from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
+from classifier_fixtures import CLASSES, SIDE, random_classifier, teacher_deit, write_classifier
 from diffusers import DiTTransformer2DModel, ModelMixin, PixArtTransformer2DModel
 from peft import PeftModel
 from pixart_fixtures import random_dit_transformer, random_pixart_transformer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import (
+    AutoModelForImageClassification,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedModel,
+)
 
 from lorainit_diffusers import (
     METHODS,
@@ -28,6 +35,7 @@ from lorainit_diffusers import (
     trainable_parameters,
 )
 from lorainit_diffusers.adapters import adapter_weights
+from lorainit_diffusers.families.classifier import ClassifierFamily, ImagePreparation
 
 TARGETS = ["attn1.to_q", "attn1.to_out.0", "attn2.to_k", "attn2.to_v", "ff.net.2"]
 SCORED = ("cntlora", "eva", "lora_ga")
@@ -323,3 +331,129 @@ def test_what_cannot_be_merged_is_refused(bases, tmp_path) -> None:
     with pytest.raises(ValueError, match="is quantised, and a LoRA cannot be merged into it"):
         save_merged(module, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+# --------------------------------------------------------------------------------- modules that were trained in full
+
+
+def trained_classifier(
+    kind: str = "vit",
+    name: str = "cntlora",
+    variable: bool = False,
+    model: PreTrainedModel | None = None,
+    **options: Any,
+) -> ClassifierFamily:
+    """A family after three training steps of adapters and head, on a base whose weights are seeded."""
+    torch.manual_seed(0)
+    side = 32 if kind == "swin" else SIDE
+    base = random_classifier(kind) if model is None else model
+    family = ClassifierFamily(base.requires_grad_(False), ImagePreparation(side, side), CLASSES)
+    batch = {"pixel_values": pixels(side), "labels": torch.arange(6) % 3}
+    usual = {"rank": 2, "alpha": 3.0, "variable_rank": variable, "progress": False}
+    initialize(family, name, [batch], **{**usual, **options})
+    heads = [parameter for head in family.heads.values() for parameter in head.parameters()]
+    optimizer = torch.optim.Adam([*trainable_parameters(family.model), *heads], lr=0.02)
+    for seed in range(3):
+        optimizer.zero_grad()
+        family.loss(batch, torch.Generator().manual_seed(seed)).backward()
+        optimizer.step()
+    return family
+
+
+def pixels(side: int = SIDE, count: int = 6) -> Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(3))
+
+
+def untrained(kind: str = "vit") -> PreTrainedModel:
+    """The base of `trained_classifier`."""
+    torch.manual_seed(0)
+    return random_classifier(kind)
+
+
+@torch.no_grad()
+def logits(module: nn.Module, side: int = SIDE) -> Tensor:
+    return module.eval()(pixel_values=pixels(side) * 2 - 1).logits
+
+
+def head_names(family: ClassifierFamily) -> list[str]:
+    return [name.removeprefix("model.") for name in family.heads]
+
+
+@EVERY_RUN
+def test_peft_loads_adapter_and_head_on_the_original_base(tmp_path, name, variable) -> None:
+    family = trained_classifier(name=name, variable=variable)
+    expected = logits(family.model)
+    folder = save_peft_lora(family.model, tmp_path, full_modules=head_names(family))
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    assert config["modules_to_save"] == ["classifier"]
+    assert "base_model.model.classifier.weight" in load_file(folder / "adapter_model.safetensors")
+    stock = PeftModel.from_pretrained(untrained(), str(folder))
+    torch.testing.assert_close(logits(stock), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - logits(untrained())).abs().max() > 1e-2
+    ours = untrained()
+    load_lora(ours, folder)
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-4)
+    merged = AutoModelForImageClassification.from_pretrained(save_merged(family.model, tmp_path / "merged"))
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    assert merged.config.id2label == dict(enumerate(CLASSES))
+
+
+@pytest.mark.parametrize("kind", ["swin", "convnext", "clip", "dinov2"])
+def test_heads_of_other_architectures_are_loaded_too(tmp_path, kind) -> None:
+    family = trained_classifier(kind, rank=2)
+    side = family.preparation.resolution
+    folder = save_peft_lora(family.model, tmp_path, full_modules=head_names(family))
+    stock = PeftModel.from_pretrained(untrained(kind), str(folder))
+    torch.testing.assert_close(logits(stock, side), logits(family.model, side), rtol=1e-4, atol=1e-4)
+
+
+def test_both_heads_of_a_distilled_model_are_loaded(tmp_path) -> None:
+    torch.manual_seed(0)
+    base = teacher_deit()
+    family = trained_classifier(model=copy.deepcopy(base))
+    folder = save_peft_lora(family.model, tmp_path, full_modules=head_names(family))
+    assert len(json.loads((folder / "adapter_config.json").read_text("utf-8"))["modules_to_save"]) == 2
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
+    torch.testing.assert_close(logits(stock), logits(family.model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_is_saved_beside_a_dora_and_a_compressed_lora(tmp_path) -> None:
+    family = trained_classifier(name="eva", use_dora=True)
+    folder = save_peft_lora(family.model, tmp_path / "dora", full_modules=head_names(family))
+    stock = PeftModel.from_pretrained(untrained(), str(folder))
+    torch.testing.assert_close(logits(stock), logits(family.model), rtol=1e-4, atol=1e-4)
+    family = trained_classifier(name="eva")
+    folder = save_peft_lora(family.model, tmp_path / "small", full_modules=head_names(family), export_rank=1)
+    loaded = PeftModel.from_pretrained(untrained(), str(folder)).base_model.model.classifier
+    head = family.heads["model.classifier"]
+    assert torch.equal(loaded.modules_to_save["default"].weight, head.weight)
+
+
+def test_a_new_head_needs_a_base_of_as_many_labels(tmp_path) -> None:
+    base = write_classifier(tmp_path / "base")
+    names = ("ant", "bee", "cat", "dog")
+    family = ClassifierFamily.from_pretrained(base, class_names=names)
+    initialize(family, "gaussian", rank=2, progress=False)
+    folder = save_peft_lora(family.model, tmp_path / "lora", full_modules=head_names(family))
+    fresh = AutoModelForImageClassification.from_pretrained(
+        base, id2label=dict(enumerate(names)), ignore_mismatched_sizes=True
+    )
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(fresh, str(folder))), logits(family.model))
+    small = AutoModelForImageClassification.from_pretrained(base)
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    with pytest.raises(ValueError, match=r"'classifier\.\w+', trained in full, has shape \(4,.*\(3,.* in ViT"):
+        load_lora(small, folder)
+    assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items())
+
+
+def test_full_modules_that_cannot_be_saved_or_loaded_are_named(tmp_path) -> None:
+    family = trained_classifier()
+    with pytest.raises(ValueError, match="has no module 'head' that could have been trained in full"):
+        save_peft_lora(family.model, tmp_path, full_modules=["head"])
+    block = next(iter(adapter_weights(family.model))).rpartition(".")[0]
+    with pytest.raises(ValueError, match="carries an adapter: it cannot be saved in full"):
+        save_peft_lora(family.model, tmp_path, full_modules=[block])
+    folder = save_peft_lora(family.model, tmp_path, full_modules=["classifier"])
+    headless = untrained().vit
+    with pytest.raises(ValueError, match=r"holds 'classifier\.\w+', trained in full, but ViTModel"):
+        load_lora(headless, folder)

@@ -172,6 +172,45 @@ def find_splits(directory: str | os.PathLike[str]) -> tuple[Path, Path | None]:
     return folder, heldout if folder.name == "train" and heldout.is_dir() else None
 
 
+def load_splits(name: str, config_name: str | None, cache_dir: str | None) -> tuple[Any, Any]:
+    """The `datasets` library, and the splits of a dataset by name, of which one is for training.
+
+    Raises:
+        ValueError: when the library is missing, the dataset cannot be loaded, or it has no split `train`.
+    """
+    flag = f"--dataset_name {name!r}"
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ValueError(
+            f'{flag} needs the package datasets ({error}); pip install "lorainit-diffusers[datasets]"'
+        ) from error
+    try:
+        splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+    except Exception as error:  # it raises what its many readers and its HTTP client raise
+        raise ValueError(
+            f"{flag} cannot be loaded ({type(error).__name__}: {error}); check the name, --dataset_config_name "
+            "and the connection to the hub"
+        ) from error
+    if "train" not in splits:
+        raise ValueError(f"{flag} has no split train (it has {', '.join(splits)}); give a dataset that has one")
+    return datasets, splits
+
+
+def encoded_images(datasets: Any, rows: Any, column: str, flag: str) -> Any:
+    """The images of a split, one a row, as the bytes of their files.
+
+    Raises:
+        ValueError: when the column holds something else; `flag` names the dataset.
+    """
+    try:
+        return rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"{flag}: the column {column!r} holds no images but {rows.features[column]}; set --image_column"
+        ) from error
+
+
 def read_dataset(
     name: str,
     *,
@@ -199,21 +238,7 @@ def read_dataset(
         ValueError: when `datasets` is missing, or the dataset, a split, a column or a caption.
     """
     flag = f"--dataset_name {name!r}"
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ValueError(
-            f'{flag} needs the package datasets ({error}); pip install "lorainit-diffusers[datasets]"'
-        ) from error
-    try:
-        splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
-    except Exception as error:  # it raises what its many readers and its HTTP client raise
-        raise ValueError(
-            f"{flag} cannot be loaded ({type(error).__name__}: {error}); check the name, --dataset_config_name "
-            "and the connection to the hub"
-        ) from error
-    if "train" not in splits:
-        raise ValueError(f"{flag} has no split train (it has {', '.join(splits)}); give a dataset that has one")
+    datasets, splits = load_splits(name, config_name, cache_dir)
 
     def read_split(split: str, limit: int | None) -> list[ImageRecord]:
         rows = splits[split]
@@ -224,13 +249,7 @@ def read_dataset(
         rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
         if len(rows) == 0:
             raise ValueError(f"{flag}, split {split}, has no rows; give a dataset that has some")
-        try:
-            images = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise ValueError(
-                f"{flag}: the column {image_column!r} holds no images but {rows.features[image_column]}; "
-                "set --image_column"
-            ) from error
+        images = encoded_images(datasets, rows, image_column, flag)
         captions = [prompt] * len(rows) if prompt is not None else [_first(text) for text in rows[caption_column]]
         texts = [caption.strip() if isinstance(caption, str) else "" for caption in captions]
         missing = [f"{split}[{row}]" for row, text in enumerate(texts) if not text]

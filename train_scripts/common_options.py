@@ -489,7 +489,10 @@ RESUMED_ARGUMENTS = (
     *("lora_dropout", "use_rslora", "use_dora", "use_ema", "ema_decay", "cache_latents", "aspect_ratio_buckets"),
     *("with_prior_preservation", "prior_loss_weight", "num_class_images", "max_train_samples", "repeats"),
     *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "guidance_scale", "max_sequence_length"),
-    *("family", "quantization", "head_lr"),
+    *("family", "quantization"),
+    *("head", "head_lr", "shots", "data_seed", "validation_fraction", "label_smoothing", "mixup_alpha", "random_flip"),
+    *("crop_scale", "crop_ratio", "rotation", "color_jitter", "grayscale", "random_erasing"),
+    *("train_data_file", "adapt", "max_length", "system_prompt"),
 )
 
 

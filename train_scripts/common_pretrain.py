@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -121,13 +120,10 @@ def train(
     lr: float,
     final_lr: float,
     on_checkpoint: Callable[[dict[str, Tensor], int], None] | None = None,
-    make_optimizers: Callable[[Mapping[str, nn.Parameter]], list[torch.optim.Optimizer]] | None = None,
 ) -> dict[str, Tensor]:
     """Trains the parameters that require a gradient until the phase's budget is used up; resumes by itself.
 
-    The optimizer is AdamW at `lr`, unless `make_optimizers` gives others, whose own learning rates then fall by the
-    same factor as `lr` does to `final_lr`. Noise and batches are functions of (seed, step, rank), so a resumed run
-    repeats what an uninterrupted one does.
+    Noise and batches are functions of (seed, step, rank), so a resumed run repeats what an uninterrupted one does.
 
     Returns:
         The averaged (EMA) parameters by name.
@@ -142,13 +138,7 @@ def train(
         raise ValueError(f"--{phase}_minutes and --{phase}_steps are both 0, it would never end; set one")
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     parameters = list(named.values())
-    if make_optimizers is None:
-        adamw = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        optimizers: list[torch.optim.Optimizer] = [adamw]
-    else:
-        optimizers = make_optimizers(named)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    full_rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = {name: p.detach().clone() for name, p in named.items()}
     path = args.work_dir / phase / "checkpoint.safetensors"
     step, elapsed_s, running = 0, 0.0, float("nan")
@@ -158,19 +148,14 @@ def train(
         for name, p in named.items():
             p.data.copy_(tensors[f"model.{name}"])
             ema[name].copy_(tensors[f"ema.{name}"])
-        names = {p: name for name, p in named.items()}
-        for optimizer in optimizers:
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                start = f"optimizer.{names[p]}."
-                own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-                optimizer.state[p] = {key: value.to(device) for key, value in own.items()}
+            moments = {key: tensors[f"{key}.{name}"].to(device) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=device), **moments}
 
     def checkpoint() -> None:
         if rank == 0:
             tensors = {f"model.{name}": p for name, p in named.items()} | {f"ema.{k}": v for k, v in ema.items()}
-            for name, p in named.items():
-                moments = next(optimizer.state[p] for optimizer in optimizers if p in optimizer.state)
-                tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors |= {f"{key}.{name}": optimizer.state[p][key] for name, p in named.items()}
             state = {"step": step, "elapsed_s": elapsed_s, "loss": running, "num_processes": world_size}
             save_checkpoint(path, tensors, state)
             if on_checkpoint is not None:
@@ -193,8 +178,8 @@ def train(
             break
         warmup = min(1.0, (step + 1) / 200)
         decay = 0.5 + 0.5 * math.cos(math.pi * max(0.0, (progress - 0.4) / 0.6))
-        for group, rate in zip(groups, full_rates, strict=True):
-            group["lr"] = rate * warmup * (final_lr + (lr - final_lr) * decay) / lr
+        for group in optimizer.param_groups:
+            group["lr"] = warmup * (final_lr + (lr - final_lr) * decay)
         generator = torch.Generator(device).manual_seed((args.seed * 1_000_003 + step) * 64 + rank)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             loss = loss_fn(step, generator)
@@ -202,9 +187,8 @@ def train(
         if world_size > 1:
             average_gradients(parameters, world_size)
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         step += 1
         ema_decay = min(args.ema_decay, step / (step + 10))
         with torch.no_grad():
@@ -222,28 +206,6 @@ def train(
                     log.write(json.dumps(line) + "\n")
         bar.update()
     return ema
-
-
-def muon_and_adamw(
-    named: Mapping[str, nn.Parameter], *, matrix_lr: float, lr: float, weight_decay: float
-) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the transformers, AdamW for everything else.
-
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) needs fewer steps, and steps are what a few
-    CPU cores have few of.
-
-    Raises:
-        ImportError: torch is too old.
-    """
-    if not hasattr(torch.optim, "Muon"):
-        raise ImportError(f"torch {torch.__version__} has no optimizer Muon; pip install 'torch>=2.9' for this recipe")
-    inner = {name for name, p in named.items() if p.ndim == 2 and re.search(r"\.layers?\.\d", name)}
-    matrices = [p for name, p in named.items() if name in inner]
-    others = [p for name, p in named.items() if name not in inner]
-    muon = torch.optim.Muon(
-        matrices, lr=matrix_lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-    )
-    return [muon, torch.optim.AdamW(others, lr=lr, weight_decay=0.02, betas=(0.9, 0.98), fused=True)]
 
 
 def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:

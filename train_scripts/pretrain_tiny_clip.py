@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import load_checkpoint, save_checkpoint
-from common_pretrain import muon_and_adamw, waves
+from common_pretrain import waves
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -419,6 +419,28 @@ def batch_loss(
 # ------------------------------------------------------------------------------------------------------ training
 
 
+def build_optimizers(named: Mapping[str, nn.Parameter], args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the transformers, AdamW for everything else.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) needs fewer steps, and steps are what one CPU
+    core has few of.
+
+    Raises:
+        ImportError: torch is too old.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise ImportError(f"torch {torch.__version__} has no optimizer Muon; pip install 'torch>=2.9' for this recipe")
+    inner = {name for name, p in named.items() if p.ndim == 2 and ".layers." in name}
+    matrices = [p for name, p in named.items() if name in inner]
+    others = [p for name, p in named.items() if name not in inner]
+    return [
+        torch.optim.Muon(
+            matrices, lr=args.matrix_lr, weight_decay=args.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=args.lr, weight_decay=0.02, betas=(0.9, 0.98), fused=True),
+    ]
+
+
 def train(model: Model, images: Tensor, batches: Batches, args: argparse.Namespace) -> None:
     """Trains until the budget is used up, and leaves the averaged (EMA) parameters in the model; resumes by itself.
 
@@ -432,7 +454,7 @@ def train(model: Model, images: Tensor, batches: Batches, args: argparse.Namespa
     if not (args.steps or args.minutes):
         raise ValueError("--minutes and --steps are both 0, training would never end; set one")
     named = dict(model.named_parameters())
-    optimizers = muon_and_adamw(named, matrix_lr=args.matrix_lr, lr=args.lr, weight_decay=args.weight_decay)
+    optimizers = build_optimizers(named, args)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     full_rates = [group["lr"] for group in groups]
     ema = {name: p.detach().clone() for name, p in named.items()}

@@ -333,7 +333,7 @@ def write_model_card(
 def main(argv: list[str] | None = None) -> None:
     """Runs the phases in order; what is finished is skipped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_recipe_arguments(parser, "vlm", minutes=30.0, batch_size=32)
+    add_recipe_arguments(parser, "vlm", minutes=22.0, batch_size=32)
     clip_dir = ROOT / "assets" / "models" / "tiny-clip"
     parser.add_argument("--clip_dir", type=Path, default=clip_dir, help="gives the tower")
     parser.add_argument("--vocab_size", type=int, default=1200)

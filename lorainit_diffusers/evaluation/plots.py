@@ -35,13 +35,19 @@ def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
     return smoothed
 
 
-def plot_loss(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "") -> Path:
+def plot_loss(
+    metrics: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    title: str = "",
+    validation_label: str = "validation loss (fixed noise, held-out images)",
+) -> Path:
     """Draw the training loss, raw and smoothed, and the validation loss where there is one.
 
     Args:
         metrics: the lines of `metrics.jsonl`: each has `step` and `loss` or `validation_loss`.
         path: PNG to write.
         title: shown above the curves.
+        validation_label: what the legend says of the validation loss.
 
     Returns:
         The path.
@@ -58,7 +64,7 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
         axes.plot(steps, smooth(losses), color="#08519c", linewidth=1.8, label="training loss, smoothed")
     if validation:
         steps, losses = [step for step, _ in validation], [loss for _, loss in validation]
-        axes.plot(steps, losses, "o-", color="#d94801", label="validation loss (fixed noise, held-out images)")
+        axes.plot(steps, losses, "o-", color="#d94801", label=validation_label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_title(title)

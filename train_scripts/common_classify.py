@@ -1,0 +1,645 @@
+"""Images and their classes for a classifier: options, a folder per class or a hub dataset, evaluation, report."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from common import BUNDLED_CLASSES, evaluating, seeded_generator
+from common_data import (
+    DataOrder,
+    DatasetImage,
+    ImageRecord,
+    encoded_images,
+    list_images,
+    load_image,
+    load_splits,
+)
+from common_options import check_positive, require_package
+from common_run import lora_targets
+from common_tasks import STAGES, stages
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lorainit_diffusers import adapters
+from lorainit_diffusers.evaluation import sample_grid
+from lorainit_diffusers.evaluation.classification import (
+    OTHER,
+    accuracy,
+    class_accuracies,
+    confusion_matrix,
+    macro_accuracy,
+    most_confused,
+    plot_accuracy,
+    plot_confusion,
+)
+from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
+from lorainit_diffusers.families.augment import Augmentation
+from lorainit_diffusers.families.base import ModelFamily
+from lorainit_diffusers.families.classifier import COMPONENT, HEADS, ClassifierFamily, ImagePreparation, check_base
+
+# What the validation part of a data set is called, the first that there is.
+VALIDATION_SPLITS = ("validation", "valid", "val", "test", "heldout")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+DEFAULT_VALIDATION_FRACTION = 0.2
+# Images at once where nothing is kept for a backward pass.
+EVALUATION_BATCH_SIZE = 64
+# Images of the report for each of the most frequent mistakes.
+NUM_EXAMPLES = 6
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def add_classification_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where images and classes are, how the head starts, and what the training step does to the images."""
+    add = parser.add_argument_group("data").add_argument
+    splits = ", ".join(VALIDATION_SPLITS)
+    add("--train_data_dir", help=f"a folder per class, or such folders in train/ and in one of {splits}")
+    add("--dataset_name", help="hub name or folder of a dataset with an image and a label column")
+    add("--dataset_config_name", help="configuration of that dataset")
+    add("--image_column", help="default: image")
+    add("--label_column", help=f"default: the first of {', '.join(LABEL_COLUMNS)}")
+    default = f"the data's own part, else {DEFAULT_VALIDATION_FRACTION}"
+    add("--validation_fraction", type=float, help=f"share of each class's training images (default: {default})")
+    add("--shots", type=int, help="train on so many images of each class only, drawn at random")
+    add("--max_train_samples", type=int, help="train on so many images only, drawn at random")
+    add("--max_validation_samples", type=int, help="validate on so many images only, drawn at random")
+    add("--data_seed", type=int, default=0, help="of these draws, and of a new head's weights")
+    add("--resolution", type=int, help="side of the square that the base sees (default: its image processor's)")
+
+    add = parser.add_argument_group("classifier").add_argument
+    add(
+        "--head",
+        choices=HEADS,
+        default="auto",
+        help="the base's output layer, which must name the classes, or a new one",
+    )
+    add("--label_smoothing", type=float, default=0.0)
+    add("--mixup_alpha", type=float, default=0.0, help="of mixup's Beta distribution (default: no mixup)")
+
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--random_flip", action="store_true", help="mirror half of the images")
+    add("--crop_scale", type=float, nargs=2, default=[1.0, 1.0], metavar=("MIN", "MAX"), help="share of the area kept")
+    add("--crop_ratio", type=float, default=1.0, help="least width over height of a crop (default 1)")
+    add("--rotation", type=float, default=0.0, help="largest angle in degrees")
+    add("--color_jitter", type=float, default=0.0, help="spread of brightness, contrast and saturation")
+    add("--grayscale", type=float, default=0.0, help="share of the images that lose their colours")
+    add("--random_erasing", type=float, default=0.0, help="share of the images that lose a rectangle")
+
+
+def check_classification_arguments(args: argparse.Namespace) -> None:
+    """Fill in the default data, then find what cannot work before anything is read.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the option, its value and the remedy.
+    """
+    if args.train_data_dir is None and args.dataset_name is None:
+        args.train_data_dir = str(BUNDLED_CLASSES)
+    if args.train_data_dir is not None and args.dataset_name is not None:
+        raise ValueError("--train_data_dir and --dataset_name exclude each other: give one of them")
+    if args.dataset_name is not None:
+        require_package("datasets", "--dataset_name")
+    for name in ("dataset_config_name", "image_column", "label_column"):
+        if args.dataset_name is None and getattr(args, name) is not None:
+            raise ValueError(f"--{name} needs --dataset_name")
+    check_positive(args, "shots", "max_train_samples", "max_validation_samples", "resolution")
+    if args.shots is not None and args.max_train_samples is not None:
+        raise ValueError("--shots and --max_train_samples exclude each other: give one of them")
+    if args.validation_fraction is not None and not 0 < args.validation_fraction < 1:
+        raise ValueError(f"--validation_fraction {args.validation_fraction}: must lie between 0 and 1, such as 0.2")
+    if not 0 <= args.label_smoothing < 1:
+        raise ValueError(f"--label_smoothing {args.label_smoothing}: must be at least 0 and below 1, such as 0.1")
+    if args.mixup_alpha < 0:
+        raise ValueError(f"--mixup_alpha {args.mixup_alpha}: must not be negative (0 is off)")
+    make_augmentation(args)
+    check_base(args.pretrained_model_name_or_path)
+
+
+def make_augmentation(args: argparse.Namespace) -> Augmentation:
+    """The augmentation that the options ask for.
+
+    Raises:
+        ValueError: for a value that is none.
+    """
+    low, high = args.crop_scale
+    try:
+        return Augmentation(
+            crop_scale=(low, high),
+            crop_ratio=args.crop_ratio,
+            rotation=args.rotation,
+            flip=0.5 if args.random_flip else 0.0,
+            brightness=args.color_jitter,
+            contrast=args.color_jitter,
+            saturation=args.color_jitter,
+            grayscale=args.grayscale,
+            erase=args.random_erasing,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; see --crop_scale, --crop_ratio, --rotation, --color_jitter, --grayscale, --random_erasing"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class ClassData:
+    """Images with the names of their classes as captions.
+
+    Attributes:
+        train: training images.
+        validation: images to validate on.
+        class_names: sorted or in the dataset's order; each has training images.
+        source: folder or name, for messages.
+    """
+
+    train: list[ImageRecord]
+    validation: list[ImageRecord]
+    class_names: tuple[str, ...]
+    source: str
+
+
+def read_classes(args: argparse.Namespace) -> ClassData:
+    """The images of the options' folder or dataset; they are not decoded yet.
+
+    Raises:
+        FileNotFoundError: when a folder does not exist.
+        ValueError: when there are fewer than two classes, a class has no training images or too few of them, or the
+            validation part has a class that the training part lacks; names it.
+    """
+    if args.dataset_name is not None:
+        data = read_class_dataset(args)
+    else:
+        data = read_class_folder(args.train_data_dir)
+    data = check_classes(data)
+    if args.validation_fraction is not None or not data.validation:
+        fraction = args.validation_fraction or DEFAULT_VALIDATION_FRACTION
+        data = split_off_validation(data, fraction, args.data_seed)
+    if args.shots is not None:
+        data = replace(data, train=few_shots(data, args.shots, args.data_seed))
+    if args.max_train_samples is not None:
+        data = replace(data, train=_draw(data.train, args.max_train_samples, args.data_seed, "train"))
+        data = check_classes(data, remedy="raise --max_train_samples, or use --shots")
+    if args.max_validation_samples is not None:
+        data = replace(
+            data, validation=_draw(data.validation, args.max_validation_samples, args.data_seed, "validation")
+        )
+    return data
+
+
+def read_class_folder(directory: str) -> ClassData:
+    """A folder per class: in the directory, or in its `train` and one of `VALIDATION_SPLITS`.
+
+    `data/train` finds the validation part beside it, too.
+
+    Raises:
+        FileNotFoundError: when there is no such directory.
+        ValueError: when it has no folders of images.
+    """
+    folder, flag = Path(directory), f"--train_data_dir {directory!r}"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{flag} is not a directory; give one that has a folder of images for each class")
+    # A class may be called "train": a split is a folder of folders.
+    if folder.name != "train" and class_folders(folder / "train"):
+        folder = folder / "train"
+    root = folder.parent if folder.name == "train" else folder
+    found = [root / split for split in VALIDATION_SPLITS if class_folders(root / split)]
+    validation = found[0] if folder.name == "train" and found else None
+    classes = class_folders(folder)
+    if not classes:
+        raise ValueError(
+            f"{flag} has no class folders in it; put the images of each class into a folder of the class's name, such "
+            f"as {folder / 'cat' / 'one.png'}"
+        )
+
+    train = read_class_images(folder, flag)
+    names = tuple(path.name for path in classes)
+    return ClassData(train, [] if validation is None else read_class_images(validation, flag), names, flag)
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones; none if it is not there."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+
+
+def read_class_images(folder: Path, flag: str) -> list[ImageRecord]:
+    """The images of a folder of class folders.
+
+    Raises:
+        ValueError: for a class without images; `flag` says in the message what the folder belongs to.
+    """
+    records: list[ImageRecord] = []
+    for path in class_folders(folder):
+        images = list_images(path)
+        if not images:
+            raise ValueError(f"{flag}: class {path.name!r} has no images in {str(path)!r}; add some or remove it")
+        records += [ImageRecord(image, path.name) for image in images]
+    return records
+
+
+def read_class_dataset(args: argparse.Namespace) -> ClassData:
+    """A dataset of the `datasets` library, whose images stay encoded where they are.
+
+    Raises:
+        ValueError: when the dataset cannot be loaded, or lacks a split, a column or a label.
+    """
+    flag = f"--dataset_name {args.dataset_name!r}"
+    datasets, splits = load_splits(args.dataset_name, args.dataset_config_name, args.cache_dir)
+    columns: list[str] = splits["train"].column_names
+    image_column = args.image_column or "image"
+    label_column = args.label_column or next((name for name in LABEL_COLUMNS if name in columns), "label")
+    for option, column in (("--image_column", image_column), ("--label_column", label_column)):
+        if column not in columns:
+            raise ValueError(f"{flag} has no column {column!r} (it has {', '.join(columns)}); set {option}")
+    feature = splits["train"].features[label_column]
+    names: list[str] | None = getattr(feature, "names", None)
+
+    def read(split: str) -> list[ImageRecord]:
+        rows = splits[split]
+        images = encoded_images(datasets, rows, image_column, flag)
+        records: list[ImageRecord] = []
+        for row, label in enumerate(rows[label_column]):
+            if label is None or isinstance(label, (list, dict, float)) or (names is not None and label < 0):
+                raise ValueError(
+                    f"{flag}: {split}[{row}] has the label {label!r} in the column {label_column!r}, which is no "
+                    "class; remove these rows, or set --label_column"
+                )
+            name = str(label) if names is None else names[label]
+            path = Path(args.dataset_name) / f"{split}[{row}]"
+            records.append(ImageRecord(path, name, DatasetImage(images, image_column, row)))
+        return records
+
+    train = read("train")
+    validation = next((split for split in VALIDATION_SPLITS if split in splits), None)
+    used = {record.caption for record in train}
+    ordered = [name for name in names if name in used] if names is not None else sorted(used, key=natural_order)
+    return ClassData(train, [] if validation is None else read(validation), tuple(ordered), flag)
+
+
+def natural_order(name: str) -> tuple[int, str]:
+    """Sorts numbers by their size, before texts."""
+    return (int(name), "") if name.isdigit() else (1 << 62, name)
+
+
+def check_classes(data: ClassData, remedy: str = "") -> ClassData:
+    """See that there are two classes, and training images of each.
+
+    Raises:
+        ValueError: naming the class.
+    """
+    if len(data.class_names) < 2:
+        only = f"only the class {data.class_names[0]!r}" if data.class_names else "no classes"
+        raise ValueError(f"{data.source} has {only}; a classifier needs at least two")
+    trained = {record.caption for record in data.train}
+    absent = [name for name in data.class_names if name not in trained]
+    if absent:
+        raise ValueError(
+            f"{data.source}: class {absent[0]!r} has no training images; {remedy or 'add some or remove it'}"
+        )
+    unknown = sorted({record.caption for record in data.validation} - set(data.class_names))
+    if unknown:
+        raise ValueError(
+            f"{data.source}: class {unknown[0]!r} of the validation images has no training images; add some, or remove "
+            "it from both"
+        )
+    return data
+
+
+def split_off_validation(data: ClassData, fraction: float, seed: int) -> ClassData:
+    """Move this share of each class's training images, one at least, to the validation images.
+
+    A class of one image keeps it for training.
+
+    Raises:
+        ValueError: when no class has two images.
+    """
+    train: list[ImageRecord] = []
+    validation: list[ImageRecord] = []
+    for name in data.class_names:
+        members = _shuffled([record for record in data.train if record.caption == name], seed, "validation", name)
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        validation += members[:count]
+        train += members[count:]
+    if not validation:
+        raise ValueError(f"{data.source}: no class has two images, so none can be validated on; add images")
+    return replace(data, train=_in_order(train, data.train), validation=_in_order(validation, data.train))
+
+
+def few_shots(data: ClassData, shots: int, seed: int) -> list[ImageRecord]:
+    """So many training images of each class. More shots with the same seed include those of fewer.
+
+    Raises:
+        ValueError: for a class that has fewer.
+    """
+    chosen: list[ImageRecord] = []
+    for name in data.class_names:
+        members = [record for record in data.train if record.caption == name]
+        if len(members) < shots:
+            raise ValueError(
+                f"--shots {shots}: class {name!r} has {len(members)} training images; lower it, or add images"
+            )
+        chosen += _shuffled(members, seed, "shots", name)[:shots]
+    return _in_order(chosen, data.train)
+
+
+def _shuffled(records: Sequence[ImageRecord], seed: int, *parts: str) -> list[ImageRecord]:
+    order = torch.randperm(len(records), generator=seeded_generator(seed, *parts)).tolist()
+    return [records[index] for index in order]
+
+
+def _draw(records: Sequence[ImageRecord], count: int, seed: int, purpose: str) -> list[ImageRecord]:
+    return _in_order(_shuffled(records, seed, "samples", purpose)[:count], records)
+
+
+def _in_order(some: Sequence[ImageRecord], everything: Sequence[ImageRecord]) -> list[ImageRecord]:
+    chosen = {id(record) for record in some}
+    return [record for record in everything if id(record) in chosen]
+
+
+def load_pixels(records: Sequence[ImageRecord], preparation: ImagePreparation) -> Tensor:
+    """The images as the base sees them, before augmentation: (n, 3, resolution, resolution) uint8.
+
+    Raises:
+        ValueError: naming the first one that cannot be read.
+    """
+    with ThreadPoolExecutor() as pool:
+        pixels = pool.map(lambda record: preparation.crop(load_image(record)), records)
+        bar = tqdm(pixels, total=len(records), desc="reading images", disable=len(records) < 1000)
+        return torch.stack(list(bar))
+
+
+# ---------------------------------------------------------------------------------------------------------------- task
+
+
+class ClassificationTask:
+    """A classifier with its images, which are decoded once and kept as bytes.
+
+    Attributes:
+        primary_metric: name of what curves and comparisons are about; more is better.
+        family: the base: `family.adapted`, `family.heads`, `family.loss`.
+        classifier: the same, with what only classifiers have.
+        targets: layers that get an adapter, by component.
+        data: what the images are.
+        num_train: training images.
+        num_validation: validation images.
+    """
+
+    primary_metric = "accuracy"
+
+    def __init__(
+        self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, data: ClassData | None = None
+    ) -> None:
+        check_classification_arguments(args)
+        self.device, self.dtype = device, dtype
+        self.data = read_classes(args) if data is None else check_classes(data)
+        self.preparation = ImagePreparation.from_pretrained(
+            args.pretrained_model_name_or_path,
+            resolution=args.resolution,
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+        index = {name: number for number, name in enumerate(self.data.class_names)}
+        self.train_images = load_pixels(self.data.train, self.preparation)
+        self.validation_images = load_pixels(self.data.validation, self.preparation)
+        self.train_labels = torch.tensor([index[record.caption] for record in self.data.train])
+        self.validation_labels = torch.tensor([index[record.caption] for record in self.data.validation])
+        self.num_train, self.num_validation = len(self.data.train), len(self.data.validation)
+        self._load(args)
+
+    def anew(self, args: argparse.Namespace) -> ClassificationTask:
+        """The same images with a base that nothing has been done to, for other options on the base and its training."""
+        task = copy.copy(self)
+        task._load(args)
+        return task
+
+    def _load(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self._probabilities: Tensor | None = None
+        self.classifier = ClassifierFamily.from_pretrained(
+            args.pretrained_model_name_or_path,
+            class_names=self.data.class_names,
+            head=args.head,
+            head_seed=args.data_seed,
+            preparation=self.preparation,
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+            weight_dtype=self.dtype,
+            device=self.device,
+            augmentation=make_augmentation(args),
+            label_smoothing=args.label_smoothing,
+            mixup_alpha=args.mixup_alpha,
+        )
+        self.family: ModelFamily = self.classifier
+        self.targets = lora_targets(args, self.family, COMPONENT)
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        """See that adapters are for linear layers, and none for the head.
+
+        Raises:
+            ValueError: naming the layer.
+        """
+        for name in adapters.target_layers(self.classifier.model, self.targets[COMPONENT]):
+            if f"{COMPONENT}.{name}" in self.family.heads:
+                raise ValueError(f"--lora_layers names {name!r}, the head, which is trained in full; leave it out")
+
+    # ---- training
+
+    def batches(self, seed: int, batch_size: int, numbers: Iterable[int]) -> Iterator[dict[str, Tensor]]:
+        """The training batches of these numbers; batch k is a function of (seed, k) alone."""
+        for keys in DataOrder(self.num_train, batch_size, seed, cast(range, numbers)):
+            chosen = torch.tensor([index for index, _ in keys])
+            yield {"pixel_values": self.train_images[chosen], "labels": self.train_labels[chosen]}
+
+    # ---- evaluation
+
+    def validate(self) -> dict[str, float]:
+        """Accuracy and cross entropy on the validation images, without augmentation and label smoothing."""
+        logits = self._validation_logits()
+        correct = logits.argmax(1) == self.classifier.outputs[self.validation_labels]
+        return {"accuracy": int(correct.sum()) / self.num_validation, "validation_loss": self._cross_entropy(logits)}
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy, its mean over the classes, and cross entropy; `write_results` writes the answers.
+
+        An answer may be any label of the model, not only one of the data's classes.
+        """
+        logits = self._validation_logits()
+        self._probabilities = logits.softmax(1)
+        confusion = confusion_matrix(self.validation_labels, self._answers(), len(self.data.class_names))
+        return {
+            "accuracy": accuracy(confusion),
+            "macro_accuracy": macro_accuracy(confusion),
+            "validation_loss": self._cross_entropy(logits),
+        }
+
+    def _validation_logits(self) -> Tensor:
+        with evaluating(self.family.adapted.values()):
+            chunks = self.validation_images.split(EVALUATION_BATCH_SIZE)
+            return torch.cat([self.classifier.logits(chunk).cpu() for chunk in chunks])
+
+    def _cross_entropy(self, logits: Tensor) -> float:
+        return float(F.cross_entropy(logits, self.classifier.outputs[self.validation_labels]))
+
+    def _answers(self) -> Tensor:
+        """The latest evaluation's answers: (n,) classes, `OTHER` for a label that is none."""
+        assert self._probabilities is not None
+        class_of_output = torch.full((self._probabilities.shape[1],), OTHER)
+        class_of_output[self.classifier.outputs] = torch.arange(len(self.data.class_names))
+        return class_of_output[self._probabilities.argmax(1)]
+
+    # ---- files
+
+    def write_results(self, output_dir: Path, name: str) -> None:
+        """Write the latest evaluation: `predictions_<name>.jsonl`, `confusion_<name>.png`, and `per_class.csv` anew.
+
+        Raises:
+            ValueError: when nothing has been evaluated.
+        """
+        if self._probabilities is None:
+            raise ValueError("there is no evaluation to write: call evaluate first")
+        classes, answers = self.data.class_names, self._answers()
+        labels = {output: label for label, output in self.classifier.labels.items()}
+        own = self._probabilities.gather(1, self.classifier.outputs[self.validation_labels][:, None])[:, 0]
+        best = self._probabilities.max(1)
+        with (output_dir / f"predictions_{name}.jsonl").open("w", encoding="utf-8") as file:
+            for row, record in enumerate(self.data.validation):
+                line = {
+                    "image": record.path.as_posix(),
+                    "class": record.caption,
+                    "answer": classes[answers[row]] if answers[row] != OTHER else labels[int(best.indices[row])],
+                    "probability": round(float(best.values[row]), 6),
+                    "class_probability": round(float(own[row]), 6),
+                }
+                file.write(json.dumps(line) + "\n")
+        confusion = confusion_matrix(self.validation_labels, answers, len(classes))
+        title = f"{name.replace('-', ' ')}: accuracy {accuracy(confusion):.3f}, rows add up to 1"
+        plot_confusion(confusion, classes, output_dir / f"confusion_{name}.png", title)
+        self._write_per_class(output_dir)
+
+    def _confusions(self, output_dir: Path) -> dict[str, Tensor]:
+        """Confusion matrices of the stages by what was written, by an earlier part of a resumed run, too."""
+        return {
+            stage: confusion_matrix(self.validation_labels, answers, len(self.data.class_names))
+            for stage in STAGES
+            if (answers := self._read_answers(output_dir, stage)) is not None
+        }
+
+    def _read_answers(self, output_dir: Path, stage: str) -> Tensor | None:
+        path = output_dir / f"predictions_{stage}.jsonl"
+        if not path.is_file():
+            return None
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if [line["image"] for line in lines] != [record.path.as_posix() for record in self.data.validation]:
+            return None  # of other data
+        index = {name: number for number, name in enumerate(self.data.class_names)}
+        return torch.tensor([index.get(line["answer"], OTHER) for line in lines])
+
+    def _write_per_class(self, output_dir: Path) -> None:
+        confusions = self._confusions(output_dir)
+        shares = [class_accuracies(confusion) for confusion in confusions.values()]
+        counts = torch.bincount(self.validation_labels, minlength=len(self.data.class_names)).tolist()
+        with (output_dir / "per_class.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["class", "images", *(f"accuracy_{stage}" for stage in confusions)])
+            for row, name in enumerate(self.data.class_names):
+                writer.writerow([name, counts[row], *("" if math.isnan(s[row]) else f"{s[row]:.4f}" for s in shares)])
+
+    def write_report(self, output_dir: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write `report.html`, one file with its pictures in it, and the pictures beside it."""
+        by_stage, confusions = stages(lines), self._confusions(output_dir)
+        classes, metric = self.data.class_names, self.primary_metric
+        values = {stage: float(line[metric]) for stage, line in by_stage.items()}
+        named = ", ".join(f"{stage.replace('-', ' ')} {value:.3f}" for stage, value in values.items())
+        lead = f"Accuracy on {self.num_validation} validation images of {len(classes)} classes: {named}."
+        columns = [key for key in next(iter(by_stage.values()), {}) if key not in ("step", "stage")]
+        rows = [[Cell(stage), *(Cell(f"{line[key]:.4f}") for key in columns)] for stage, line in by_stage.items()]
+        base = values.get("base")
+        curve = plot_accuracy(lines, output_dir / "accuracy.png", name=metric, base=base)
+        blocks: list[Block] = [
+            Text(lead, lead=True),
+            Table(["", *(key.replace("_", " ") for key in columns)], rows),
+            Text(
+                f"Trained on {self.num_train} images. Macro accuracy is the mean over the classes. An answer may be "
+                "any of the model's labels."
+            ),
+            Heading("Accuracy over the steps"),
+            Picture(curve, "accuracy over the steps"),
+            Heading("Classes"),
+            self._class_table(confusions),
+        ]
+        for stage in ("base", "end"):
+            if stage in confusions:
+                picture = Picture(output_dir / f"confusion_{stage}.png", f"confusion matrix, {stage}")
+                blocks += [Heading(f"Confusion matrix, {stage}"), picture]
+        if "end" in confusions and (pairs := most_confused(confusions["end"])):
+            path = output_dir / "mistakes.png"
+            answers = cast(Tensor, self._read_answers(output_dir, "end"))
+            self._draw_mistakes(answers, pairs).save(path)
+            blocks += [Heading("Most frequent mistakes"), Picture(path, "images of the most frequent mistakes")]
+        title = f"{self.args.init} on {Path(self.args.train_data_dir or self.args.dataset_name).name}"
+        (output_dir / "report.html").write_text(to_html(title, blocks), encoding="utf-8")
+
+    def _class_table(self, confusions: Mapping[str, Tensor]) -> Table:
+        shares = {stage: class_accuracies(confusion) for stage, confusion in confusions.items()}
+        counts = torch.bincount(self.validation_labels, minlength=len(self.data.class_names)).tolist()
+        rows: list[list[Cell]] = []
+        for row, name in enumerate(self.data.class_names):
+            cells = [Cell(name), Cell(str(counts[row]))]
+            for stage, values in shares.items():
+                change = values[row] - shares["base"][row] if stage == "end" and "base" in shares else 0.0
+                verdict = "better" if change > 0 else "worse" if change < 0 else ""
+                cells.append(Cell("–" if math.isnan(values[row]) else f"{values[row]:.2f}", verdict))
+            rows.append(cells)
+        return Table(["class", "images", *(stage.replace("-", " ") for stage in shares)], rows)
+
+    def _draw_mistakes(self, answers: Tensor, pairs: Sequence[tuple[int, int, int]]) -> Image.Image:
+        names = self.data.class_names
+        side = self.preparation.resolution
+        blank = Image.new("RGB", (side, side), (255, 255, 255))
+        rows: dict[str, list[Image.Image]] = {}
+        for label, answer, count in pairs:
+            chosen = ((self.validation_labels == label) & (answers == answer)).nonzero()[:NUM_EXAMPLES, 0].tolist()
+            pictures = [_picture(self.validation_images[index]) for index in chosen]
+            rows[f"{names[label]}, called {names[answer]} ({count})"] = pictures + [blank] * (
+                NUM_EXAMPLES - len(pictures)
+            )
+        return sample_grid(rows, [f"example {number}" for number in range(1, NUM_EXAMPLES + 1)], max_cell=160)
+
+    def save_processor(self, directory: Path) -> None:
+        """Write the image processor beside the weights of a merged model."""
+        self.preparation.save(directory)
+
+    @property
+    def usage(self) -> list[str]:
+        """Python that loads the base as `model`, with the labels that the adapter was trained for."""
+        base, lines = self.args.pretrained_model_name_or_path, ["from peft import PeftModel"]
+        lines += ["from transformers import AutoModelForImageClassification", ""]
+        if not self.classifier.has_new_head:
+            return [*lines, f"model = AutoModelForImageClassification.from_pretrained({base!r})"]
+        return [
+            *lines,
+            f"classes = {list(self.data.class_names)!r}",
+            "model = AutoModelForImageClassification.from_pretrained(",
+            f"    {base!r}, id2label=dict(enumerate(classes)), ignore_mismatched_sizes=True",
+            ")",
+        ]
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

@@ -1,0 +1,325 @@
+"""One LoRA training on a task with answers that are right or wrong, from the options to the files.
+
+A task is a base with its data: images and classes, or images, questions and answers. The scripts of classifiers and of
+vision-language models differ in the task, and in nothing here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from common import describe_run, prepare_output_dir, write_json, write_model_card
+from common_export import check_export, open_hub_repository, report_discarded_energy, upload
+from common_options import (
+    add_base_arguments,
+    add_init_arguments,
+    add_lora_arguments,
+    add_run_arguments,
+    add_training_arguments,
+    build_method,
+    check_method,
+    check_resumed_arguments,
+    resolve_epochs,
+    scale_learning_rates,
+    validate_adapter_arguments,
+    validate_run_arguments,
+)
+from common_plan import print_plan
+from common_run import (
+    Optimization,
+    RunLog,
+    enable_gradient_checkpointing,
+    find_state,
+    initialise,
+    start_accelerator,
+    train_steps,
+)
+
+from lorainit_diffusers import export
+from lorainit_diffusers.evaluation import plot_loss
+from lorainit_diffusers.families.base import ModelFamily
+
+# The stages of a run that are evaluated thoroughly: what the base does is not always what step 0 does.
+STAGES = ("base", "step-0", "end")
+
+
+class Task(Protocol):
+    """A base with its data, as a training script and a comparison need it.
+
+    Attributes:
+        primary_metric: what curves and comparisons are about, one of those that `validate` and `evaluate` return.
+        family: the base.
+        targets: layers that get an adapter, by component.
+        num_train: training samples.
+        num_validation: validation samples.
+    """
+
+    primary_metric: str
+    family: ModelFamily
+    targets: dict[str, list[str]]
+    num_train: int
+    num_validation: int
+
+    def batches(self, seed: int, batch_size: int, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The training batches of these numbers, as `family.loss` takes them; batch k is a function of (seed, k)."""
+        ...
+
+    def validate(self) -> dict[str, float]:
+        """Metrics by name from one pass over the validation samples; the same in every call."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics by name from a thorough evaluation."""
+        ...
+
+    def write_results(self, output_dir: Path, name: str) -> None:
+        """Write what the latest `evaluate` found, sample by sample, for the stage `name`."""
+        ...
+
+    def write_report(self, output_dir: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write the pages for a reader over all stages of a run; `lines` are those of `metrics.jsonl`."""
+        ...
+
+    def save_processor(self, directory: Path) -> None:
+        """Write the files that a merged model needs beside its weights: image processor, tokenizer."""
+        ...
+
+
+def make_task_parser(
+    description: str | None,
+    default_base: str,
+    add_data_arguments: Callable[[argparse.ArgumentParser], None],
+    *,
+    max_train_steps: int,
+    batch_size: int,
+    validation_steps: int,
+) -> argparse.ArgumentParser:
+    """All options of a script that trains one LoRA on a task."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_init_arguments(parser)
+    add = add_base_arguments(parser, default_base)
+    add("--cache_dir", help="where downloads are kept (default: Hugging Face's own)")
+    add_lora_arguments(parser, text_encoders=False)
+    add_data_arguments(parser)
+    add_training_arguments(parser, second_lr="head_lr", max_train_steps=max_train_steps, batch_size=batch_size)
+    add_run_arguments(parser, validation_steps=validation_steps)
+    return parser
+
+
+def resolve_task_options(args: argparse.Namespace, script: str) -> None:
+    """Fill in the options whose default depends on others, then find what cannot work before anything is loaded.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    args.init_batch_size = args.train_batch_size if args.init_batch_size is None else args.init_batch_size
+    args.init_seed = args.seed if args.init_seed is None else args.init_seed
+    args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
+    args.head_lr = args.learning_rate if args.head_lr is None else args.head_lr
+    args.output_dir = f"outputs/{script}-{args.init}" if args.output_dir is None else args.output_dir
+    validate_adapter_arguments(args)
+    validate_run_arguments(args)
+
+
+def weight_dtype(mixed_precision: str | None) -> torch.dtype:
+    """The precision that a frozen base is held in."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision or "no", torch.float32)
+
+
+def train_task(
+    args: argparse.Namespace,
+    make_task: Callable[[torch.device, torch.dtype], Task],
+    *,
+    name: str,
+    tags: Sequence[str],
+    usage: Sequence[str],
+) -> Path:
+    """Train one LoRA on a task and return the directory that it was written to.
+
+    Args:
+        args: the checked options of a script.
+        make_task: loads the base and its data on a device, the base in a precision.
+        name: of the script, for trackers.
+        tags: of the base's kind, for the model card.
+        usage: lines of Python that load the base as `model`, for the model card.
+
+    Raises:
+        ValueError, FileNotFoundError: for what the user can mend, in one line.
+    """
+    started = time.perf_counter()
+    method = build_method(args.init, args.init_option)
+    check_method(args, method)
+    output_dir = Path(args.output_dir) if args.dry_run else prepare_output_dir(args.output_dir)
+    state = find_state(args, output_dir)
+    repository = open_hub_repository(args)
+
+    # ---- load
+    accelerator = start_accelerator(args)
+    is_main, count = accelerator.is_main_process, accelerator.num_processes
+    task = make_task(accelerator.device, weight_dtype(accelerator.mixed_precision))
+    family = task.family
+    scale_learning_rates(args, count)
+    if state is not None:
+        check_resumed_arguments(args, state.extra["arguments"])
+    resolve_epochs(args, -(-task.num_train // args.train_batch_size), count)
+    first_step = state.step if state is not None else 0
+    log = RunLog(args, accelerator, name, state)
+    trains = not (args.init_only or args.dry_run)
+
+    def evaluate(stage: str, step: int) -> None:
+        """Thoroughly, in the main process: the others wait at the next exchange."""
+        if not is_main:
+            return
+        metrics = task.evaluate()
+        log.write({"step": step, "stage": stage, **metrics})
+        task.write_results(output_dir, stage)
+        accelerator.print(f"{stage:7s} {', '.join(f'{key} {value:.4f}' for key, value in metrics.items())}")
+
+    def validate(step: int) -> None:
+        if is_main:
+            log.write({"step": step, **task.validate()})
+
+    if trains and state is None:
+        evaluate("base", 0)
+
+    # ---- collect and initialise
+    numbers = range(accelerator.process_index, args.init_num_batches * count, count)
+    batches = {"batches": task.batches(args.init_seed, args.init_batch_size, numbers)}
+    init_report = initialise(args, family, method, batches, task.targets, accelerator, state)
+    if args.dry_run:
+        if is_main:
+            sample = next(iter(task.batches(args.seed, 1, range(1))))
+            print_plan(args, family, family.adapted, method, sample, args.train_batch_size)
+        return output_dir
+    check_export(args, family)
+    optimization = Optimization(args, family, accelerator, state)
+    config = describe_run(args, method, accelerator)
+    config["num_train_samples"], config["num_validation_samples"] = task.num_train, task.num_validation
+    config["num_trainable_parameters"] = sum(parameter.numel() for parameter in optimization.parameters)
+    if is_main:
+        write_json(output_dir / "init_report.json", init_report)
+        write_json(output_dir / "config.json", config)
+    if args.init_only:
+        if is_main:
+            save_adapter(args, task, config, accelerator)
+            accelerator.print(f"wrote the initialised LoRA to {output_dir}")
+        accelerator.wait_for_everyone()
+        return output_dir
+
+    # ---- train
+    if args.gradient_checkpointing:  # only now: recomputation would count the activations of the collection twice
+        enable_gradient_checkpointing(family)
+    if state is None:
+        evaluate("step-0", 0)
+        validate(0)
+    micro_steps = args.gradient_accumulation_steps * count
+    first, last = first_step * micro_steps + accelerator.process_index, args.max_train_steps * micro_steps
+    training_batches = task.batches(args.seed, args.train_batch_size, range(first, last, count))
+    train_steps(args, family, training_batches, accelerator, optimization, log, init_report, validate, first_step)
+
+    # ---- evaluate and save
+    with optimization.average.applied():
+        evaluate("end", args.max_train_steps)
+        if is_main:
+            config["total_s"] = round(time.perf_counter() - started, 1)
+            title = f"{args.init}, rank {args.rank}, learning rate {args.learning_rate:g}"
+            plot_loss(log.lines, output_dir / "loss.png", title, "validation loss")
+            save_adapter(args, task, config, accelerator)
+            write_json(output_dir / "config.json", config)
+            task.write_report(output_dir, log.lines)
+            write_card(args, task, init_report, log.lines, tags, usage)
+            if repository is not None:
+                upload(args, repository)
+            accelerator.print(summary(task, log.lines))
+            accelerator.print(f"done in {config['total_s']} s: {output_dir}")
+    accelerator.end_training()
+    return output_dir
+
+
+def stages(lines: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The metrics of the thorough evaluations by stage, of a log's lines."""
+    found = {str(line["stage"]): line for line in lines if "stage" in line}
+    return {stage: found[stage] for stage in STAGES if stage in found}
+
+
+def summary(task: Task, lines: Sequence[Mapping[str, Any]]) -> str:
+    """The primary metric of base, step 0 and end, in one line."""
+    values = {stage: float(line[task.primary_metric]) for stage, line in stages(lines).items()}
+    named = [f"{stage} {value:.3f}" for stage, value in values.items()]
+    return f"{task.primary_metric.replace('_', ' ')}: {', '.join(named)}"
+
+
+def save_adapter(args: argparse.Namespace, task: Task, config: dict[str, Any], accelerator: Accelerator) -> None:
+    """Write the adapter in PEFT's format, right on the original base; `config` gets what a compression discards."""
+    output_dir, family = Path(args.output_dir), task.family
+    report_discarded_energy(args, family, config, accelerator)
+    provenance = {"init": config["method"], "versions": config["versions"], "seeds": config["seeds"]}
+    for component, module in family.adapted.items():
+        prefix = f"{component}."
+        export.save_peft_lora(
+            module,
+            output_dir,
+            base_model=args.pretrained_model_name_or_path,
+            full_modules=[head.removeprefix(prefix) for head in family.heads if head.startswith(prefix)],
+            export_rank=args.export_rank,
+            pad_rank=args.pad_rank,
+            provenance=provenance,
+        )
+        if args.export_merged:
+            export.save_merged(module, output_dir / "merged")
+            task.save_processor(output_dir / "merged")
+
+
+def write_card(
+    args: argparse.Namespace,
+    task: Task,
+    init_report: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    tags: Sequence[str],
+    usage: Sequence[str],
+) -> None:
+    """Write the model card: what it is, how it was made and how to use it."""
+    by_stage = stages(lines)
+    columns = [key for key in next(iter(by_stage.values())) if key not in ("step", "stage")]
+    table = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for stage, line in by_stage.items():
+        table.append(f"| {stage} | {' | '.join(f'{line[key]:.4f}' if key in line else '' for key in columns)} |")
+    base, totals = args.pretrained_model_name_or_path, init_report["totals"]
+    code = [*usage, f"model = PeftModel.from_pretrained(model, {args.hub_model_id or args.output_dir!r})"]
+    newline = "\n"
+    body = f"""
+LoRA for `{base}`, initialised with **{args.init}** (step 0: {init_report["step_zero"]}).
+
+{newline.join(table)}
+
+| | |
+|---|---|
+| initialisation | {args.init}, {totals["num_layers"]} layers, sum of ranks {totals["sum_of_ranks"]} |
+| collection | {init_report["num_passes"]} batches of {args.init_batch_size}, seed {args.init_seed} |
+| rank, alpha | {args.rank}, {args.lora_alpha:g}{" (DoRA)" if args.use_dora else ""} |
+| trained in full | {", ".join(task.family.heads) or "nothing"} |
+| training | {args.max_train_steps} steps, batch {args.train_batch_size} x {args.gradient_accumulation_steps}, \
+{args.optimizer}, learning rate {args.learning_rate:g}, seed {args.seed}{", moving average" if args.use_ema else ""} |
+| data | {task.num_train} training and {task.num_validation} validation samples |
+
+```python
+{newline.join(code)}
+```
+
+The licences of the base model and of the training data apply.
+"""
+    write_model_card(
+        Path(args.output_dir) / "README.md",
+        title=f"{args.init} LoRA",
+        base_model=base,
+        library="peft",
+        prompt=None,
+        tags=[*tags, "lora", "peft", "lorainit-diffusers"],
+        body=body,
+    )

@@ -1,0 +1,68 @@
+"""Train a LoRA on an image classifier with a choice of initialisation; its output layer is trained in full.
+
+    accelerate launch train_scripts/train_classifier_lora.py --init cntlora
+
+adapts the bundled ViT to a style of drawing that it has never seen. With images of your own, a folder for each class:
+
+    accelerate launch train_scripts/train_classifier_lora.py --init cntlora --mixed_precision bf16 \
+        --pretrained_model_name_or_path facebook/dinov2-small --train_data_dir my_images --random_flip
+
+and with a dataset of the hub, five images of each class:
+
+    accelerate launch train_scripts/train_classifier_lora.py --init cntlora --dataset_name ethz/food101 --shots 5 \
+        --pretrained_model_name_or_path facebook/dinov2-small
+
+The options on the data are in `common_classify.py`, the others in `common_options.py`, the run in `common_tasks.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from common import BUNDLED_BASES, run_script
+from common_classify import ClassificationTask, add_classification_arguments, check_classification_arguments
+from common_tasks import make_task_parser, resolve_task_options, train_task
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    return make_task_parser(
+        __doc__,
+        BUNDLED_BASES["classifier"],
+        add_classification_arguments,
+        max_train_steps=100,
+        batch_size=32,
+        validation_steps=10,
+    )
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, checked as far as that needs no model.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    args = make_parser().parse_args(argv)
+    resolve_task_options(args, "classifier-lora")
+    check_classification_arguments(args)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train one LoRA and return the directory that it was written to."""
+    args = parse_args(argv)
+    usage: list[str] = []  # what the model card says depends on the head, which is known once the base is loaded
+
+    def make_task(device: torch.device, dtype: torch.dtype) -> ClassificationTask:
+        task = ClassificationTask(args, device, dtype)
+        usage[:] = task.usage
+        return task
+
+    return train_task(args, make_task, name="train_classifier_lora", tags=["image-classification"], usage=usage)
+
+
+if __name__ == "__main__":
+    run_script(main)
