@@ -1,12 +1,15 @@
-"""What `compare_inits.py` needs to know of text-to-image bases: their data, validation loss, samples and scores.
+"""What `compare_inits.py` trains and scores: for every family a task, which is a base with its data.
 
-Training asks `TextToImageTask`, a base with its data, and sampling asks `ImageScorer`; either is one process's own.
+`TextToImageTask` is that of text-to-image bases, whose samples `ImageScorer` draws and scores; `TASKS` says where those
+of the other families are. A task is one process's own.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +24,8 @@ from common_data import (
     load_image,
     read_data,
 )
-from common_options import layer_names
+from common_run import lora_targets
+from common_tasks import Task, weight_dtype
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor
@@ -67,6 +71,59 @@ GRID_COLUMNS = 6
 MIN_KID_SAMPLES = 4
 
 
+@dataclass(frozen=True)
+class TaskKind:
+    """A family that is no text-to-image one: where its task is, and what a comparison does when nothing is said.
+
+    Attributes:
+        module: file of the task.
+        task: its class, which is made from the options, a device and a dtype.
+        add_arguments: the function of that file that adds the options that the task reads.
+        examples: what the data consists of, in the report's words.
+        has_head: whether a module may be trained in full beside the adapters.
+        defaults: of the options of the comparison.
+    """
+
+    module: str
+    task: str
+    add_arguments: str
+    examples: str
+    has_head: bool
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def load(self, name: str) -> Callable[..., Any]:
+        """The class or function of this name, imported now."""
+        return getattr(importlib.import_module(self.module), name)
+
+
+TASKS = {
+    "classifier": TaskKind(
+        *("common_classify", "ClassificationTask", "add_classification_arguments"),
+        examples="images",
+        has_head=True,
+        defaults={"learning_rates": [1e-3, 2e-3], "max_train_steps": 100, "train_batch_size": 32},
+    ),
+    "vlm": TaskKind(
+        *("common_questions", "QuestionAnsweringTask", "add_question_arguments"),
+        examples="questions",
+        has_head=False,
+        defaults={"learning_rates": [1e-3, 2e-3], "max_train_steps": 150, "train_batch_size": 16},
+    ),
+}
+
+
+def make_task(args: argparse.Namespace, device: torch.device) -> TextToImageTask | Task:
+    """The base of `--family` with its data.
+
+    Raises:
+        ValueError, FileNotFoundError: for what the user can mend; on the data, before the base is loaded.
+    """
+    if args.family not in TASKS:
+        return TextToImageTask(args, device)
+    kind = TASKS[args.family]
+    return kind.load(kind.task)(args, device, weight_dtype(args.mixed_precision))
+
+
 def split_records(args: argparse.Namespace) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Training and held-out images; where the data has no `heldout` split, every fourth image is held out.
 
@@ -91,7 +148,7 @@ class TextToImageTask:
     Latents are encoded once, and captions, too, unless the text encoders are trained.
 
     Attributes:
-        primary_metric: name of what `validate` measures; less is better.
+        primary_metric: name of what `validate` measures.
         family: what is adapted and trained: `family.adapted`, `family.loss`.
         targets: layers that get an adapter, by component.
     """
@@ -101,8 +158,7 @@ class TextToImageTask:
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args = args
         self.records, self.heldout = split_records(args)
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
-        self.family = load_family(args, device, dtype)
+        self.family = load_family(args, device, weight_dtype(args.mixed_precision))
         if args.image_metrics != "none":
             check_drift_prompts(args, self.family)
         resolution = args.resolution or self.family.resolution
@@ -117,21 +173,20 @@ class TextToImageTask:
             self.family.release_text_encoders([])
         for images in (self.train_set, self.validation_set):
             images.cache_latents(self.family.encode_images, args.train_batch_size, progress=False)
-        self.targets = {name: self.family.default_targets(name) for name in self.family.adapted}
-        if args.lora_layers is not None:
-            self.targets[self.family.DENOISER] = layer_names(args.lora_layers)
+        self.targets = lora_targets(args, self.family, self.family.DENOISER)
 
-    def batches(self, seed: int, batch_size: int, num_batches: int) -> Iterator[dict[str, Tensor]]:
-        """The batches that the family's training script trains on with this seed."""
-        for keys in DataOrder(len(self.train_set), batch_size, seed, range(num_batches)):
+    def batches(self, seed: int, batch_size: int, numbers: range) -> Iterator[dict[str, Tensor]]:
+        """The batches of these numbers that the family's training script trains on with this seed."""
+        for keys in DataOrder(len(self.train_set), batch_size, seed, numbers):
             yield default_collate([self.train_set[key] for key in keys])
 
-    def validate(self) -> float:
+    def validate(self) -> dict[str, float]:
         """Loss on the held-out images; noise and timesteps are the same in every call."""
         repeats = -(-MIN_VALIDATION_SAMPLES // len(self.validation_set))
         batches = (b for _ in range(repeats) for b in fixed_batches(self.validation_set, self.args.train_batch_size))
         with evaluating(self.family.adapted.values()):
-            return fixed_noise_loss(self.family, batches, repeats * len(self.validation_set))
+            loss = fixed_noise_loss(self.family, batches, repeats * len(self.validation_set))
+        return {self.primary_metric: loss}
 
 
 class ImageScorer:

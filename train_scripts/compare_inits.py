@@ -4,8 +4,9 @@
 
 trains {inits} x {learning rates} x {seeds} on the bundled base and style set, scores them over the steps and writes
 `report.html`, with the tables and pictures that it shows beside it. `--family sd3` takes the bundled diffusion
-transformer, and `--pretrained_model_name_or_path` a base of yours. An init may carry options, its method's or those of
-the run:
+transformer, `--family classifier` and `--family vlm` the bundled image classifier and vision-language model with their
+data, and `--pretrained_model_name_or_path` a base of yours; `--family vlm --help` has the options of that family. An
+init may carry options, its method's or those of the run:
 
     --inits gaussian cntlora cntlora:gauge=balanced cntlora:variable_rank=true eva:init_num_batches=8
 
@@ -30,8 +31,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -47,7 +49,7 @@ from common import (
     versions,
     write_json,
 )
-from common_compare import ImageScorer, TextToImageTask, encoder_names, split_records
+from common_compare import TASKS, ImageScorer, TextToImageTask, encoder_names, make_task, split_records
 from common_options import (
     FAMILY_OPTIONS,
     add_dataset_arguments,
@@ -59,14 +61,17 @@ from common_options import (
     check_family_options,
     check_positive,
     make_optimizer,
+    validate_adapter_arguments,
     validate_shared_arguments,
 )
+from common_run import head_state_dict, load_heads
+from common_tasks import Task
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from lorainit_diffusers import adapters
-from lorainit_diffusers.evaluation import Comparison, load_encoder, write_report
+from lorainit_diffusers.evaluation import METRICS, Comparison, load_encoder, write_report
 from lorainit_diffusers.families import TEXT_TO_IMAGE_FAMILIES, family_class
 from lorainit_diffusers.initialize import initialize, needs_reference
 from lorainit_diffusers.methods import METHODS, Initializer
@@ -75,19 +80,27 @@ from lorainit_diffusers.methods import METHODS, Initializer
 EVAL_FRACTIONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 IMAGE_FRACTIONS = (0.0, 0.2, 1.0)
 BASELINES = ("gaussian", "orthonormal")
+# What suits the bundled bases; a family in `TASKS` has some of its own.
+DEFAULTS = {"learning_rates": [1e-3, 2e-3], "max_train_steps": 100, "train_batch_size": 8, "init_num_batches": 64}
 # A killed comparison goes on only with the same of these; the grid itself may grow.
 FIXED_ARGUMENTS = (
-    *("family", "pretrained_model_name_or_path", "revision", "variant", *FAMILY_OPTIONS, "caption_dropout"),
-    *("train_data_dir", "instance_data_dir", "instance_prompt"),
-    *("dataset_name", "dataset_config_name", "max_train_samples", "repeats"),
-    *("image_column", "caption_column", "resolution", "rank", "lora_alpha", "lora_dropout", "use_rslora"),
-    *("lora_layers", "train_text_encoder", "init_num_batches", "equal_parameters", "optimizer"),
-    *("use_8bit_adam", "lr_num_cycles", "lr_power"),
+    *("family", "pretrained_model_name_or_path", "revision", "rank", "lora_alpha", "lora_dropout", "use_rslora"),
+    *("lora_layers", "init_num_batches", "equal_parameters", "optimizer", "use_8bit_adam", "lr_num_cycles", "lr_power"),
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "lr_scheduler"),
-    *("lr_warmup_steps", "max_train_steps", "train_batch_size", "mixed_precision", "eval_steps", "image_steps"),
-    *("encoders", "num_eval_prompts", "drift_prompts", "validation_inference_steps", "validation_guidance_scale"),
+    *("lr_warmup_steps", "max_train_steps", "train_batch_size", "mixed_precision", "eval_steps"),
 )
+# Those of text-to-image bases; of a task, the options that it reads.
+FIXED_IMAGE_ARGUMENTS = (
+    *("variant", *FAMILY_OPTIONS, "caption_dropout", "train_data_dir", "instance_data_dir", "instance_prompt"),
+    *("dataset_name", "dataset_config_name", "max_train_samples", "repeats", "image_column", "caption_column"),
+    *("resolution", "train_text_encoder", "image_steps", "encoders", "num_eval_prompts", "drift_prompts"),
+    *("validation_inference_steps", "validation_guidance_scale"),
+)
+FIXED_TASK_ARGUMENTS = ("head_lr_ratio", "snapshot_steps")
+# Options that name the data, the first one that is given.
+DATA_ARGUMENTS = ("instance_data_dir", "train_data_dir", "train_data_file", "dataset_name")
 Row = dict[str, Any]
+ComparedTask = TextToImageTask | Task
 
 
 @dataclass(frozen=True)
@@ -171,37 +184,46 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
+    chosen_family = argparse.ArgumentParser(add_help=False)
+    chosen_family.add_argument("--family", default="sd")
+    kind = TASKS.get(chosen_family.parse_known_args(argv)[0].family)  # each family has options of its own
+    defaults: dict[str, Any] = {**DEFAULTS, **(kind.defaults if kind is not None else {})}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("comparison").add_argument
     add("--output_dir", default="outputs/compare-inits")
     default_inits = ["gaussian", "orthonormal", "cntlora", "gradient_step"]
     add("--inits", nargs="+", default=default_inits, help=f"of {', '.join(METHODS)}, with options after a colon")
-    add("--learning_rates", nargs="+", type=float, default=[1e-3, 2e-3])
+    default_rates = " ".join(f"{rate:g}" for rate in defaults["learning_rates"])
+    rates_help = f"(default {default_rates})"
+    add("--learning_rates", nargs="+", type=float, default=defaults["learning_rates"], help=rates_help)
     add("--seeds", nargs="+", type=int, default=[0, 1])
-    add("--eval_steps", nargs="+", type=int, help="steps of the validation loss (default: 0 and ten more)")
-    add("--image_steps", nargs="+", type=int, help="steps of the samples (default: 0, a fifth and the end)")
-    add("--image_metrics", default="best", choices=("best", "all", "none"), help="runs that are sampled from")
-    add("--encoders", nargs="+", help="folders or hub names (default: bundled; DINOv2 and CLIP for a base of yours)")
-    add("--num_eval_prompts", type=int, default=12, help="held-out prompts that are sampled (default 12)")
-    add("--drift_prompts", nargs="+", help="prompts that have nothing to do with the data")
-    add("--validation_inference_steps", type=int, default=15)
-    add("--validation_guidance_scale", type=float, default=4.0)
-    add("--sample_batch_size", type=int, default=8)
+    add("--eval_steps", nargs="+", type=int, help="steps of the validation (default: 0 and ten more)")
     add("--equal_parameters", action="store_true", help="equal number of parameters, not sum of ranks")
-    add("--init_num_batches", type=int, default=64, help="batches that the collection pass sees (default 64)")
+    batches_help = f"batches that the collection pass sees (default {defaults['init_num_batches']})"
+    add("--init_num_batches", type=int, default=defaults["init_num_batches"], help=batches_help)
     add("--num_workers", type=int, help="processes on this machine (default: 1 a GPU, up to 2 on the processor)")
     add("--part", help=argparse.SUPPRESS)
+    if kind is None:
+        add_image_arguments(parser)
+    else:
+        add("--snapshot_steps", nargs="+", type=int, help="steps whose weights are kept (default: 0 and the end)")
+        if kind.has_head:
+            add("--head_lr_ratio", type=float, default=1.0, help="the head's learning rate / the LoRA's (default 1)")
     add = parser.add_argument_group("model").add_argument
-    add("--family", default="sd", choices=list(TEXT_TO_IMAGE_FAMILIES), help="what the base is (default sd)")
-    with_base = " and ".join(BUNDLED_BASES)
+    add("--family", default="sd", choices=[*TEXT_TO_IMAGE_FAMILIES, *TASKS], help="what the base is (default sd)")
+    with_base = ", ".join(BUNDLED_BASES)
     add("--pretrained_model_name_or_path", help=f"folder or hub name (default: bundled; {with_base} have one)")
     add("--revision", help="hub revision")
-    add("--variant", help="weight variant, such as fp16")
-    add_lora_arguments(parser)
-    add_dataset_arguments(parser)
-    add_loss_arguments(parser)
-    add_flow_arguments(parser)
-    add_optimizer_arguments(parser, max_train_steps=100)
+    add_lora_arguments(parser, text_encoders=kind is None)
+    if kind is None:
+        add("--variant", help="weight variant, such as fp16")
+        add_dataset_arguments(parser)
+        add_loss_arguments(parser)
+        add_flow_arguments(parser)
+    else:
+        add("--cache_dir", help="where downloads are kept (default: Hugging Face's own)")
+        kind.load(kind.add_arguments)(parser)
+    add_optimizer_arguments(parser, defaults["max_train_steps"], defaults["train_batch_size"])
     args = parser.parse_args(argv)
     if args.pretrained_model_name_or_path is None:
         if args.family not in BUNDLED_BASES:
@@ -211,23 +233,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             )
         args.pretrained_model_name_or_path = BUNDLED_BASES[args.family]
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
-    if args.train_data_dir is None and args.instance_data_dir is None and args.dataset_name is None:
+    if kind is None and args.train_data_dir is None and args.instance_data_dir is None and args.dataset_name is None:
         args.train_data_dir = str(BUNDLED_DATA)
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
     steps = args.max_train_steps
-    for name, fractions in (("eval_steps", EVAL_FRACTIONS), ("image_steps", IMAGE_FRACTIONS)):
+    kept = ("image_steps", IMAGE_FRACTIONS) if kind is None else ("snapshot_steps", (0.0, 1.0))
+    for name, fractions in (("eval_steps", EVAL_FRACTIONS), kept):
         chosen = getattr(args, name) or [round(fraction * steps) for fraction in fractions]
         chosen = sorted({0, *chosen, steps})
         if chosen[0] < 0 or chosen[-1] > steps:
             raise ValueError(f"--{name} {chosen}: steps go from 0 to --max_train_steps {steps}")
         setattr(args, name, chosen)
-    check_positive(
-        args,
-        *("init_num_batches", "num_eval_prompts", "validation_inference_steps", "sample_batch_size", "num_workers"),
-        *("clip_skip", "max_sequence_length"),
-    )
-    validate_shared_arguments(args)
+    check_positive(args, "init_num_batches", "num_workers")
+    if kind is None:
+        check_positive(
+            args,
+            *("num_eval_prompts", "validation_inference_steps", "sample_batch_size"),
+            *("clip_skip", "max_sequence_length"),
+        )
+        validate_shared_arguments(args)
+    else:
+        validate_adapter_arguments(args)
+        if kind.has_head and args.head_lr_ratio < 0:
+            raise ValueError(f"--head_lr_ratio {args.head_lr_ratio}: must not be negative")
     for name in ("inits", "learning_rates", "seeds"):
         values = getattr(args, name)
         if len(set(values)) < len(values):
@@ -237,17 +266,41 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """The samples of text-to-image bases, and what they are scored by."""
+    add = parser.add_argument_group("samples").add_argument
+    add("--image_steps", nargs="+", type=int, help="steps of the samples (default: 0, a fifth and the end)")
+    add("--image_metrics", default="best", choices=("best", "all", "none"), help="runs that are sampled from")
+    add("--encoders", nargs="+", help="folders or hub names (default: bundled; DINOv2 and CLIP for a base of yours)")
+    add("--num_eval_prompts", type=int, default=12, help="held-out prompts that are sampled (default 12)")
+    add("--drift_prompts", nargs="+", help="prompts that have nothing to do with the data")
+    add("--validation_inference_steps", type=int, default=15)
+    add("--validation_guidance_scale", type=float, default=4.0)
+    add("--sample_batch_size", type=int, default=8)
+
+
+def draws_images(args: argparse.Namespace) -> bool:
+    """Whether runs have samples that are scored."""
+    return args.family not in TASKS and args.image_metrics != "none"
+
+
+def snapshot_steps(args: argparse.Namespace) -> list[int]:
+    """The steps whose weights are kept: those that samples are drawn from, where there are samples."""
+    return args.snapshot_steps if args.family in TASKS else args.image_steps
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run what is missing of the grid, then write the results and the report; returns the directory."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_args(argv)
     inits = [Init.parse(label) for label in args.inits]
-    family = family_class(args.family)
-    check_family_options(args, family)
-    family.check_base(args.pretrained_model_name_or_path)
-    records, heldout = split_records(args)
-    for encoder in encoder_names(args) if args.image_metrics != "none" else ():
-        load_encoder(encoder)  # what cannot be scored is said before hours of training
+    if args.family not in TASKS:
+        family = family_class(args.family)
+        check_family_options(args, family)
+        family.check_base(args.pretrained_model_name_or_path)
+        split_records(args)
+        for encoder in encoder_names(args) if draws_images(args) else ():
+            load_encoder(encoder)  # what cannot be scored is said before hours of training
     output_dir = prepare_output_dir(args.output_dir)
     runs = [Run(i, lr, seed) for i in inits for seed in args.seeds for lr in args.learning_rates]
 
@@ -264,14 +317,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
     elif num_parts == 1:
         workers = args.num_workers or (min(2, os.cpu_count() or 1) if on_cpu else 1)
     is_main = args.part is None and accelerator.is_main_process
+    task: Task | None = None
     if is_main:
         check_same_comparison(output_dir, args)
-        write_config(output_dir, args, argv, str(accelerator.device), len(records), len(heldout))
+        arguments = dict(vars(args))  # a task fills in what was not given
+        if args.family in TASKS:  # what cannot be read is said here, not in a worker's log
+            task = cast(Task, make_task(args, accelerator.device))
+        data = describe_data(args, task)
+        write_config(output_dir, args, arguments, argv, str(accelerator.device), data)
+        if workers > 1:
+            task = None  # each worker has its own
     accelerator.wait_for_everyone()
 
     for phase, work, num_rows in (
-        ("training", train_runs, lambda: len(runs) * len(args.eval_steps)),
-        ("sampling", score_runs, lambda: len(runs_to_score(output_dir, runs, args)) * len(args.image_steps)),
+        ("training", partial(train_runs, task=task), lambda: len(runs) * len(args.eval_steps)),
+        ("sampling", score_runs, lambda: len(runs_to_score(output_dir, runs, args)) * len(snapshot_steps(args))),
     ):
         if args.part is not None and phase != os.environ["LORAINIT_COMPARE_PHASE"]:
             continue
@@ -303,28 +363,32 @@ def train_runs(
     part: int,
     num_parts: int,
     bar: tqdm[Any],
+    task: ComparedTask | None = None,
 ) -> None:
     """Train this process's part of the grid; the runs of one init and seed share the initialisation."""
     groups: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.init.label, run.seed), []).append(run)
-    task: TextToImageTask | None = None
+    heads: dict[str, torch.Tensor] | None = None
     for group in list(groups.values())[part::num_parts]:
         missing = [run for run in group if not (output_dir / "runs" / run.name / "result.json").exists()]
         bar.update((len(group) - len(missing)) * len(args.eval_steps))
         if not missing:
             continue
-        task = task or TextToImageTask(args, device)
+        task = task or make_task(args, device)
+        heads = head_state_dict(task.family.heads) if heads is None else heads
+        load_heads(task.family.heads, heads)
         state, init_report, init_s = initialise(task, missing[0], args)
         for run in missing:
             adapters.load_adapter_state_dict(
                 dict(task.family.adapted), state, use_rslora=args.use_rslora, lora_dropout=args.lora_dropout
             )
+            load_heads(task.family.heads, heads)
             train(task, run, args, output_dir / "runs" / run.name, init_report, init_s, bar)
 
 
 def initialise(
-    task: TextToImageTask, run: Run, args: argparse.Namespace
+    task: ComparedTask, run: Run, args: argparse.Namespace
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], float]:
     """The initial adapters of a run, the report, and the seconds that they took."""
     init = run.init
@@ -340,7 +404,7 @@ def initialise(
     report = initialize(
         task.family,
         init.method,
-        task.batches(run.seed, args.train_batch_size, num_batches),
+        task.batches(run.seed, args.train_batch_size, range(num_batches)),
         rank=args.rank,
         alpha=args.lora_alpha,
         target_modules=task.targets,
@@ -357,7 +421,7 @@ def initialise(
 
 
 def train(
-    task: TextToImageTask,
+    task: ComparedTask,
     run: Run,
     args: argparse.Namespace,
     directory: Path,
@@ -370,12 +434,15 @@ def train(
     progress_path = directory / "progress.jsonl"
     progress_path.write_text("", encoding="utf-8")
     write_json(directory / "init_report.json", init_report)
-    modules = dict(task.family.adapted)
+    modules, heads = dict(task.family.adapted), task.family.heads
     parameters = [p for module in modules.values() for p in adapters.trainable_parameters(module)]
+    head_parameters = [p for head in heads.values() for p in head.parameters()]
     groups = [
         {"params": parameters[0::2], "lr": run.learning_rate * run.init.a_lr_ratio},
         {"params": parameters[1::2], "lr": run.learning_rate},
     ]
+    if head_parameters:
+        groups.append({"params": head_parameters, "lr": run.learning_rate * args.head_lr_ratio})
     optimizer = make_optimizer(args, groups)
     scheduler = get_scheduler(
         args.lr_scheduler,
@@ -390,10 +457,16 @@ def train(
     diverged = False
 
     def evaluate(step: int) -> None:
-        loss = math.inf if diverged else task.validate()
-        rows.append({"step": step, task.primary_metric: loss if math.isfinite(loss) else math.inf, "train_s": train_s})
-        if step in args.image_steps and not diverged:
-            save_file(adapters.adapter_state_dict(modules), directory / "snapshots" / f"step-{step:06d}.safetensors")
+        scores = {} if diverged else task.validate()
+        if not scores or not all(map(math.isfinite, scores.values())):
+            # a model that gives no numbers still has an accuracy
+            names = scores or [name for name in rows[0] if name not in ("step", "train_s")]
+            scores = {name: -math.inf if METRICS[name].higher_is_better else math.inf for name in names}
+        primary = {task.primary_metric: scores[task.primary_metric]}
+        rows.append({"step": step, **primary, **scores, "train_s": train_s})
+        if step in snapshot_steps(args) and not diverged:
+            weights = {**adapters.adapter_state_dict(modules), **head_state_dict(heads)}
+            save_file(weights, directory / "snapshots" / f"step-{step:06d}.safetensors")
         with progress_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         bar.update()
@@ -401,7 +474,8 @@ def train(
     for module in modules.values():
         module.train()
     evaluate(0)
-    for step, batch in enumerate(task.batches(run.seed, args.train_batch_size, args.max_train_steps), start=1):
+    batches = task.batches(run.seed, args.train_batch_size, range(args.max_train_steps))
+    for step, batch in enumerate(batches, start=1):
         start = time.perf_counter()
         if not diverged:
             # the numbers that the family's training script draws on one process
@@ -409,7 +483,7 @@ def train(
             torch.manual_seed(seeded_generator(*parts).initial_seed())  # for the dropout of the adapters
             loss = task.family.loss(batch, seeded_generator(*parts))
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_([*parameters, *head_parameters], args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
@@ -420,6 +494,7 @@ def train(
     result = {
         "rank": args.rank,
         "num_parameters": sum(p.numel() for p in parameters),
+        **({"num_head_parameters": sum(p.numel() for p in head_parameters)} if head_parameters else {}),
         "init_s": init_s,
         "rows": rows,
     }
@@ -435,7 +510,7 @@ def write_whole(path: Path, document: Mapping[Any, Any]) -> None:
 
 def runs_to_score(output_dir: Path, runs: Sequence[Run], args: argparse.Namespace) -> list[Run]:
     """The runs that samples are drawn from: none, all, or those at the best learning rate of each init."""
-    if args.image_metrics == "none":
+    if not draws_images(args):
         return []
     if args.image_metrics == "all":
         return list(runs)
@@ -532,7 +607,7 @@ def count_rows(output_dir: Path, runs: Sequence[Run], args: argparse.Namespace, 
     total = 0
     for directory in (output_dir / "runs" / run.name for run in runs):
         if phase == "sampling":
-            total += len(args.image_steps) * (directory / "scores.json").exists()
+            total += len(snapshot_steps(args)) * (directory / "scores.json").exists()
         elif (directory / "result.json").exists():
             total += len(args.eval_steps)
         elif (directory / "progress.jsonl").exists():
@@ -549,7 +624,7 @@ def write_results(output_dir: Path, runs: Sequence[Run], args: argparse.Namespac
         directory = output_dir / "runs" / run.name
         result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
         scores: dict[str, dict[str, float]] = {}
-        if args.image_metrics != "none" and (directory / "scores.json").exists():
+        if draws_images(args) and (directory / "scores.json").exists():
             scores = json.loads((directory / "scores.json").read_text(encoding="utf-8"))
         for line in result["rows"]:
             scored = scores.get(str(line["step"]), {})
@@ -561,7 +636,7 @@ def write_results(output_dir: Path, runs: Sequence[Run], args: argparse.Namespac
                     "learning_rate": run.learning_rate,
                     "seed": run.seed,
                     "rank": result["rank"],
-                    "num_parameters": result["num_parameters"],
+                    **{name: result[name] for name in ("num_parameters", "num_head_parameters") if name in result},
                     **{name: value for name, value in line.items() if name != "train_s"},
                     **scored,
                 }
@@ -585,26 +660,57 @@ def write_results(output_dir: Path, runs: Sequence[Run], args: argparse.Namespac
             writer.writerows(table)
 
 
+def describe_data(args: argparse.Namespace, task: Task | None) -> dict[str, Any]:
+    """What `config.json` says of the data and of what is measured on it; text-to-image bases have no `task` here."""
+    dataset = _short(next(value for name in DATA_ARGUMENTS if (value := getattr(args, name, None))))
+    if task is None:
+        records, heldout = split_records(args)
+        return {
+            "dataset": dataset,
+            "num_images": len(records),
+            "num_heldout_images": len(heldout),
+            "primary_metric": TextToImageTask.primary_metric,
+            "encoder": ", ".join(Path(name).name for name in encoder_names(args)),
+        }
+    return {
+        "generates_images": False,
+        "dataset": dataset,
+        "examples": TASKS[args.family].examples,
+        "num_train": task.num_train,
+        "num_validation": task.num_validation,
+        "primary_metric": task.primary_metric,
+    }
+
+
 def write_config(
-    output_dir: Path, args: argparse.Namespace, argv: Sequence[str], device: str, num_images: int, num_heldout: int
+    output_dir: Path,
+    args: argparse.Namespace,
+    arguments: Mapping[str, Any],
+    argv: Sequence[str],
+    device: str,
+    data: Mapping[str, Any],
 ) -> None:
-    """Write what the report says of the comparison beside its numbers."""
-    dataset = args.instance_data_dir or args.train_data_dir or args.dataset_name
+    """Write what the report says of the comparison beside its numbers.
+
+    Args:
+        output_dir: where to.
+        args: the options as they are used.
+        arguments: the options as they were given, by which another call is compared with this one.
+        argv: the command line.
+        device: of the training.
+        data: what is said of the data.
+    """
     write_json(
         output_dir / "config.json",
         {
-            "arguments": {name: value for name, value in vars(args).items() if name != "part"},
+            "arguments": {name: value for name, value in arguments.items() if name != "part"},
             "command": " ".join(["python train_scripts/compare_inits.py", *map(shlex.quote, argv)]),
             "family": args.family,
             "base_model": _short(args.pretrained_model_name_or_path),
-            "dataset": _short(dataset),
-            "num_images": num_images,
-            "num_heldout_images": num_heldout,
+            **data,
             "versions": versions(),
             "hardware": hardware(device),
             "date": datetime.date.today().isoformat(),
-            "primary_metric": TextToImageTask.primary_metric,
-            "encoder": ", ".join(Path(name).name for name in encoder_names(args)),
             "baselines": [label for label in BASELINES if label in args.inits],
             "seeds": args.seeds,
             "learning_rates": dict.fromkeys(args.inits, args.learning_rates),
@@ -625,12 +731,24 @@ def check_same_comparison(output_dir: Path, args: argparse.Namespace) -> None:
     # a directory that names no family is from before there was a choice
     earlier = {"family": "sd", "caption_dropout": 0.0, **FAMILY_OPTIONS}
     earlier |= json.loads(path.read_text(encoding="utf-8"))["arguments"]
-    for name in FIXED_ARGUMENTS:
-        if getattr(args, name) != earlier.get(name):
+    for name in fixed_arguments(args):
+        value = json.loads(json.dumps(getattr(args, name), default=str))  # as it was written
+        if value != earlier.get(name):
             raise ValueError(
-                f"--{name} is {getattr(args, name)!r}, but --output_dir {str(output_dir)!r} holds runs with "
+                f"--{name} is {value!r}, but --output_dir {str(output_dir)!r} holds runs with "
                 f"{earlier.get(name)!r}; use the same or another directory"
             )
+
+
+def fixed_arguments(args: argparse.Namespace) -> list[str]:
+    """The options that must be the same in every call on one directory, `family` first."""
+    if args.family not in TASKS:
+        return [*FIXED_ARGUMENTS, *FIXED_IMAGE_ARGUMENTS]
+    kind = TASKS[args.family]
+    parser = argparse.ArgumentParser()
+    kind.load(kind.add_arguments)(parser)
+    own = vars(parser.parse_args([]))
+    return [*FIXED_ARGUMENTS, *(name for name in FIXED_TASK_ARGUMENTS if hasattr(args, name)), *own]
 
 
 def hardware(device: str) -> str:

@@ -8,7 +8,9 @@ Definitions, for one initialisation and one baseline (`gaussian`, `orthonormal`)
   the learning rates with the most finished seeds are candidates.
 - **difference**: mean over seeds of (initialisation - baseline), each at its own best learning rate.
 - **target**: what the baseline, at its best learning rate, has at the last step; one target a seed. Steps to the target
-  are those of the first crossing, linear between evaluated steps, and infinite where a run never gets there.
+  are those of the first crossing, linear between evaluated steps, and infinite where a run never gets there. Metrics
+  that count examples (accuracy, exact match) are noisy: their crossings are read off the median of each evaluation and
+  its two neighbours, so that one lucky evaluation is none. The first and the last evaluation stand as they are.
 - **share of the budget**: steps to the target / last step. It flatters: a baseline that has converged was at its final
   score long before the end, too.
 - **ratio**: steps of the initialisation / steps of the baseline, both to the same, slightly easier target, 98 % of the
@@ -47,6 +49,8 @@ NUM_RESAMPLES = 10_000
 TOLERANCE = 0.02
 EARLY_FRACTION = 0.25
 _KEYS = ("run", "init", "learning_rate", "seed", "rank", "num_parameters", "step")
+# A column where modules are trained in full.
+_HEAD_KEY = "num_head_parameters"
 # How often the interval of n seeds excludes 0 where there is no difference, from 4,000 draws of n normal differences
 # each. Of 2 and 3 seeds the interval is their range, so these two are exact: the chances that all have one sign.
 _CHANCE = {2: 0.50, 3: 0.25, 4: 0.20, 5: 0.16, 6: 0.14, 7: 0.12, 8: 0.11, 9: 0.10, 10: 0.10}
@@ -58,8 +62,10 @@ class Run:
 
     Attributes:
         name: of its folder in `runs/`.
+        num_parameters: of the adapters.
         curves: column of the results -> step -> value, where measured; infinitely bad where the run had diverged.
         seconds: step -> seconds of initialisation and training up to there; empty without timings.
+        num_head_parameters: of the modules that are trained in full, such as a classifier's head.
     """
 
     name: str
@@ -70,6 +76,7 @@ class Run:
     num_parameters: int
     curves: dict[str, dict[int, float]]
     seconds: dict[int, float]
+    num_head_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ class Comparison:
         for name in (*_KEYS, primary):
             if name not in rows[0]:
                 raise ValueError(f"{directory / 'results.csv'} has no column {name!r}")
-        columns = [name for name in rows[0] if name not in (*_KEYS, primary)]
+        columns = [name for name in rows[0] if name not in (*_KEYS, _HEAD_KEY, primary)]
         worst = {name: -math.inf if higher_is_better(name) else math.inf for name in (primary, *columns)}
         seconds: dict[str, dict[int, float]] = {}
         if (directory / "timings.csv").is_file():
@@ -228,6 +235,7 @@ class Comparison:
                 runs[name] = Run(
                     *(name, row["init"], float(row["learning_rate"]), int(row["seed"])),
                     *(int(row["rank"]), int(row["num_parameters"]), {primary: {}}, seconds.get(name, {})),
+                    num_head_parameters=int(row.get(_HEAD_KEY) or 0),
                 )
             measured = {column: _number(row[column], worst[column]) for column in columns if row[column]}
             # a step of image metrics alone has no primary score; any other row without one is of a run that diverged
@@ -241,6 +249,11 @@ class Comparison:
     def primary(self) -> str:
         """The metric that learning rates are chosen by."""
         return self.config["primary_metric"]
+
+    @property
+    def generates_images(self) -> bool:
+        """Whether the models draw: whether the runs have samples, and may have been scored by them."""
+        return self.config.get("generates_images", True)
 
     @cached_property
     def last_step(self) -> int:
@@ -508,10 +521,13 @@ class Comparison:
     def _first_reach(self, run: Run, column: str, target: float) -> tuple[float, float]:
         """(steps, seconds) to the target; seconds are `nan` without timings."""
         curve = self._cost_curve(run, column)
-        steps = first_reach(list(curve), list(curve.values()), target)
+        costs = list(curve.values())
+        if METRICS[column.partition("@")[0]].counted:
+            costs = running_median(costs)
+        steps = first_reach(list(curve), costs, target)
         if not all(step in run.seconds for step in curve):
             return steps, math.nan
-        return steps, first_reach([run.seconds[step] for step in curve], list(curve.values()), target)
+        return steps, first_reach([run.seconds[step] for step in curve], costs, target)
 
     def _means_over_rates(self, init: str, step: int) -> dict[int, float]:
         """Mean over the shared learning rates by seed; a diverged run counts as the worst score of the comparison."""
@@ -571,6 +587,15 @@ def first_reach(positions: Sequence[float], costs: Sequence[float], target: floa
     return math.inf
 
 
+def running_median(values: Sequence[float]) -> list[float]:
+    """Each value's median with its two neighbours; the first and the last stay (Tukey 1977, "3" with copied ends).
+
+    A monotone curve stays as it is, and a single spike goes.
+    """
+    inner = [sorted(values[index - 1 : index + 2])[1] for index in range(1, len(values) - 1)]
+    return [*values[:1], *inner, *values[1:][-1:]]
+
+
 def bootstrap(
     numerators: Sequence[float],
     denominators: Sequence[float] | None = None,
@@ -598,7 +623,8 @@ def bootstrap(
     rows = np.random.default_rng(0).integers(a.size, size=(NUM_RESAMPLES, a.size))
     with np.errstate(invalid="ignore", divide="ignore"):
         value = float(a.sum() / b.sum())
-        resampled = a[rows].sum(axis=1) / b[rows].sum(axis=1)
+        upper, lower = a[rows].sum(axis=1), b[rows].sum(axis=1)
+        resampled = np.where((upper == 0) & (lower == 0), 1.0, upper / lower)  # neither needs a step: they are equal
     low = float(np.percentile(resampled, 2.5, method="lower"))
     high = float(np.percentile(resampled, 97.5, method="higher"))
     verdict = ""
@@ -626,8 +652,9 @@ def sd(values: Sequence[float]) -> float:
 
 
 def _difference(pairs: Sequence[tuple[float, float]], higher: bool) -> Estimate:
-    # both diverged: no difference, where inf - inf is none
-    estimate = bootstrap([0.0 if a == b else a - b for a, b in pairs], null=0.0, higher=higher)
+    # both diverged: no difference, where inf - inf is none; nor is the rounding of two means of the same accuracies one
+    differences = [0.0 if math.isclose(a, b, rel_tol=1e-9) else a - b for a, b in pairs]
+    estimate = bootstrap(differences, null=0.0, higher=higher)
     if math.isinf(estimate.value):
         # a seed diverged: that some resamples do not hold it does not undo that
         return replace(estimate, verdict="better" if (estimate.value > 0) == higher else "worse")

@@ -114,9 +114,10 @@ def lr_sweep_figure(comparison: Comparison) -> Figure:
                     diverged.append((rate, colors[init]))
             means = [mean for mean, _, _ in points.values()]
             finite += [(rate, mean, colors[init]) for rate, mean in zip(points, means, strict=True)]
+            # the mean of equal scores may differ from them by rounding
             spread = [
-                [mean - low for mean, low, _ in points.values()],
-                [high - mean for mean, _, high in points.values()],
+                [max(0.0, mean - low) for mean, low, _ in points.values()],
+                [max(0.0, high - mean) for mean, _, high in points.values()],
             ]
             axis.errorbar(
                 *(list(points), means),
@@ -396,7 +397,11 @@ def _short_layers(names: Sequence[str]) -> list[str]:
     parts = [name.split(".") for name in names]
     same = len(list(itertools.takewhile(lambda words: len(set(words)) == 1, zip(*parts, strict=False))))
     short = [".".join(words[same:] if len(names) > 1 else words) for words in parts]
-    for long, brief in (("transformer_blocks.", "t"), ("_blocks.", ""), ("mid_block", "mid"), ("attentions.", "a")):
+    brief_words = (
+        *(("transformer_blocks.", "t"), ("_blocks.", ""), ("mid_block", "mid"), ("attentions.", "a")),
+        *(("self_attn.", ""), ("attention.attention.", ""), ("attention.output.dense", "output")),
+    )
+    for long, brief in brief_words:
         short = [name.replace(long, brief) for name in short]
     return short
 

@@ -27,6 +27,7 @@ from lorainit_diffusers.evaluation.comparison import (
     InitSummary,
     Robustness,
     Speed,
+    bootstrap,
     chance_of_verdict,
     higher_is_better,
     sd,
@@ -38,6 +39,7 @@ from lorainit_diffusers.evaluation.comparison_plots import (
     ranks_figure,
     samples_image,
 )
+from lorainit_diffusers.evaluation.metrics import METRICS
 
 _BUNDLED_ENCODER = "tiny-clip"
 _MAX_INLINE_BYTES = 600_000
@@ -120,7 +122,8 @@ def write_report(directory: str | os.PathLike[str]) -> list[Path]:
         raise ValueError(f"{comparison.directory / 'results.csv'} has no finished run to report on")
     figures = _write_figures(comparison)
     blocks = report_blocks(comparison, figures)
-    title = f"LoRA initialisations on {Path(comparison.config['dataset']).name}"
+    data = Path(comparison.config["dataset"])
+    title = f"LoRA initialisations on {data.parent.name if data.stem == 'train' else data.name}"
     summary, report = comparison.directory / "summary.md", comparison.directory / "report.html"
     summary.write_text(to_markdown(title, blocks), encoding="utf-8")
     report.write_text(to_html(title, blocks), encoding="utf-8")
@@ -167,8 +170,11 @@ def report_blocks(comparison: Comparison, figures: dict[str, Path]) -> list[Bloc
         )
     blocks += [Heading("Learning rates"), *_robustness_blocks(comparison, rows)]
     blocks += _figure_blocks("lr_sweep.png", figures, comparison)
-    blocks += [Heading("Samples"), *_figure_blocks("grid.png", figures, comparison)]
-    blocks += [Heading("Image metrics"), *_image_metric_blocks(comparison)]
+    if comparison.generates_images:
+        blocks += [Heading("Samples"), *_figure_blocks("grid.png", figures, comparison)]
+        blocks += [Heading("Image metrics"), *_image_metric_blocks(comparison)]
+    else:
+        blocks += [Heading("All metrics"), *_metric_blocks(comparison)]
     blocks += [Heading("Ranks"), *_figure_blocks("ranks.png", figures, comparison)]
     blocks += [Heading("How to read this"), Bullets(_how_to_read(comparison, rows))]
     blocks += [Heading("How it was made"), *_provenance_blocks(comparison)]
@@ -419,6 +425,42 @@ def _image_metric_blocks(comparison: Comparison) -> list[Block]:
     return [Table(header, table), Text(note)]
 
 
+def _metric_blocks(comparison: Comparison) -> list[Block]:
+    """Every metric at the last step with its interval, and what it differs from the baselines by."""
+    columns = [comparison.primary, *(c for c in comparison.columns if any(c in run.curves for run in comparison.runs))]
+    arrows = [f"{column_label(c)} {'↑' if higher_is_better(c) else '↓'}" for c in columns]
+    table = [row for row in [_start_row(comparison, columns)] if row]
+    for init in comparison.inits:
+        cells = [Cell(init)]
+        for column in columns:
+            runs, step = comparison.best_runs(init).values(), comparison.last_step
+            values = [score for run in runs if (score := comparison.score(run, step, column)) is not None]
+            cells.append(_mean_cell(bootstrap(values)) if values else Cell("–"))
+        table.append(cells)
+    blocks: list[Block] = [Table(["initialisation", *arrows], table)]
+    for baseline in comparison.baselines:
+        rows: list[list[Cell]] = []
+        for init in comparison.inits:
+            if init != baseline and set(comparison.best_runs(init)) & set(comparison.best_runs(baseline)):
+                cells = (_difference_cell(_difference_or_none(comparison, init, baseline, c)) for c in columns)
+                rows.append([Cell(init), *cells])
+        if rows:
+            blocks.append(Table([f"difference to {baseline}", *arrows], rows))
+    note = (
+        f"At step {comparison.last_step}, means over seeds at the learning rate that is best in "
+        f"{column_label(comparison.primary)}. In brackets: 95 % intervals over seeds."
+    )
+    return [*blocks, Text(note)]
+
+
+def _difference_or_none(comparison: Comparison, init: str, baseline: str, column: str) -> Estimate | None:
+    """`None` where the metric was not measured on a shared seed."""
+    try:
+        return comparison.difference(init, baseline, column)
+    except ValueError:
+        return None
+
+
 def _start_row(comparison: Comparison, columns: Sequence[str]) -> list[Cell]:
     """The base model, which is what a baseline is at step 0."""
     for baseline in comparison.baselines:
@@ -472,18 +514,30 @@ def _figure_blocks(name: str, figures: dict[str, Path], comparison: Comparison) 
 
 
 def _how_to_read(comparison: Comparison, rows: Sequence[InitSummary]) -> list[str]:
-    config = comparison.config
     counts = sorted({row.num_parameters for row in rows})
     equal = f"{counts[0]:,} each" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    num_train, num_validation, examples = _data(comparison)
+    heads = sorted({run.num_head_parameters for run in comparison.runs} - {0})
+    head = f", and those of the head, which trains in full: {heads[0]:,}" if heads else ""
+    crossings = "linear between evaluated steps, seed by seed"
+    counted: list[str] = []
+    if METRICS[comparison.primary.partition("@")[0]].counted:
+        crossings = "linear between the medians of three evaluations in a row, seed by seed"
+        counted.append(
+            f"The {column_label(comparison.primary)} counts {num_validation} held-out {examples}, the same in every "
+            f"run: one of them is {number(1 / num_validation)}. The intervals are over seeds, and say nothing of other "
+            f"{examples}."
+        )
     return [
-        f"Every run trains on the same {config['num_images']} images and is scored on {config['num_heldout_images']} "
-        f"held-out ones. Trained parameters: {equal}.",
+        f"Every run trains on the same {num_train} {examples} and is scored on {num_validation} "
+        f"held-out ones. Trained parameters: {equal}{head}.",
+        *counted,
         "The best learning rate is the best mean over seeds of the primary metric at the last step. It is chosen on "
         "the scores that are shown, for every initialisation alike, so all of them are slightly too good.",
         f"Intervals are paired percentile bootstraps over seeds ({NUM_RESAMPLES:,} resamples of the differences seed "
         "by seed). Better or worse says that the interval excludes no difference, tied that it does not. Of few "
         "seeds the intervals are too narrow, and a list of many comparisons will hold some verdicts by chance.",
-        "Steps to a final score are those to the first crossing, linear between evaluated steps, seed by seed. A run "
+        f"Steps to a final score are those to the first crossing, {crossings}. A run "
         "that never gets there makes the mean infinite (never), and the interval of a ratio ends at never.",
         "A run that diverged has an infinitely bad score; in a mean over learning rates it counts as the worst score "
         "that any run had at any step.",
@@ -491,16 +545,25 @@ def _how_to_read(comparison: Comparison, rows: Sequence[InitSummary]) -> list[st
     ]
 
 
+def _data(comparison: Comparison) -> tuple[int, int, str]:
+    """Numbers of training and held-out examples, and what they are."""
+    config = comparison.config
+    if comparison.generates_images:
+        return config["num_images"], config["num_heldout_images"], "images"
+    return config["num_train"], config["num_validation"], config["examples"]
+
+
 def _provenance_blocks(comparison: Comparison) -> list[Block]:
     config = comparison.config
+    num_train, num_validation, examples = _data(comparison)
     versions = ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
     facts = [
         ("base model", config["base_model"]),
         ("family", config.get("family", "sd")),
-        ("data", f"{config['dataset']} ({config['num_images']} images, {config['num_heldout_images']} held out)"),
+        ("data", f"{config['dataset']} ({num_train} {examples}, {num_validation} held out)"),
         ("steps", str(config["max_train_steps"])),
         ("seeds", ", ".join(map(str, config["seeds"]))),
-        ("encoder", config.get("encoder") or "none"),
+        *([("encoder", config.get("encoder") or "none")] if comparison.generates_images else []),
         ("hardware", config["hardware"]),
         ("versions", versions),
         ("date", config["date"]),

@@ -34,11 +34,13 @@ class MetricInfo:
         label: heading of its column.
         higher_is_better: the direction of its arrow.
         needs_encoder: whether its value means something only beside the name of an encoder.
+        counted: whether it is a share of the examples, so that it moves in steps of one example.
     """
 
     label: str
     higher_is_better: bool
     needs_encoder: bool = True
+    counted: bool = False
 
 
 METRICS: dict[str, MetricInfo] = {
@@ -50,6 +52,10 @@ METRICS: dict[str, MetricInfo] = {
     "perceptual_diversity": MetricInfo("perceptual diversity", higher_is_better=True),
     "drift": MetricInfo("drift from the base", higher_is_better=False),
     "kid": MetricInfo("KID", higher_is_better=False),
+    "accuracy": MetricInfo("accuracy", higher_is_better=True, needs_encoder=False, counted=True),
+    "macro_accuracy": MetricInfo("accuracy, mean of classes", higher_is_better=True, needs_encoder=False, counted=True),
+    "exact_match": MetricInfo("exact match", higher_is_better=True, needs_encoder=False, counted=True),
+    "token_f1": MetricInfo("token F1", higher_is_better=True, needs_encoder=False),
 }
 
 

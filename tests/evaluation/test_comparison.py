@@ -8,7 +8,14 @@ import pytest
 from comparison_fixtures import Cell, write_comparison
 
 from lorainit_diffusers.evaluation import Comparison
-from lorainit_diffusers.evaluation.comparison import bootstrap, chance_of_verdict, first_reach, higher_is_better, sd
+from lorainit_diffusers.evaluation.comparison import (
+    bootstrap,
+    chance_of_verdict,
+    first_reach,
+    higher_is_better,
+    running_median,
+    sd,
+)
 
 Curves = dict[Cell, dict[int, float | str]]
 
@@ -277,6 +284,65 @@ def test_first_reach() -> None:
     assert first_reach([0, 10], [1.0, 0.9], 0.5) == math.inf
     assert first_reach([0, 10, 20], [1.0, math.inf, 0.1], 0.5) == 20.0
     assert first_reach([0.5, 2.5], [1.0, 0.0], 0.5) == 1.5
+
+
+def test_running_median() -> None:
+    assert running_median([0.0, 1.0, 0.2, 0.3, 0.1]) == [0.0, 0.2, 0.3, 0.2, 0.1]
+    monotone = [0.1, 0.2, 0.2, 0.7, 0.9]
+    assert running_median(monotone) == monotone
+    assert running_median([0.3, math.inf, math.inf]) == [0.3, math.inf, math.inf]
+    assert [running_median(values) for values in ([], [1.0], [2.0, 1.0])] == [[], [1.0], [2.0, 1.0]]
+
+
+def test_one_lucky_evaluation_of_an_accuracy_is_no_crossing(tmp_path: Path) -> None:
+    curves: Curves = {}
+    for seed in (0, 1):
+        curves["gaussian", 0.001, seed] = {0: 0.0, 10: 0.2, 20: 0.4, 30: 0.5, 40: 0.5}
+        curves["eva", 0.001, seed] = {0: 0.0, 10: 0.5, 20: 0.2, 30: 0.4, 40: 0.6}  # at step 10 by luck
+    comparison = Comparison.load(write_comparison(tmp_path / "accuracy", curves, primary="accuracy"))
+    speed = comparison.speed("eva", "gaussian")
+    assert speed is not None
+    assert speed.ratio is not None
+    # eva's medians are 0, 0.2, 0.4, 0.4, 0.6: half way between steps 30 and 40; 98 % of the way, 0.49, a bit before
+    assert speed.steps == pytest.approx(35.0)
+    assert speed.ratio.value == pytest.approx((30 + 10 * 0.09 / 0.2) / (20 + 10 * 0.09 / 0.1))
+    assert comparison.summary()[1].best_over_steps == 0.6
+    own = comparison.speed("gaussian", "gaussian")
+    assert own is not None
+    assert (own.steps, own.num_reached) == (30.0, 2)
+    # a similarity is no count, and stands as it is
+    comparison = Comparison.load(write_comparison(tmp_path / "similarity", curves, primary="image_similarity@x"))
+    speed = comparison.speed("eva", "gaussian")
+    assert speed is not None
+    assert speed.steps == 10.0
+
+
+def test_seeds_on_which_a_baseline_stays_at_its_base_leave_the_interval_whole(tmp_path: Path) -> None:
+    curves: Curves = {
+        ("gaussian", 0.001, 0): {0: 0.5, 10: 0.5, 20: 0.5},
+        ("gaussian", 0.001, 1): {0: 0.5, 10: 0.6, 20: 0.7},
+        ("eva", 0.001, 0): {0: 0.5, 10: 0.6, 20: 0.6},
+        ("eva", 0.001, 1): {0: 0.5, 10: 0.7, 20: 0.7},
+    }
+    comparison = Comparison.load(write_comparison(tmp_path, curves, primary="exact_match"))
+    speed = comparison.speed("eva", "gaussian")
+    assert speed is not None
+    assert speed.ratio is not None
+    assert (speed.ratio.low, speed.ratio.high) == pytest.approx((0.5, 1.0))
+    assert speed.ratio.verdict == "tied"
+
+
+def test_means_of_the_same_accuracies_are_tied(tmp_path: Path) -> None:
+    curves: Curves = {}
+    for seed in (0, 1):
+        for rate, value in ((0.001, 0.1), (0.002, 0.2), (0.004, 0.3)):
+            curves["gaussian", rate, seed] = {0: 0.0, 10: value}
+            curves["eva", rate, seed] = {0: 0.0, 10: round(0.4 - value, 1)}
+    gaussian, eva = Comparison.load(write_comparison(tmp_path, curves, primary="accuracy")).summary()
+    assert gaussian.late is not None
+    assert eva.late is not None
+    assert gaussian.late.mean.value != eva.late.mean.value  # by rounding
+    assert eva.late.differences["gaussian"].verdict == "tied"
 
 
 def test_a_baseline_that_does_not_improve_gives_no_ratio(tmp_path: Path) -> None:

@@ -191,6 +191,60 @@ def test_what_is_missing_is_left_out_with_a_sentence(tmp_path: Path) -> None:
     Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
+def test_a_task_without_pictures(tmp_path: Path) -> None:
+    ends = {"gaussian": 0.5, "cntlora": 0.6}
+    curves: Curves = {
+        (init, rate, seed): {0: 0.25, 20: 0.3, 40: end - 0.05 * index, 80: end - 0.05 * index + 0.01 * seed}
+        for init, end in ends.items()
+        for index, rate in enumerate((0.001, 0.002))
+        for seed in range(3)
+    }
+    curves["gaussian", 0.001, 2][80] = "-inf"
+    metrics = {cell: {step: {"validation_loss": 1.0 - 0.005 * step} for step in (0, 40, 80)} for cell in curves}
+    write_comparison(
+        tmp_path,
+        curves,
+        metrics=metrics,
+        primary="exact_match",
+        dataset="assets/data/signs/train.jsonl",
+        family="vlm",
+        generates_images=False,
+        examples="questions",
+        num_train=64,
+        num_validation=20,
+    )
+    assert [path.name for path in write_report(tmp_path)] == ["summary.md", "curves.png", "lr_sweep.png", "report.html"]
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8").replace("\\", "")
+    for sentence in (
+        "# LoRA initialisations on signs",
+        "Exact match, higher is better, at step 80",
+        "Positive differences are better.",
+        "| initialisation | exact match ↑ | validation loss ↓ |",
+        "| before training (step 0 of gaussian) | 0.2500 | 1.0000 |",
+        "| cntlora | 0.6100 [0.6000, 0.6200] | 0.6000 [0.6000, 0.6000] |",
+        "| difference to gaussian | exact match ↑ | validation loss ↓ |",
+        "same 64 questions and is scored on 20 held-out ones",
+        "one of them is 0.0500",
+        "(64 questions, 20 held out)",
+        "1 of 12 runs diverged",
+    ):
+        assert sentence in text, sentence
+    for word in ("image", "sample", "prompt", "encoder", "nan"):
+        assert word not in text.lower().replace("resamples", ""), word
+    Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_equal_accuracies_are_drawn(tmp_path: Path) -> None:
+    curves: Curves = {("gaussian", 0.001, seed): {0: 0.1, 10: 0.1, 20: 0.1} for seed in range(3)}  # their mean is above
+    write_comparison(
+        tmp_path,
+        curves,
+        primary="accuracy",
+        **{"generates_images": False, "examples": "images", "num_train": 8, "num_validation": 10},
+    )
+    assert (tmp_path / "lr_sweep.png") in write_report(tmp_path)
+
+
 def test_a_partial_grid_with_diverged_runs(tmp_path: Path) -> None:
     curves = curves_of({"gaussian": 0.5, "cntlora": 0.4, "lora_ga": 0.45})
     del curves["cntlora", 0.002, 2]
