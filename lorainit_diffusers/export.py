@@ -479,9 +479,19 @@ def save_merged(
     state = state_of_base(module)
     for name, adapter in merged.items():
         state[f"{name}.weight"] = _merged_weight(state[f"{name}.weight"], adapter)
+    for name in _tied_copies(inner, state):
+        del state[name]
     pattern = "diffusion_pytorch_model{suffix}.safetensors" if is_diffusers else "model{suffix}.safetensors"
     save_torch_state_dict(state, directory, filename_pattern=pattern, max_shard_size=max_shard_size)
     return directory
+
+
+def _tied_copies(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Tensors that a model of transformers ties to another one, which is in the state, too, and loads without."""
+    tied: Iterable[str] = getattr(model, "_tied_weights_keys", None) or ()  # patterns: a list, in transformers 5 a dict
+    matching = {name for name in state if any(re.search(pattern, name) for pattern in tied)}
+    kept = {tensor.data_ptr() for name, tensor in state.items() if name not in matching}
+    return [name for name in matching if state[name].data_ptr() in kept]
 
 
 def _merged_weight(weight: Tensor, adapter: AdapterWeights) -> Tensor:

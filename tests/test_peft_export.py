@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForImageClassification,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
 
@@ -252,6 +254,24 @@ def test_a_transformers_model_is_saved_loaded_and_merged(tmp_path) -> None:
             torch.testing.assert_close(embeds(fresh), expected)
         merged = CLIPTextModelWithProjection.from_pretrained(save_merged(module, tmp_path / "merged"))
         torch.testing.assert_close(embeds(merged), expected)
+
+
+def test_a_merged_model_with_tied_weights_is_saved_as_the_base_is(tmp_path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)).eval()
+    tokens = torch.arange(12).view(2, 6)
+    module = copy.deepcopy(base)
+    initialize(module, "gaussian", rank=2, target_modules=["v_proj"], progress=False)
+    with torch.no_grad():
+        trainable_parameters(module)[1].normal_()  # B
+        expected = module(tokens).logits
+        merged = LlamaForCausalLM.from_pretrained(save_merged(module, tmp_path / "merged")).eval()
+        torch.testing.assert_close(merged(tokens).logits, expected)
+    base.save_pretrained(tmp_path / "base")
+    names = [set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("base", "merged")]
+    assert names[0] == names[1]
+    assert "model.embed_tokens.weight" in names[1]
 
 
 def test_layers_whose_names_end_alike_are_told_apart(tmp_path) -> None:

@@ -1,0 +1,448 @@
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import common_questions
+import pytest
+import torch
+import train_vlm_lora
+from common_questions import (
+    EncodedQuestions,
+    QuestionAnsweringTask,
+    QuestionRecord,
+    add_question_arguments,
+    read_question_data,
+    read_questions,
+    resolve_question_options,
+)
+from peft import PeftModel
+from safetensors.torch import load_file
+from script_fixtures import losses, read_json, run_main
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+from vlm_fixtures import ask, make_image, write_base, write_lines, write_questions
+
+from lorainit_diffusers.families.vlm import VisionLanguageFamily
+
+Run = Callable[..., Path]
+LINE = {"image": "images/0.png", "question": "What is this?", "answer": "red apple"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "llava", "llava")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("data") / "questions")
+
+
+@pytest.fixture
+def run(base: Path, questions: Path, tmp_path: Path) -> Run:
+    def run(**options: Any) -> Path:
+        fast = {
+            **{"pretrained_model_name_or_path": base, "train_data_file": questions / "train.jsonl", "rank": 2},
+            **{"max_train_steps": 2, "train_batch_size": 3, "init_num_batches": 2, "max_new_tokens": 4},
+            **{"output_dir": tmp_path / "out", "seed": 0},
+        }
+        return run_main(train_vlm_lora, {**fast, **options})
+
+    return run
+
+
+def arguments(base: Path | str = "base", **options: Any) -> argparse.Namespace:
+    """The options that a task reads."""
+    parser = argparse.ArgumentParser()
+    add_question_arguments(parser)
+    args = parser.parse_args([])
+    given = {"pretrained_model_name_or_path": str(base), "revision": None, "cache_dir": None}
+    given |= {"train_batch_size": 2, "lora_layers": None}
+    for name, value in {**given, **options}.items():
+        setattr(args, name, str(value) if isinstance(value, Path) else value)
+    return args
+
+
+def make_task(base: Path, questions: Path, **options: Any) -> QuestionAnsweringTask:
+    args = arguments(base, train_data_file=questions / "train.jsonl", **options)
+    return QuestionAnsweringTask(args, torch.device("cpu"), torch.float32)
+
+
+def adapter(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def texts(record: QuestionRecord) -> list[str]:
+    """Each message as its role and its parts."""
+    return [
+        f"{message['role']}: " + "".join(part.get("text", "<image>") for part in message["content"])
+        for message in record.messages
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_writes_what_a_reader_and_stock_peft_need(
+    run: Run, base: Path, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(max_train_steps=4, validation_steps=2, learning_rate=1e-2, export_merged=True, num_samples=3)
+    printed = capsys.readouterr().out
+    for stage in ("base", "step-0", "end"):
+        assert f"\n{stage}" in f"\n{printed}"
+    assert "exact match: base " in printed
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 2, 4]
+    stages = {line["stage"]: line for line in lines if "stage" in line}
+    assert {"exact_match", "token_f1", "exact_match/name", "exact_match/yes/no"} < stages["base"].keys()
+    assert stages["base"]["exact_match"] == stages["step-0"]["exact_match"]
+    for stage in ("base", "step-0", "end"):
+        text = (out / f"predictions_{stage}.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.split("\n") if line]
+        assert [row["answers"] for row in rows] == [["red apple"], ["no"], ["green pear"], ["no"], ["fruit"], ["no"]]
+        assert all(row["where"].endswith(f"line {number}") for number, row in enumerate(rows, start=1))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4  # the curves and three samples
+    assert "src=" in page
+    assert "http" not in page
+    for text in ("yes/no", "What is this?", "red apple", "step-0: exact match (F1)"):
+        assert text in page, text
+    assert "image-text-to-text" in (out / "README.md").read_text(encoding="utf-8")
+    assert read_json(out / "config.json")["num_validation_samples"] == 6
+
+    family = VisionLanguageFamily.from_pretrained(base)
+    batch = family.collate([family.encode(ask("What is this?", "red apple"), [make_image(0)])])
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    with torch.no_grad():
+        original = family.model(**inputs).logits
+        merged = AutoModelForImageTextToText.from_pretrained(out / "merged").eval()(**inputs).logits
+        stock = PeftModel.from_pretrained(family.model, out).eval()(**inputs).logits
+    torch.testing.assert_close(merged, stock, rtol=1e-4, atol=1e-3)
+    assert float((stock - original).abs().max()) > 1e-2
+    again = VisionLanguageFamily.from_pretrained(out / "merged")
+    ids, expected = (each.encode(ask("A?", "no"), [make_image(0)])["input_ids"] for each in (again, family))
+    assert torch.equal(ids, expected)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(run: Run, tmp_path: Path) -> None:
+    options = {"max_train_steps": 4, "validation_steps": 2, "learning_rate": 1e-2, "lora_dropout": 0.1}
+    whole = adapter(run(output_dir=tmp_path / "whole", **options))
+    run(**{**options, "max_train_steps": 2}, checkpointing_steps=2)
+    out = run(**options, checkpointing_steps=2, resume_from_checkpoint="latest")
+    for name, values in adapter(out).items():
+        torch.testing.assert_close(values, whole[name], rtol=1e-5, atol=1e-6)
+    assert losses(out, "validation_loss") == pytest.approx(losses(tmp_path / "whole", "validation_loss"))
+    assert "step-0: exact match (F1)" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_plan_and_initialisation_alone(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert not run(dry_run=True).exists()
+    assert "model.model.language_model.layers.0.self_attn.q_proj" in capsys.readouterr().out
+    out = run(init_only=True, init="eva", adapt=["vision", "projector"], variable_rank=True)
+    names = {name.split(".layers.")[0] for name in adapter(out)}
+    assert not any("language_model" in name for name in names)
+    assert not (out / "metrics.jsonl").exists() or losses(out) == []
+    chosen = adapter(run(init_only=True, lora_layers="lm_head", output_dir=tmp_path / "head"))
+    assert {name.rpartition("model.")[2] for name in chosen} == {"lm_head.lora_A.weight", "lm_head.lora_B.weight"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_lr": 1e-3}, "--head_lr 0.001 has no effect: nothing is trained in full here"),
+        ({"validation_fraction": 2.0}, "--validation_fraction 2.0: must lie between 0 and 1"),
+        ({"max_new_tokens": 0}, "--max_new_tokens 0: must be at least 1"),
+        ({"dataset_config_name": "a"}, "--dataset_config_name needs --dataset_name"),
+        ({"dataset_name": "a"}, "--dataset_name and --train_data_file exclude each other"),
+        ({"validation_fraction": 0.5, "validation_data_file": "a"}, "--validation_data_file exclude each other"),
+        ({"pretrained_model_name_or_path": "/none"}, "base model '/none' is not a folder"),
+        ({"train_data_file": "/none.jsonl"}, "--train_data_file '/none.jsonl' is not a file"),
+        ({"image_dir": "/none"}, "--image_dir '/none' is not a directory"),
+        ({"max_length": 5}, r"train.jsonl, line 1: the conversation has \d+ tokens, more than 5"),
+    ],
+)
+def test_options_that_cannot_work(run: Run, options: Mapping[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(**options)
+
+
+def test_the_bundled_questions_are_the_default() -> None:
+    args = arguments()
+    resolve_question_options(args)
+    assert args.train_data_file.endswith("assets/data/high-contrast-questions/train.jsonl")
+    assert args.validation_data_file.endswith("assets/data/high-contrast-questions/validation.jsonl")
+    records, validation = read_question_data(args)
+    seen = {image for record in records for image in record.images}
+    assert not seen & {image for record in validation for image in record.images}
+    assert {record.kind for record in validation} == {"name", "kind", "yes/no"}
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    ("line", "expected", "answers"),
+    [
+        (LINE, ["user: <image>What is this?", "assistant: red apple"], ("red apple",)),
+        ({**LINE, "question": "<image>\nWhat is this?"}, ["user: <image>What is this?", "assistant: red apple"], None),
+        ({**LINE, "answer": ["red apple", "apple", 3]}, None, ("red apple", "apple", "3")),
+        ({**LINE, "answer": 3}, ["user: <image>What is this?", "assistant: 3"], ("3",)),
+        (
+            {"images": ["images/0.png", "images/1.png"], "question": "Same?", "answer": "no"},
+            ["user: <image><image>Same?", "assistant: no"],
+            ("no",),
+        ),
+        ({"question": "Is grass green?", "answer": "yes"}, ["user: Is grass green?", "assistant: yes"], ("yes",)),
+        (
+            {
+                "image": "images/0.png",
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "Look: <image>\nWhat is this?"},
+                    {"role": "assistant", "content": "A fruit."},
+                    {"role": "user", "content": [{"type": "text", "text": "Which one?"}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": "An apple."}]},
+                ],
+            },
+            [
+                *("system: Be brief.", "user: Look: <image>What is this?", "assistant: A fruit."),
+                *("user: Which one?", "assistant: An apple."),
+            ],
+            ("An apple.",),
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "image": "images/1.png"}, "What?"]},
+                    {"role": "assistant", "content": "A pear."},
+                ]
+            },
+            ["user: <image>What?", "assistant: A pear."],
+            ("A pear.",),
+        ),
+        (
+            {
+                "image": "images/0.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat is this?"},
+                    {"from": "gpt", "value": "An apple."},
+                ],
+            },
+            ["user: <image>What is this?", "assistant: An apple."],
+            ("An apple.",),
+        ),
+    ],
+)
+def test_kinds_of_lines(
+    questions: Path, tmp_path: Path, line: Any, expected: list[str] | None, answers: tuple[str, ...] | None
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [line])
+    (record,) = read_questions(path, flag="--train_data_file", image_dir=str(questions))
+    assert record.where == f"{path}, line 1"
+    if expected is not None:
+        assert texts(record) == expected
+    if answers is not None:
+        assert record.answers == answers
+    assert len(record.images) == sum(text.count("<image>") for text in texts(record))
+
+
+def test_other_columns_types_system_prompts_and_files(questions: Path, tmp_path: Path) -> None:
+    line = {"picture": "images/0.png", "q": "What?", "a": "fruit", "type": "name"}
+    (tmp_path / "a.json").write_text(json.dumps([line, line]), encoding="utf-8")
+    columns = {"image": "picture", "question": "q", "answer": "a"}
+    options: dict[str, Any] = {"flag": "--train_data_file", "image_dir": str(questions), "columns": columns}
+    records = read_questions(tmp_path / "a.json", system_prompt="Be brief.", **options)
+    assert texts(records[1]) == ["system: Be brief.", "user: <image>What?", "assistant: fruit"]
+    assert records[1].kind == "name"
+    assert records[1].question == "What?"
+    assert records[1].where.endswith("a.json, entry 2")
+    # a line separator of Unicode does not end a line; empty lines and a byte order mark do not count
+    text = "\ufeff\n" + json.dumps({**line, "q": "What\u2028is it?"}, ensure_ascii=False) + "\n\n"
+    (tmp_path / "b.jsonl").write_text(text, encoding="utf-8")
+    (record,) = read_questions(tmp_path / "b.jsonl", **options)
+    assert record.where.endswith("line 2")
+
+
+CHAT = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "fruit"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 2: not JSON .*; write one object a line"),
+        (3, "line 2: not an object but int"),
+        ({"image": "images/0.png"}, "line 2: has image; give question and answer, or messages, or conversations"),
+        ({**LINE, "answer": " "}, "line 2: the answer is empty; fill it in or remove the line"),
+        ({**LINE, "answer": None}, "line 2: the answer is empty"),
+        ({**LINE, "question": ""}, "line 2: the question is empty"),
+        (
+            {**LINE, "image": "images/none.png"},
+            r"line 2: there is no image '.*none\.png'; put it there, or",
+        ),
+        ({**LINE, "image": 3}, "line 2: the image is 3; give the name of a file"),
+        ({"messages": "hello"}, "line 2: messages is 'hello'; give a list of messages"),
+        (
+            {"messages": [{"role": "bot", "content": "a"}]},
+            "line 2: message 1 has the role 'bot'; roles are",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+            r"has the content \{'type': 'audio'\}",
+        ),
+        ({"messages": [{"role": "user", "content": None}]}, "line 2: message 1 has the content None"),
+        ({"image": "images/0.png", "messages": CHAT[:1]}, "line 2: the last message is not the assistant's"),
+        ({"messages": CHAT}, "line 2: 0 images, but 1 image placeholders in the messages; write <image>"),
+        (
+            {
+                "image": "images/0.png",
+                "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a"}],
+            },
+            "line 2: 1 images, but 0 image placeholders",
+        ),
+        (
+            {"image": "images/0.png", "messages": [CHAT[0], {"role": "assistant", "content": ""}]},
+            "message 2, an answer, is empty",
+        ),
+    ],
+)
+def test_lines_that_cannot_be_understood(questions: Path, tmp_path: Path, line: Any, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    text = line if isinstance(line, str) else json.dumps(line)
+    path.write_text(json.dumps(LINE) + "\n" + text + "\n", encoding="utf-8")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_questions(path, flag="--train_data_file", image_dir=str(questions))
+
+
+def test_files_that_cannot_be_understood(questions: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"--train_data_file '.*a.jsonl' has no lines in it"):
+        read_questions(tmp_path / "a.jsonl", flag="--train_data_file")
+    (tmp_path / "a.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="is no list of conversations"):
+        read_questions(tmp_path / "a.json", flag="--train_data_file")
+    (tmp_path / "a.json").write_text('{"a": 1}\n{"a": 2}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is not JSON .*; give JSONL with the suffix \.jsonl"):
+        read_questions(tmp_path / "a.json", flag="--train_data_file")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    write_lines(
+        tmp_path / "b.jsonl", [{**LINE, "image": "broken.png"}, {**LINE, "image": str(questions / "images/0.png")}]
+    )
+    with pytest.raises(ValueError, match=r"cannot read the image '.*broken\.png'"):
+        read_question_data(arguments(train_data_file=tmp_path / "b.jsonl"))
+
+
+def test_a_part_of_the_images_is_held_out_with_all_of_their_questions(questions: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (questions / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    options = {"train_data_file": write_lines(tmp_path / "all.jsonl", rows), "image_dir": questions}
+    args = arguments(**options)
+    resolve_question_options(args)
+    records, validation = read_question_data(args)
+    assert (len(records), len(validation)) == (10, 2)
+    assert not {record.images for record in records} & {record.images for record in validation}
+    args = arguments(**options, validation_fraction=0.5, max_train_samples=5, max_validation_samples=3)
+    records, validation = read_question_data(args)
+    assert (len(records), len(validation)) == (5, 3)
+    write_lines(tmp_path / "one.jsonl", rows[:2])
+    with pytest.raises(ValueError, match="no question can be held out: all are about one image"):
+        read_question_data(arguments(train_data_file=tmp_path / "one.jsonl", image_dir=questions))
+
+
+def test_datasets_of_the_hub(tmp_path: Path) -> None:
+    hub = pytest.importorskip("datasets")
+
+    def encoded(seed: int) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        make_image(seed).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    columns: dict[str, list[Any]] = {
+        "image": [encoded(0), encoded(1)],
+        "question": ["What?", "Which?"],
+        "answer": ["a b", "c"],
+        "number": [1, 2],
+    }
+    rows = hub.Dataset.from_dict(columns).cast_column("image", hub.Image())
+    (tmp_path / "one").mkdir()
+    rows.to_parquet(str(tmp_path / "one" / "train-00000-of-00001.parquet"))
+    args = arguments(dataset_name=str(tmp_path / "one"), cache_dir=str(tmp_path / "cache"))
+    resolve_question_options(args)
+    records, validation = read_question_data(args)
+    assert [len(records), len(validation)] == [1, 1]
+    assert texts(records[0])[0] in ("user: <image>What?", "user: <image>Which?")
+    assert records[0].where.startswith(f"{tmp_path / 'one'}/train[")
+
+    chat = [[{"role": "user", "content": "<image> and <image>"}, {"role": "assistant", "content": "yes"}]]
+    rows = hub.Dataset.from_dict({"images": [[encoded(0), encoded(1)]], "messages": chat})
+    rows = rows.cast_column("images", hub.Sequence(hub.Image()))
+    for split in ("train", "validation"):
+        (tmp_path / "two").mkdir(exist_ok=True)
+        rows.to_parquet(str(tmp_path / "two" / f"{split}-00000-of-00001.parquet"))
+    records, validation = read_question_data(
+        arguments(dataset_name=str(tmp_path / "two"), cache_dir=str(tmp_path / "c"))
+    )
+    assert texts(records[0]) == ["user: <image> and <image>", "assistant: yes"]
+    loaded = [common_questions.load_image(image) for image in validation[0].images]
+    assert [image.tobytes() for image in loaded] == [make_image(0).tobytes(), make_image(1).tobytes()]
+    args = arguments(dataset_name=str(tmp_path / "one"), cache_dir=str(tmp_path / "cache"), image_column="number")
+    with pytest.raises(ValueError, match=r"the column 'number' holds no images but .*; set --image_column"):
+        read_question_data(args)
+    args.image_column = "picture"
+    with pytest.raises(ValueError, match=r"has no column 'picture' .*; set --image_column"):
+        read_question_data(args)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        read_question_data(arguments(dataset_name=str(tmp_path / "none")))
+
+
+# ----------------------------------------------------------------------------------------------------------------- task
+
+
+def test_batches_are_functions_of_seed_and_number(base: Path, questions: Path) -> None:
+    task = make_task(base, questions)
+    first = list(task.batches(3, 2, range(4)))
+    again = list(task.batches(3, 2, range(1, 4, 2)))
+    for expected, found in zip(first[1::2], again, strict=True):
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert not torch.equal(next(task.batches(4, 2, range(1)))["pixel_values"], first[0]["pixel_values"])
+    assert task.primary_metric in task.validate()
+    assert (task.num_train, task.num_validation) == (12, 6)
+
+
+def test_pixels_are_kept_once_an_image(base: Path, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(base, questions)
+    kept = [task.train.sample(index) for index in range(4)]
+    assert kept[0]["pixel_values"] is kept[1]["pixel_values"]  # two questions about one image
+    assert kept[0]["pixel_values"] is not kept[2]["pixel_values"]
+    assert task.train.sample(0) is kept[0]
+    uncached = EncodedQuestions(task.base, task.train.records, None, num_bytes=0)
+    uncached.fill("nothing fits")
+    assert uncached.sample(0) is not uncached.sample(0)
+    assert all(torch.equal(values, kept[0][name]) for name, values in uncached.sample(0).items())
+
+
+def test_an_exact_match_is_what_greedy_decoding_gives(base: Path, questions: Path, run: Run) -> None:
+    """Learned by heart, the answers are generated; before, teacher-forced and generated answers agree, too."""
+    out = run(
+        **{"validation_data_file": questions / "train.jsonl", "max_train_steps": 80, "learning_rate": 2e-2},
+        **{"train_batch_size": 12, "rank": 8, "max_new_tokens": 8, "adapt": ["language", "vision", "projector"]},
+        **{"validation_steps": 80, "init": "orthonormal", "lr_scheduler": "cosine"},
+    )
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    forced = [line["exact_match"] for line in lines if "validation_loss" in line]
+    generated = [line["exact_match"] for line in lines if "stage" in line]
+    assert forced[0] == generated[0] == generated[1]
+    assert forced[-1] == pytest.approx(generated[-1])
+    assert generated[-1] > 0.8
+
+
+def test_evaluation_does_not_depend_on_the_size_of_its_batches(base: Path, questions: Path) -> None:
+    scores = [make_task(base, questions, eval_batch_size=size, max_new_tokens=4) for size in (1, 6)]
+    one, six = (task.validate() for task in scores)
+    assert one["exact_match"] == six["exact_match"]
+    assert one["validation_loss"] == pytest.approx(six["validation_loss"], rel=1e-5)
+    assert scores[0].evaluate() == scores[1].evaluate()
+    assert scores[0]._results == scores[1]._results
