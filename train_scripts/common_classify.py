@@ -90,8 +90,16 @@ def add_classification_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mixup_alpha", type=float, default=0.0, help="of mixup's Beta distribution (default: no mixup)")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--random_flip", action="store_true", help="mirror half of the images")
-    add("--crop_scale", type=float, nargs=2, default=[1.0, 1.0], metavar=("MIN", "MAX"), help="share of the area kept")
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--random_flip", action=yes_or_no, default=True, help="mirror half of the images (default: on)")
+    add(
+        "--crop_scale",
+        type=float,
+        nargs=2,
+        default=[0.6, 1.0],
+        metavar=("MIN", "MAX"),
+        help="share of the area that a random crop keeps (default 0.6 1; 1 1 crops nothing)",
+    )
     add("--crop_ratio", type=float, default=1.0, help="least width over height of a crop (default 1)")
     add("--rotation", type=float, default=0.0, help="largest angle in degrees")
     add("--color_jitter", type=float, default=0.0, help="spread of brightness, contrast and saturation")

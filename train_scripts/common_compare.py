@@ -101,13 +101,13 @@ TASKS = {
         *("common_classify", "ClassificationTask", "add_classification_arguments"),
         examples="images",
         has_head=True,
-        defaults={"learning_rates": [1e-3, 2e-3], "max_train_steps": 100, "train_batch_size": 32},
+        defaults={"learning_rates": [1e-3, 2e-3], "max_train_steps": 60, "train_batch_size": 32},
     ),
     "vlm": TaskKind(
         *("common_questions", "QuestionAnsweringTask", "add_question_arguments"),
         examples="questions",
         has_head=False,
-        defaults={"learning_rates": [1e-3, 2e-3], "max_train_steps": 150, "train_batch_size": 16},
+        defaults={"learning_rates": [1e-3, 2e-3], "max_train_steps": 60, "train_batch_size": 16},
     ),
 }
 

@@ -5,7 +5,7 @@
 adapts the bundled ViT to a style of drawing that it has never seen. With images of your own, a folder for each class:
 
     accelerate launch train_scripts/train_classifier_lora.py --init cntlora --mixed_precision bf16 \
-        --pretrained_model_name_or_path facebook/dinov2-small --train_data_dir my_images --random_flip
+        --pretrained_model_name_or_path facebook/dinov2-small --train_data_dir my_images
 
 and with a dataset of the hub, five images of each class:
 
@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         __doc__,
         BUNDLED_BASES["classifier"],
         add_classification_arguments,
-        max_train_steps=100,
+        max_train_steps=60,
         batch_size=32,
         validation_steps=10,
     )

@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
         __doc__,
         BUNDLED_BASES["vlm"],
         add_question_arguments,
-        max_train_steps=150,
+        max_train_steps=100,
         batch_size=16,
         validation_steps=25,
     )
