@@ -136,7 +136,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     base, add_data = BUNDLED_BASES["classifier"], add_classification_arguments
     training = make_task_parser(None, base, add_data, max_train_steps=1600, batch_size=64, validation_steps=1)
     training.allow_abbrev = False
-    training.set_defaults(lr_scheduler="cosine")
+    # the protocol augments nothing: some of its tasks are about where things are, and how they are turned
+    training.set_defaults(lr_scheduler="cosine", random_flip=False, crop_scale=[1.0, 1.0])
     args = training.parse_args(rest)
     for name in DECIDED:
         if getattr(args, name) != training.get_default(name):
