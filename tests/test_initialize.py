@@ -637,6 +637,10 @@ class TinyFamily:
     def adapted(self) -> dict[str, nn.Module]:
         return {"model": self.module}
 
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        return {"model.down": self.module.down}
+
     def default_targets(self, component: str) -> list[str]:
         return {"model": ["to_q", "up"]}[component]
 
@@ -665,6 +669,15 @@ def test_a_family_brings_its_loss_targets_masks_and_stratified_timesteps():
     other = TinyFamily()
     initialize(other, "eva", token_batches(3), rank=4, seed=1, progress=False)
     assert not torch.equal(factors(other.module)[".to_q.lora_A"], factors(family.module)[".to_q.lora_A"])
+
+
+def test_a_familys_heads_are_trainable_afterwards():
+    family = TinyFamily()
+    initialize(family, "eva", token_batches(2), rank=4, progress=False)
+    trained = {name for name, parameter in family.module.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {
+        f"down.{name}" for name, _ in family.module.down.named_parameters()
+    }
 
 
 def test_a_reference_has_its_own_strata_and_masks():
