@@ -24,8 +24,8 @@ from common_data import (
     load_image,
     read_data,
 )
-from common_run import lora_targets
-from common_tasks import Task, weight_dtype
+from common_run import lora_targets, weight_dtype
+from common_tasks import Task
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor

@@ -203,8 +203,17 @@ def encoded_images(datasets: Any, rows: Any, column: str, flag: str) -> Any:
     Raises:
         ValueError: when the column holds something else; `flag` names the dataset.
     """
+    return cast_images(rows.select_columns([column]), column, datasets.Image(decode=False), flag)
+
+
+def cast_images(rows: Any, column: str, kind: Any, flag: str) -> Any:
+    """The rows with this column as images of a kind, `datasets.Image` or a list of it.
+
+    Raises:
+        ValueError: when the column holds something else; `flag` names the dataset.
+    """
     try:
-        return rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        return rows.cast_column(column, kind)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"{flag}: the column {column!r} holds no images but {rows.features[column]}; set --image_column"

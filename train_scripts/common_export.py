@@ -93,6 +93,25 @@ def report_discarded_energy(
     )
 
 
+def describe_training(args: argparse.Namespace, init_report: Mapping[str, Any]) -> dict[str, str]:
+    """What every model card says of a run, by name."""
+    totals = init_report["totals"]
+    batch = f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}"
+    average = ", moving average" if args.use_ema else ""
+    return {
+        "initialisation": f"{args.init}, {totals['num_layers']} layers, sum of ranks {totals['sum_of_ranks']}",
+        "collection": f"{init_report['num_passes']} batches of {args.init_batch_size}, seed {args.init_seed}",
+        "rank, alpha": f"{args.rank}, {args.lora_alpha:g}{' (DoRA)' if args.use_dora else ''}",
+        "training": f"{args.max_train_steps} steps, {batch}, {args.optimizer}, learning rate {args.learning_rate:g}, "
+        f"seed {args.seed}{average}",
+    }
+
+
+def markdown_rows(rows: Mapping[str, str]) -> str:
+    """A table of two columns without a heading."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
+
+
 def write_card(
     args: argparse.Namespace,
     family: TextToImageFamily,
@@ -103,14 +122,12 @@ def write_card(
     """Write the model card: what it is, how it was made and how to use it."""
     losses = [line["validation_loss"] for line in metrics if "validation_loss" in line]
     outcome = f"Validation loss (held-out images, fixed noise): {losses[0]:.4f} -> {losses[-1]:.4f}." if losses else ""
-    base, totals = args.pretrained_model_name_or_path, init_report["totals"]
-    data = args.instance_data_dir or args.train_data_dir or args.dataset_name
-    prior = (
-        f"\n| prior preservation | {args.num_class_images} images of `{args.class_prompt}`, weight \
-{args.prior_loss_weight:g} |"
-        if args.with_prior_preservation
-        else ""
-    )
+    base = args.pretrained_model_name_or_path
+    rows = describe_training(args, init_report)
+    rows["data"] = f"`{args.instance_data_dir or args.train_data_dir or args.dataset_name}`"
+    if args.with_prior_preservation:
+        weight = f"weight {args.prior_loss_weight:g}"
+        rows["prior preservation"] = f"{args.num_class_images} images of `{args.class_prompt}`, {weight}"
     notes = ["The licences of the base model and of the training images apply."]
     if "kohya" in family.EXPORTS:
         notes.insert(0, f"`{KOHYA_WEIGHT_NAME}` holds the same LoRA for ComfyUI, A1111 and sd-scripts.")
@@ -121,14 +138,7 @@ LoRA for `{base}`, initialised with **{args.init}** (step 0: {init_report["step_
 
 ![base, step 0 and end](samples.png)
 
-| | |
-|---|---|
-| initialisation | {args.init}, {totals["num_layers"]} layers, sum of ranks {totals["sum_of_ranks"]} |
-| collection | {init_report["num_passes"]} batches of {args.init_batch_size}, seed {args.init_seed} |
-| rank, alpha | {args.rank}, {args.lora_alpha:g}{" (DoRA)" if args.use_dora else ""} |
-| training | {args.max_train_steps} steps, batch {args.train_batch_size} x {args.gradient_accumulation_steps}, \
-{args.optimizer}, learning rate {args.learning_rate:g}, seed {args.seed}{", moving average" if args.use_ema else ""} |
-| data | `{data}` |{prior}
+{markdown_rows(rows)}
 
 {outcome}
 

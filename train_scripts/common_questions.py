@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +18,7 @@ from common_data import (
     DataOrder,
     DatasetImage,
     ImageRecord,
+    cast_images,
     check_images,
     load_image,
     load_splits,
@@ -47,7 +45,6 @@ CACHE_BYTES = 4_000_000_000
 VALIDATION_FRACTION = 0.1
 # Training batches that one evaluation batch, which keeps no activations, is worth.
 EVALUATION_RATIO = 4
-THUMBNAIL = 160
 
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -365,13 +362,8 @@ def _read_dataset(
                 "set --image_column"
             )
         for name in image_columns:
-            try:
-                kind = datasets.Image(decode=False)
-                rows = rows.cast_column(name, kind if _is_single(rows.features[name]) else [kind])
-            except (TypeError, ValueError, NotImplementedError) as error:
-                raise ValueError(
-                    f"{flag}: the column {name!r} holds no images but {rows.features[name]}; set --image_column"
-                ) from error
+            kind = datasets.Image(decode=False)
+            rows = cast_images(rows, name, kind if _is_single(rows.features[name]) else [kind], flag)
         texts = rows.remove_columns(image_columns)
         images = [rows.select_columns([name]) for name in image_columns]
         records: list[QuestionRecord] = []
@@ -456,6 +448,7 @@ class EncodedQuestions:
         self.family, self.records, self.max_length = family, records, max_length
         self.bytes_left = num_bytes
         self._kept: dict[tuple[int, bool], dict[str, Tensor]] = {}
+        self._lengths: dict[tuple[int, bool], int] = {}
         self._images: dict[tuple[ImageRecord, ...], dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -498,12 +491,19 @@ class EncodedQuestions:
                 continue
             features[name] = values.to(dtype) if values.is_floating_point() else values
             added += features[name].nbytes
+        self._lengths[index, prompt] = features["input_ids"].shape[1]
         if self.bytes_left > 0:
             self.bytes_left -= added
             self._kept[index, prompt] = features
             pixels = {name: values for name, values in features.items() if name.startswith("pixel")}
             self._images.setdefault(record.images, pixels)
         return features
+
+    def length(self, index: int, *, prompt: bool = False) -> int:
+        """Tokens of one sample; one that does not fit into memory is encoded once to know it."""
+        if (index, prompt) not in self._lengths:
+            self.sample(index, prompt=prompt)
+        return self._lengths[index, prompt]
 
 
 class QuestionAnsweringTask:
@@ -532,7 +532,7 @@ class QuestionAnsweringTask:
         base = VisionLanguageFamily.from_pretrained(
             args.pretrained_model_name_or_path,
             revision=args.revision,
-            cache_dir=getattr(args, "cache_dir", None),
+            cache_dir=args.cache_dir,
             weight_dtype=dtype,
             device=device,
             adapt=args.adapt,
@@ -622,8 +622,7 @@ class QuestionAnsweringTask:
 
     def _chunks(self, *, prompt: bool) -> Iterator[list[int]]:
         """The validation questions in batches of about the same length."""
-        lengths = [self.validation.sample(i, prompt=prompt)["input_ids"].shape[1] for i in range(self.num_validation)]
-        order = sorted(range(self.num_validation), key=lengths.__getitem__)
+        order = sorted(range(self.num_validation), key=lambda index: self.validation.length(index, prompt=prompt))
         for start in range(0, len(order), self.eval_batch_size):
             yield order[start : start + self.eval_batch_size]
 
@@ -683,52 +682,25 @@ def write_answer_report(
         Heading("Curves"),
         Picture(output_dir / "curves.png", "exact match and loss on the validation questions over the steps"),
         Heading("Samples"),
+        _samples_table(results, images),
     ]
-    page = to_html(title, blocks)
-    anchor = "<h2>Samples</h2>"
-    page = page.replace(anchor, f"{anchor}\n{_samples_table(results, images)}", 1)
     path = output_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(to_html(title, blocks), encoding="utf-8")
     return path
 
 
 def _samples_table(
     results: Mapping[str, Sequence[Mapping[str, Any]]], images: Mapping[int, Sequence[Image.Image]]
-) -> str:
+) -> Table:
     """One row a question: its images, what is asked and the right answer, and what each stage says."""
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in ("image", "question", "answer", *results))
     latest = list(results.values())[-1]
-    lines: list[str] = []
+    rows: list[list[Cell]] = []
     for index, shown in images.items():
         row = latest[index]
-        pictures = "".join(f'<img src="{_thumbnail(image)}" alt="" style="margin: 0 0 4px">' for image in shown)
-        texts = [str(row["question"]), " / ".join(row["answers"])]
-        cells = [f"<td>{pictures}</td>", *(_text_cell(text) for text in texts)]
-        cells += [
-            _text_cell(str(stage[index]["prediction"]), "better" if stage[index]["exact_match"] else "worse")
-            for stage in results.values()
-        ]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        '<div class="box" tabindex="0"><table>\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody>\n</table></div>"
-    )
-
-
-def _text_cell(text: str, verdict: str = "") -> str:
-    kind = f' class="{verdict}"' if verdict else ""
-    return f'<td{kind} style="white-space: pre-wrap; overflow-wrap: anywhere">{html.escape(text)}</td>'
-
-
-def _thumbnail(image: Image.Image) -> str:
-    """A small picture as text; whole factors enlarge without smoothing."""
-    larger = max(image.size)
-    factor = THUMBNAIL // larger if larger <= THUMBNAIL // 2 else min(1.0, THUMBNAIL / larger)
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    resampling = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
-    buffer = io.BytesIO()
-    image.convert("RGB").resize(size, resampling).save(buffer, "png")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+        said = [(str(stage[index]["prediction"]), bool(stage[index]["exact_match"])) for stage in results.values()]
+        cells = [Cell("", images=tuple(shown)), Cell(str(row["question"])), Cell(" / ".join(row["answers"]))]
+        rows.append([*cells, *(Cell(text, "better" if right else "worse") for text, right in said)])
+    return Table(["image", "question", "answer", *results], rows)
 
 
 def plot_scores(lines: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -20,12 +20,14 @@ from common import (
     average_gradients,
     clear_sample_rows,
     derive_seed,
+    describe_run,
     evaluating,
     load_sample_rows,
     public_arguments,
     read_metrics,
     save_sample_row,
     seeded_generator,
+    write_json,
 )
 from common_classes import generate_class_images, pair_batches
 from common_data import (
@@ -68,6 +70,11 @@ def trains(args: argparse.Namespace) -> bool:
     return not (args.init_only or args.dry_run)
 
 
+def weight_dtype(mixed_precision: str | None) -> torch.dtype:
+    """The precision that a frozen base is held in."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision or "no", torch.float32)
+
+
 def find_state(args: argparse.Namespace, output_dir: Path) -> checkpoints.TrainingState | None:
     """The checkpoint to continue from; `latest` starts anew where a run was killed before its first one.
 
@@ -104,7 +111,7 @@ def family_options(
         "variant": args.variant,
         "vae_path": args.pretrained_vae_model_name_or_path,
         "cache_dir": args.cache_dir,
-        "weight_dtype": {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32),
+        "weight_dtype": weight_dtype(accelerator.mixed_precision),
         "device": accelerator.device,
         "train_text_encoder": args.train_text_encoder,
         "caption_dropout": args.caption_dropout,
@@ -117,9 +124,10 @@ def family_options(
 
 def quantization_config(args: argparse.Namespace, accelerator: Accelerator) -> Any:
     """How diffusers holds the denoiser in 4 bits: QLoRA's normal-float (Dettmers et al. 2023, arXiv:2305.14314)."""
-    compute_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     return diffusers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=args.quantization, bnb_4bit_compute_dtype=compute_dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type=args.quantization,
+        bnb_4bit_compute_dtype=weight_dtype(accelerator.mixed_precision),
     )
 
 
@@ -610,6 +618,26 @@ class Optimization:
         )
         if limit is not None:
             checkpoints.prune_checkpoints(output_dir, limit)
+
+
+def write_start(
+    args: argparse.Namespace,
+    method: Initializer,
+    accelerator: Accelerator,
+    optimization: Optimization,
+    init_report: Mapping[str, Any],
+    counts: Mapping[str, int],
+) -> dict[str, Any]:
+    """Write `init_report.json` and `config.json` before the first step, so that a killed run has them; the latter.
+
+    `counts` says by name how many samples there are.
+    """
+    config = describe_run(args, method, accelerator) | dict(counts)
+    config["num_trainable_parameters"] = sum(parameter.numel() for parameter in optimization.parameters)
+    if accelerator.is_main_process:
+        write_json(Path(args.output_dir) / "init_report.json", init_report)
+        write_json(Path(args.output_dir) / "config.json", config)
+    return config
 
 
 def train_steps(

@@ -14,8 +14,15 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from common import describe_run, prepare_output_dir, write_json, write_model_card
-from common_export import check_export, open_hub_repository, report_discarded_energy, upload
+from common import prepare_output_dir, write_json, write_model_card
+from common_export import (
+    check_export,
+    describe_training,
+    markdown_rows,
+    open_hub_repository,
+    report_discarded_energy,
+    upload,
+)
 from common_options import (
     add_base_arguments,
     add_init_arguments,
@@ -39,6 +46,9 @@ from common_run import (
     initialise,
     start_accelerator,
     train_steps,
+    trains,
+    weight_dtype,
+    write_start,
 )
 
 from lorainit_diffusers import export
@@ -127,11 +137,6 @@ def resolve_task_options(args: argparse.Namespace, script: str) -> None:
     validate_run_arguments(args)
 
 
-def weight_dtype(mixed_precision: str | None) -> torch.dtype:
-    """The precision that a frozen base is held in."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision or "no", torch.float32)
-
-
 def train_task(
     args: argparse.Namespace,
     make_task: Callable[[torch.device, torch.dtype], Task],
@@ -170,7 +175,6 @@ def train_task(
     resolve_epochs(args, -(-task.num_train // args.train_batch_size), count)
     first_step = state.step if state is not None else 0
     log = RunLog(args, accelerator, name, state)
-    trains = not (args.init_only or args.dry_run)
 
     def evaluate(stage: str, step: int) -> None:
         """Thoroughly, in the main process: the others wait at the next exchange."""
@@ -185,7 +189,7 @@ def train_task(
         if is_main:
             log.write({"step": step, **task.validate()})
 
-    if trains and state is None:
+    if trains(args) and state is None:
         evaluate("base", 0)
 
     # ---- collect and initialise
@@ -199,12 +203,8 @@ def train_task(
         return output_dir
     check_export(args, family)
     optimization = Optimization(args, family, accelerator, state)
-    config = describe_run(args, method, accelerator)
-    config["num_train_samples"], config["num_validation_samples"] = task.num_train, task.num_validation
-    config["num_trainable_parameters"] = sum(parameter.numel() for parameter in optimization.parameters)
-    if is_main:
-        write_json(output_dir / "init_report.json", init_report)
-        write_json(output_dir / "config.json", config)
+    counts = {"num_train_samples": task.num_train, "num_validation_samples": task.num_validation}
+    config = write_start(args, method, accelerator, optimization, init_report, counts)
     if args.init_only:
         if is_main:
             save_adapter(args, task, config, accelerator)
@@ -290,23 +290,20 @@ def write_card(
     table = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for stage, line in by_stage.items():
         table.append(f"| {stage} | {' | '.join(f'{line[key]:.4f}' if key in line else '' for key in columns)} |")
-    base, totals = args.pretrained_model_name_or_path, init_report["totals"]
+    base = args.pretrained_model_name_or_path
     code = [*usage, f"model = PeftModel.from_pretrained(model, {args.hub_model_id or args.output_dir!r})"]
+    rows = describe_training(args, init_report)
+    rows |= {
+        "trained in full": ", ".join(task.family.heads) or "nothing",
+        "data": f"{task.num_train} training and {task.num_validation} validation samples",
+    }
     newline = "\n"
     body = f"""
 LoRA for `{base}`, initialised with **{args.init}** (step 0: {init_report["step_zero"]}).
 
 {newline.join(table)}
 
-| | |
-|---|---|
-| initialisation | {args.init}, {totals["num_layers"]} layers, sum of ranks {totals["sum_of_ranks"]} |
-| collection | {init_report["num_passes"]} batches of {args.init_batch_size}, seed {args.init_seed} |
-| rank, alpha | {args.rank}, {args.lora_alpha:g}{" (DoRA)" if args.use_dora else ""} |
-| trained in full | {", ".join(task.family.heads) or "nothing"} |
-| training | {args.max_train_steps} steps, batch {args.train_batch_size} x {args.gradient_accumulation_steps}, \
-{args.optimizer}, learning rate {args.learning_rate:g}, seed {args.seed}{", moving average" if args.use_ema else ""} |
-| data | {task.num_train} training and {task.num_validation} validation samples |
+{markdown_rows(rows)}
 
 ```python
 {newline.join(code)}

@@ -10,7 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
-from common import describe_run, prepare_output_dir, write_json
+from common import prepare_output_dir
 from common_data import read_data
 from common_export import check_export, open_hub_repository, save_lora, save_result, upload
 from common_options import build_method, check_family_options, check_method, resolve_epochs
@@ -29,6 +29,7 @@ from common_run import (
     settle_options,
     start_accelerator,
     train_steps,
+    write_start,
 )
 
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
@@ -86,12 +87,8 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
         return output_dir
     check_export(args, family)
     optimization = Optimization(args, family, accelerator, state)
-    config = describe_run(args, method, accelerator)
-    config["num_images"], config["num_heldout_images"] = len(records), len(heldout)
-    config["num_trainable_parameters"] = sum(parameter.numel() for parameter in optimization.parameters)
-    if is_main:
-        write_json(output_dir / "init_report.json", init_report)
-        write_json(output_dir / "config.json", config)
+    counts = {"num_images": len(records), "num_heldout_images": len(heldout)}
+    config = write_start(args, method, accelerator, optimization, init_report, counts)
     if args.init_only:
         if is_main:
             save_lora(args, family, config, accelerator)

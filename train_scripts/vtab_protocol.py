@@ -40,8 +40,8 @@ from common_classify import (
 )
 from common_data import ImageRecord
 from common_options import build_method, check_method, check_positive
-from common_run import Optimization, backward_step, start_accelerator
-from common_tasks import make_task_parser, resolve_task_options, weight_dtype
+from common_run import Optimization, backward_step, start_accelerator, weight_dtype
+from common_tasks import make_task_parser, resolve_task_options
 from tqdm.auto import tqdm
 
 from lorainit_diffusers.evaluation.comparison import bootstrap

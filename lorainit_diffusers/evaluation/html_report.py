@@ -44,6 +44,8 @@ from lorainit_diffusers.evaluation.metrics import METRICS
 _BUNDLED_ENCODER = "tiny-clip"
 _MAX_INLINE_BYTES = 600_000
 _MAX_INLINE_WIDTH = 1800
+# Side of an image in a cell, in pixels.
+_THUMBNAIL = 160
 _MAX_NAMES = 8
 _DPI = 110
 _WAY = f"{100 * (1 - TOLERANCE):.0f} %"
@@ -83,11 +85,12 @@ class Picture(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A cell of a table; the verdict colours it, the detail stands below in smaller type."""
+    """A cell of a table; the verdict colours it, the detail stands below in small type, images above (HTML only)."""
 
     text: str
     verdict: str = ""
     detail: str = ""
+    images: tuple[Image.Image, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -741,16 +744,32 @@ def _html_table(table: Table) -> str:
     for first, *rest in table.rows:
         # long labels may break after their separators
         name = re.sub(r"([:,=_])", r"\1<wbr>", html.escape(first.text))
-        cells = [f'<th scope="row">{name}</th>']
+        cells = [f'<th scope="row">{_thumbnails(first)}{name}</th>']
         for cell in rest:
             kind = f' class="{html.escape(cell.verdict)}"' if cell.verdict in ("better", "worse") else ""
             detail = f"<br><small>{html.escape(cell.detail)}</small>" if cell.detail else ""
-            cells.append(f"<td{kind}>{html.escape(cell.text)}{detail}</td>")
+            text = html.escape(cell.text).replace("\n", "<br>")
+            cells.append(f"<td{kind}>{_thumbnails(cell)}{text}{detail}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
         '<div class="box" tabindex="0"><table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody>\n</table></div>"
     )
+
+
+def _thumbnails(cell: Cell) -> str:
+    """The images of a cell, small; whole factors enlarge without smoothing."""
+    parts: list[str] = []
+    for image in cell.images:
+        larger = max(image.size)
+        factor = _THUMBNAIL // larger if larger <= _THUMBNAIL // 2 else min(1.0, _THUMBNAIL / larger)
+        size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+        resampling = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
+        buffer = io.BytesIO()
+        image.convert("RGB").resize(size, resampling).save(buffer, "png")
+        source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+        parts.append(f'<img src="{source}" alt="" style="margin: 0 0 4px">')
+    return "".join(parts)
 
 
 def _data_uri(path: Path) -> str:

@@ -13,19 +13,18 @@ import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from lorainit_diffusers.families.augment import Augmentation, mixup
 from lorainit_diffusers.families.base import StepRecord
+from lorainit_diffusers.families.pretrained import autocast, check_transformers_folder, dtype_option
 
 COMPONENT = "model"
 HEADS = ("auto", "new", "keep")
@@ -282,12 +281,14 @@ class ClassifierFamily:
         if not keep:
             source["id2label"] = dict(enumerate(class_names))
             source["label2id"] = {class_name: output for output, class_name in enumerate(class_names)}
-        # transformers has renamed `torch_dtype`
-        major, minor = (int(number) for number in transformers.__version__.split(".")[:2])
-        dtype = {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": weight_dtype}
         with _named_errors("base model", name, remedy), _class_errors(name, config):
             loaded: Any = AutoModelForImageClassification.from_pretrained(
-                name, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **source, **dtype
+                name,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **source,
+                **dtype_option(weight_dtype),
             )
         model, loading = cast("tuple[Any, dict[str, Any]]", loaded)
         _check_inputs(name, model)
@@ -396,9 +397,8 @@ class ClassifierFamily:
         return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
     def _forward(self, images: Tensor) -> Tensor:
-        dtype = self.weight_dtype
-        inputs = self.preparation.normalize(images).to(dtype)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
+        inputs = self.preparation.normalize(images).to(self.weight_dtype)
+        with autocast(self.device, self.weight_dtype):
             return self.model(pixel_values=inputs, **self._options).logits.float()
 
 
@@ -495,15 +495,7 @@ def check_base(name: str) -> None:
     Raises:
         FileNotFoundError: when the folder is missing or has no `config.json`.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
-            raise FileNotFoundError(
-                f"base model {name!r} is not a folder; give a folder that save_pretrained wrote or a hub name "
-                "(owner/name)"
-            )
-    elif not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"base model folder {name!r} has no config.json; give one that save_pretrained wrote")
+    check_transformers_folder(name, bare_names=True)
 
 
 def _check_class_names(class_names: Sequence[str]) -> None:

@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lorainit_diffusers.families.base import StepRecord, UniformDraws
+from lorainit_diffusers.families.pretrained import autocast, local_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -235,13 +235,8 @@ class TextToImageFamily(_Parts, ABC):
             FileNotFoundError: when the folder is missing or is not in the diffusers layout.
             ValueError: when it holds another kind of pipeline.
         """
-        folder = Path(name)
-        if not folder.is_dir():
-            if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or "\\" in name:
-                raise FileNotFoundError(
-                    f"base model {name!r} is not a folder; "
-                    "give a folder in the diffusers layout or a hub name (owner/name)"
-                )
+        folder = local_folder(name, "a folder in the diffusers layout")
+        if folder is None:
             return
         index = folder / "model_index.json"
         if not index.is_file():
@@ -737,8 +732,7 @@ class TextToImageFamily(_Parts, ABC):
                 module.to("cpu")
 
     def _autocast(self) -> torch.autocast:
-        dtype = self.weight_dtype
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16))
+        return autocast(self.device, self.weight_dtype)
 
     def _to_device(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: values.to(self.device) for name, values in columns.items()}

@@ -47,6 +47,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from lorainit_diffusers.families.base import StepRecord
+from lorainit_diffusers.families.pretrained import autocast, check_transformers_folder, dtype_option
 
 COMPONENT = "model"
 # The parts of a model, and the rows of its language model.
@@ -189,9 +190,6 @@ class VisionLanguageFamily:
         _check_choice("statistics_tokens", statistics_tokens, ROWS)
         cls.check_base(name)
         source: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-        # transformers has renamed `torch_dtype`
-        major, minor = (int(number) for number in transformers.__version__.split(".")[:2])
-        dtype = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
         try:
             config = AutoConfig.from_pretrained(name, **source)
             if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -201,7 +199,7 @@ class VisionLanguageFamily:
                 )
             processor = load_processor(name, **source)
             model: Any = AutoModelForImageTextToText.from_pretrained(
-                name, use_safetensors=True, **source, **{dtype: weight_dtype}
+                name, use_safetensors=True, **source, **dtype_option(weight_dtype)
             )
         except OSError as error:
             if isinstance(error, FileNotFoundError):
@@ -223,17 +221,7 @@ class VisionLanguageFamily:
         Raises:
             FileNotFoundError: when the folder is missing or has no `config.json`.
         """
-        folder = Path(name)
-        if not folder.is_dir():
-            if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or "\\" in name:
-                raise FileNotFoundError(
-                    f"base model {name!r} is not a folder; give a folder that save_pretrained wrote or a hub name "
-                    "(owner/name)"
-                )
-        elif not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"base model folder {name!r} has no config.json; give one that save_pretrained wrote"
-            )
+        check_transformers_folder(name)
 
     def save_processor(self, directory: str | os.PathLike[str]) -> None:
         """Write the processor, and how the base generates, beside the weights of a merged model."""
@@ -365,7 +353,7 @@ class VisionLanguageFamily:
             inputs["labels"] = labels
         elif "logits_to_keep" in self._parameters:
             inputs["logits_to_keep"] = positions  # of the vocabulary's size each: most would be thrown away
-        with self._autocast():
+        with autocast(self.device, self.weight_dtype):
             logits: Tensor = cast(Any, self.model)(**inputs, use_cache=False).logits
         kept = predicts[:, positions]
         if logits.shape[1] != positions.numel():
@@ -384,7 +372,7 @@ class VisionLanguageFamily:
         inputs = self._to_device(self.collate(prompts, padding_side="left"))
         inputs.pop("labels", None)
         greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), autocast(self.device, self.weight_dtype):
             tokens = cast(Any, self.model).generate(
                 **inputs, max_new_tokens=max_new_tokens, pad_token_id=self._pad_token, **greedy
             )
@@ -518,10 +506,6 @@ class VisionLanguageFamily:
     def _pad_token(self) -> int:
         tokenizer = self.tokenizer
         return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
-
-    def _autocast(self) -> torch.autocast:
-        dtype = self.weight_dtype
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16))
 
     def _to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         dtype = self.weight_dtype
