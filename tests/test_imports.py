@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"statistics", "linalg", "eigenbasis"},
     "collect": {"statistics", "budget", "hooks", "methods.base", "families.base", "linalg"},
     "checkpoint_hooks": {"adapters"},
+    "training": {"adapters", "checkpoints", "evaluation", "export", "families", "methods", "report"},
     "adapters": {"methods.base", "quantized"},
     "kohya": set(),
     "export": {"adapters", "kohya", "linalg", "methods.base"},
