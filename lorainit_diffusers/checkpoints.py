@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from lorainit_diffusers.finite import check_finite
 
 ADAPTERS_NAME = "adapters.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
@@ -78,6 +80,7 @@ def save_training_state(
     lr_scheduler: LRScheduler | None,
     step: int,
     extra: Mapping[str, Any] | None = None,
+    write_more: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write one checkpoint folder; an existing one of that name is replaced.
 
@@ -88,24 +91,27 @@ def save_training_state(
         lr_scheduler: likewise, when there is one.
         step: optimiser steps that were done.
         extra: JSON values of the caller.
+        write_more: writes further files into the folder that it is given, which gets its name when all is written.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: when a value is neither a tensor nor JSON.
+        ValueError: when a value is neither a tensor nor JSON, or a tensor holds values that are not finite; an
+            existing checkpoint is then as it was.
     """
-    directory = Path(directory)
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-
+    check_finite(tensors, f"the checkpoint of step {step}")
     optimizer_state = optimizer.state_dict()
     optimizer_tensors: dict[str, Tensor] = {}
     optimizer_scalars: dict[str, dict[str, Any]] = {}
     for index, values in optimizer_state["state"].items():
         tensors_of_one, optimizer_scalars[str(index)] = _split(values)
         optimizer_tensors |= {f"{index}.{name}": value for name, value in tensors_of_one.items()}
+    check_finite(optimizer_tensors, f"the optimiser's state of step {step}")
+    directory = Path(directory)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     document = {
         "step": step,
         "optimizer": {"param_groups": optimizer_state["param_groups"], "scalars": optimizer_scalars},
@@ -120,6 +126,8 @@ def save_training_state(
     save_file(_plain(tensors), temporary / ADAPTERS_NAME)
     save_file(_plain(optimizer_tensors), temporary / OPTIMIZER_NAME)
     (temporary / STATE_NAME).write_text(text, encoding="utf-8")
+    if write_more is not None:
+        write_more(temporary)
     if directory.exists():
         shutil.rmtree(directory)
     temporary.rename(directory)

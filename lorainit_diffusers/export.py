@@ -33,6 +33,7 @@ from lorainit_diffusers.adapters import (
     state_of_base,
     unwrap,
 )
+from lorainit_diffusers.finite import check_finite
 from lorainit_diffusers.linalg import SVD, product_svd
 from lorainit_diffusers.methods.base import LoraFactors
 
@@ -63,12 +64,14 @@ def exported_factors(
         pad_rank: zero-pad every layer to this rank, after compression.
 
     Raises:
-        ValueError: ``export_rank`` below 1; ``pad_rank`` smaller than the rank that a layer has left.
+        ValueError: ``export_rank`` below 1; ``pad_rank`` smaller than the rank that a layer has left; factors that are
+            not finite.
     """
     if export_rank is not None:
         _check_export_rank(export_rank)
     exported: dict[str, LoraFactors] = {}
     for name, weights in adapter_weights(module, adapter_name).items():
+        check_finite({f"{name}.{key}": value for key, value in weights.factors._asdict().items()}, "the LoRA")
         lora_A, lora_B = weights.factors.lora_A, weights.factors.lora_B * weights.scaling
         if weights.offset is not None:
             lora_A = torch.cat([lora_A, weights.offset.lora_A])
@@ -268,6 +271,7 @@ def _full_modules(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
         if any("lora_" in key for key in state):
             raise ValueError(f"module {name!r} carries an adapter: it cannot be saved in full, too")
         tensors |= {f"{name}.{key}": value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    check_finite(tensors, "the LoRA")
     return tensors
 
 
@@ -453,7 +457,8 @@ def save_merged(
         The folder.
 
     Raises:
-        ValueError: the module carries no such adapter, its base is quantised, or it is of neither library.
+        ValueError: the module carries no such adapter, its base is quantised, or it is of neither library; merged
+            weights that are not finite, as where a sum exceeds what float16 can hold.
     """
     merged = adapter_weights(module, adapter_name)
     inner = unwrap(module)
@@ -468,6 +473,10 @@ def save_merged(
     is_diffusers = hasattr(inner, "save_config")
     if not is_diffusers and not hasattr(getattr(inner, "config", None), "save_pretrained"):
         raise ValueError(f"{kind} is a model of neither diffusers nor transformers, which say how to save it")
+    state = state_of_base(module)
+    for name, adapter in merged.items():
+        state[f"{name}.weight"] = _merged_weight(state[f"{name}.weight"], adapter)
+    check_finite({f"{name}.weight": state[f"{name}.weight"] for name in merged}, "the merged model")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if is_diffusers:
@@ -476,9 +485,6 @@ def save_merged(
         config = copy.deepcopy(cast(Any, inner).config)
         config.architectures = [kind]
         config.save_pretrained(directory)
-    state = state_of_base(module)
-    for name, adapter in merged.items():
-        state[f"{name}.weight"] = _merged_weight(state[f"{name}.weight"], adapter)
     for name in _tied_copies(inner, state):
         del state[name]
     pattern = "diffusion_pytorch_model{suffix}.safetensors" if is_diffusers else "model{suffix}.safetensors"
@@ -579,11 +585,13 @@ def _layers_per_block(config: Any) -> list[int]:
 
 def _exported_magnitudes(module: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """(out_features,) DoRA magnitudes by layer name, float32, on the CPU; nothing without DoRA."""
-    return {
+    magnitudes = {
         name: weights.magnitude.float().cpu()
         for name, weights in adapter_weights(module, adapter_name).items()
         if weights.magnitude is not None
     }
+    check_finite({f"{name}.magnitude": value for name, value in magnitudes.items()}, "the LoRA")
+    return magnitudes
 
 
 def _text_model_name(name: str) -> str:
