@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.families.base import ModelFamily
+from lorainit_diffusers.families.base import ModelFamily, evaluating
 
 _SEED = 20250709
 
 
-@torch.no_grad()
 def fixed_noise_loss(family: ModelFamily, batches: Iterable[Mapping[str, Tensor]], num_samples: int) -> float:
     """Mean loss over held-out batches under noise and timesteps that are the same in every call.
 
     The timesteps are stratified over the samples, so that a small set covers the whole training distribution. The loss
-    is the family's own, with its weighting. Puts no module into evaluation mode: the caller does.
+    is the family's own, with its weighting, and without dropout of any kind: no caption is dropped, no image augmented,
+    and the modules are in evaluation mode meanwhile.
 
     Args:
         family: the model and its loss.
@@ -28,7 +28,7 @@ def fixed_noise_loss(family: ModelFamily, batches: Iterable[Mapping[str, Tensor]
         ValueError: when there are no batches.
     """
     total, seen = 0.0, 0
-    with family.stratified_timesteps(num_samples, torch.Generator().manual_seed(_SEED)):
+    with evaluating(family), family.stratified_timesteps(num_samples, torch.Generator().manual_seed(_SEED)):
         for index, batch in enumerate(batches):
             size = len(next(iter(batch.values())))
             loss = family.loss(batch, torch.Generator().manual_seed(_SEED + 1 + index))

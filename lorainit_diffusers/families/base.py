@@ -7,7 +7,7 @@ the gradient pass of LoRA-GA and the training loop all call that one function, s
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,6 +65,44 @@ class ModelFamily(Protocol):
     def stratified_timesteps(self, num_samples: int, generator: torch.Generator) -> AbstractContextManager[None]:
         """Inside it, the timesteps that `loss` draws cover the training distribution evenly over `num_samples`."""
         ...
+
+
+class EvaluationMode:
+    """Whether `loss` leaves out what belongs to training only: dropout of captions, augmentation, mixup, smoothing.
+
+    It does not follow from the mode of the modules: a collection pass runs them in evaluation mode, on the batches and
+    the captions of the training.
+    """
+
+    evaluates: bool = False
+
+    @contextmanager
+    def evaluating(self) -> Generator[None, None, None]:
+        """Inside the block, `loss` is that of an evaluation; the mode of the modules is left as it is."""
+        before = self.evaluates
+        self.evaluates = True
+        try:
+            yield
+        finally:
+            self.evaluates = before
+
+
+@contextmanager
+def evaluating(family: ModelFamily) -> Generator[None, None, None]:
+    """No dropout of any kind inside the block, neither of the family's loss nor of its modules, and no gradients.
+
+    Afterwards the family and every module are in the mode that they were in.
+    """
+    modes = [(module, module.training) for root in family.adapted.values() for module in root.modules()]
+    evaluation = family.evaluating() if isinstance(family, EvaluationMode) else nullcontext()
+    try:
+        for root in family.adapted.values():
+            root.eval()
+        with evaluation, torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class UniformDraws:

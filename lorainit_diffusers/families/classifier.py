@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from lorainit_diffusers.families.augment import Augmentation, mixup
-from lorainit_diffusers.families.base import StepRecord
+from lorainit_diffusers.families.base import EvaluationMode, StepRecord
 from lorainit_diffusers.families.pretrained import autocast, check_transformers_folder, dtype_option
 
 COMPONENT = "model"
@@ -170,7 +170,7 @@ def _side(name: str, size: Mapping[str, int]) -> int:
 
 
 @dataclass
-class ClassifierFamily:
+class ClassifierFamily(EvaluationMode):
     """A classifier with its training loss. The model is taken as it is; `from_pretrained` freezes what it loads.
 
     A batch holds `pixel_values`, (batch, 3, height, width), uint8 or floats in [0, 1], as `ImagePreparation.crop` gives
@@ -358,7 +358,7 @@ class ClassifierFamily:
         return projections(self.model)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
-        """Cross entropy of augmented images: a scalar, float32.
+        """Cross entropy of augmented images, in an evaluation of the images as they are: a scalar, float32.
 
         Args:
             batch: `pixel_values` and `labels`.
@@ -369,8 +369,11 @@ class ClassifierFamily:
         """
         if "pixel_values" not in batch or "labels" not in batch:
             raise ValueError(f"a batch needs pixel_values and labels, got {', '.join(batch) or 'nothing'}")
-        images = self.augmentation(self._unit_interval(batch["pixel_values"]), generator)
+        images = self._unit_interval(batch["pixel_values"])
         targets = self.outputs[batch["labels"].cpu()].to(self.device)
+        if self.evaluates:
+            return F.cross_entropy(self._forward(images), targets)
+        images = self.augmentation(images, generator)
         if not self.mixup_alpha:
             return F.cross_entropy(self._forward(images), targets, label_smoothing=self.label_smoothing)
         one_hot = F.one_hot(targets, len(self.labels)).float()

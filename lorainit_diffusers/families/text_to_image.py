@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lorainit_diffusers.families.base import StepRecord, UniformDraws
+from lorainit_diffusers.families.base import EvaluationMode, StepRecord, UniformDraws
 from lorainit_diffusers.families.pretrained import autocast, local_folder
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class _Parts:
 
 
 @dataclass
-class TextToImageFamily(_Parts, ABC):
+class TextToImageFamily(_Parts, EvaluationMode, ABC):
     """A base and its training loss. Its modules are taken as they are; `from_pretrained` freezes what it loads.
 
     A family adds, as fields: its tokenizers and text encoders, `vae`, the denoiser and `noise_scheduler`.
@@ -555,7 +555,7 @@ class TextToImageFamily(_Parts, ABC):
         noise = self._noise(latents.shape, generator)
         noisy = self._add_noise(latents, noise, self._uniform.draw(len(latents), generator))
         dropped = None
-        if self.caption_dropout:
+        if self.caption_dropout and not self.evaluates:
             dropped = (torch.rand(len(latents), generator=generator) < self.caption_dropout).to(self.device)
 
         self.step = StepRecord(timesteps=noisy.timesteps)
