@@ -245,6 +245,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if chosen[0] < 0 or chosen[-1] > steps:
             raise ValueError(f"--{name} {chosen}: steps go from 0 to --max_train_steps {steps}")
         setattr(args, name, chosen)
+    # weights are kept as a run is evaluated: what is to be sampled from at a step needs an evaluation there
+    args.eval_steps = sorted({*args.eval_steps, *getattr(args, kept[0])})
     check_positive(args, "init_num_batches", "num_workers")
     if kind is None:
         check_positive(
