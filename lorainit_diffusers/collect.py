@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from lorainit_diffusers.budget import MemoryBudget
 from lorainit_diffusers.hooks import model_state_preserved, observe_inputs, observe_weight_gradients
-from lorainit_diffusers.statistics import InputsAndGradient, InputsAndReference, Statistic
+from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, InputsAndReference, Statistic
 
 # float16 gradients of a mean loss underflow; a power of two scales them exactly and is divided out in float32.
 FLOAT16_LOSS_SCALE = 1024.0
@@ -101,6 +101,7 @@ def collect(
     seed: int | None = None,
     share_inputs: bool = True,
     token_mask: Callable[[str], Tensor | None] | None = None,
+    batch_weight: Callable[[Any], float] | None = None,
     describe_step: Callable[[], str] | None = None,
     batch_name: str = "batch",
     progress: bool = True,
@@ -122,6 +123,8 @@ def collect(
         seed: of torch's global generators during the pass; they are as before after it.
         share_inputs: one statistic for all layers that one tensor feeds.
         token_mask: layer -> (batch, tokens) boolean mask of the current batch, or ``None``; rows outside are left out.
+        batch_weight: how much the gradient of a batch counts in the mean, positive; ``None`` for all alike. Inputs need
+            none: every row counts.
         describe_step: says what the current step was (its timesteps), for error messages.
         batch_name: what messages and the progress bar call a batch.
         progress: show a progress bar.
@@ -138,9 +141,10 @@ def collect(
     budget.start(next(iter(layers.values())).weight.device, _minimum_over_processes)
     # By the first layer of each group: the budget may replace a statistic by its sketch while the pass goes on.
     inputs: dict[str, Statistic] = {}
-    gradients: dict[str, Statistic] = {}
+    gradients: dict[str, GradientMean] = {}
+    weight, unit = 1.0, 0.0
     if observes != "inputs":
-        gradients = {name: _part(make_statistic(name, layer), "gradient") for name, layer in layers.items()}
+        gradients = {name: cast(Any, _part(make_statistic(name, layer), "gradient")) for name, layer in layers.items()}
         budget.admit_gradients(gradients)
     if observes == "gradients":
         result.leaders = {name: name for name in layers}
@@ -167,7 +171,7 @@ def collect(
     def on_gradient(name: str, gradient: Tensor) -> None:
         nonlocal statistics_s
         start = _now(gradient)
-        gradients[name].update(gradient.float() / scale if scale != 1.0 else gradient)
+        gradients[name].update(gradient.float() / scale if scale != 1.0 else gradient, weight)
         statistics_s += _now(gradient) - start
 
     ran_before: set[str] = set()
@@ -189,6 +193,11 @@ def collect(
                     with torch.no_grad():
                         loss = loss_fn(batch)
                 else:
+                    if batch_weight is not None:
+                        # in units of a first batch, the same on all processes: equal weights are then exactly 1
+                        own = batch_weight(batch)
+                        unit = unit or _minimum_over_processes(own)
+                        weight = own / unit
                     with torch.enable_grad():
                         loss = loss_fn(batch)
                         if not loss.requires_grad:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorainit_diffusers import adapters
 from lorainit_diffusers.budget import GB, MemoryBudget, sketch_columns
 from lorainit_diffusers.collect import Collection, collect, known_length
+from lorainit_diffusers.families.base import loss_weight
 from lorainit_diffusers.methods import METHODS, Initializer, Solution
 from lorainit_diffusers.methods.base import Observed
 from lorainit_diffusers.methods.kaiming import Kaiming
@@ -101,6 +102,8 @@ def initialize(
         target: a module, named components, or a model family (whose own loss is used).
         method: a name from ``METHODS``, or a configured instance.
         batches: what the loss takes; drawn once, at most ``num_batches``. Not needed by methods that observe nothing.
+            In mean gradients a batch counts as much as the family's loss is a mean over (answers' tokens, images);
+            under a ``loss_fn`` all count alike.
         loss_fn: batch -> 0-d loss. Left out for a family.
         reference_batches: samples of the pre-training distribution (DreamBooth's class images, say) for methods that
             compare the data with it, such as CNTLoRA with ``pretraining="measured"``, and for no other; drawn once, at
@@ -395,9 +398,11 @@ def _collect(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     pass_seed = _derive_seed(seed, "collect", torch.distributed.get_rank() if distributed else 0)
     generator = torch.Generator()
-    token_mask = describe_step = None
+    token_mask = describe_step = batch_weight = None
     if family is not None:
         owner = family
+        # a loss of the user's own may be a mean over anything
+        batch_weight = partial(loss_weight, owner) if loss_fn is None else None
 
         def family_loss(batch: Any) -> Tensor:
             return owner.loss(batch, generator)
@@ -438,6 +443,7 @@ def _collect(
                 seed=pass_seed,
                 share_inputs=share_inputs,
                 token_mask=token_mask,
+                batch_weight=batch_weight,
                 describe_step=describe_step,
                 batch_name=batch_name,
                 progress=progress,

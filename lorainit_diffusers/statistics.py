@@ -544,7 +544,7 @@ class SketchedSecondMoment(_MeanAndCount):
 
 
 class GradientMean:
-    """The mean over batches of a weight's gradient, accumulated in float32 whatever the model's dtype.
+    """The weighted mean over batches of a weight's gradient, accumulated in float32 whatever the model's dtype.
 
     Args:
         shape: of the weight, (out_features, in_features).
@@ -553,6 +553,7 @@ class GradientMean:
     def __init__(self, shape: tuple[int, int]) -> None:
         self._shape = shape
         self._num_batches = 0
+        self._total_weight = 0.0
         self._sum: Tensor | None = None
         self._device: torch.device | None = None  # of the accumulator; the gradients' when None
 
@@ -566,8 +567,8 @@ class GradientMean:
         """0-d boolean tensor: all gradients so far were finite."""
         return torch.tensor(True) if self._sum is None else torch.isfinite(self._sum.sum())
 
-    def update(self, rows: Tensor) -> None:
-        """Add one batch's gradient: (out_features, in_features).
+    def update(self, rows: Tensor, weight: float = 1.0) -> None:
+        """Add one batch's gradient: (out_features, in_features), and how much it counts beside the others.
 
         Raises:
             ValueError: the shape is not the weight's.
@@ -575,8 +576,9 @@ class GradientMean:
         if tuple(rows.shape) != self._shape:
             raise ValueError(f"the gradient has shape {tuple(rows.shape)}, expected {self._shape}")
         gradient = rows.detach().to(device=self._device or rows.device, dtype=torch.float32)
-        self._sum = gradient.clone() if self._sum is None else self._sum.add_(gradient)
+        self._sum = weight * gradient if self._sum is None else self._sum.add_(gradient, alpha=weight)
         self._num_batches += 1
+        self._total_weight += weight
 
     def mean(self) -> Tensor:
         """(out_features, in_features) mean gradient, float32.
@@ -586,7 +588,7 @@ class GradientMean:
         """
         if self._sum is None:
             raise ValueError("the statistic is empty: no gradient reached this weight; does the loss depend on it?")
-        return self._sum / self._num_batches
+        return self._sum / self._total_weight
 
     def merge(self, other: GradientMean) -> None:
         """Add everything that ``other`` has seen."""
@@ -594,6 +596,7 @@ class GradientMean:
             return
         self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
         self._num_batches += other._num_batches
+        self._total_weight += other._total_weight
 
     def num_bytes(self, device: torch.device) -> int:
         """Memory of the sum."""
@@ -608,20 +611,22 @@ class GradientMean:
         """Join with the other processes' gradients."""
         self.mean()  # raises when empty
         assert self._sum is not None
-        total = torch.tensor(float(self._num_batches), dtype=torch.float64, device=self._sum.device)
-        sum_across_processes(total)
+        counts = torch.tensor([self._num_batches, self._total_weight], dtype=torch.float64, device=self._sum.device)
+        sum_across_processes(counts)
         sum_across_processes(self._sum)
-        self._num_batches = int(total.item())
+        self._num_batches, self._total_weight = int(counts[0]), float(counts[1])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``num_batches`` and ``sum`` (out_features, in_features); empty before the first gradient."""
+        """``num_batches``, ``total_weight``, ``sum`` (out_features, in_features); empty before the first gradient."""
         if self._sum is None:
             return {}
-        return {"num_batches": torch.tensor(self._num_batches), "sum": self._sum.clone()}
+        total_weight = torch.tensor(self._total_weight, dtype=torch.float64)
+        return {"num_batches": torch.tensor(self._num_batches), "total_weight": total_weight, "sum": self._sum.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of :meth:`state_dict`."""
         self._num_batches = int(state["num_batches"]) if state else 0
+        self._total_weight = float(state["total_weight"]) if state else 0.0
         self._sum = state["sum"].clone() if state else None
 
 

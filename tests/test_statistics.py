@@ -489,6 +489,22 @@ def test_gradient_mean_is_the_mean_over_batches_in_any_split():
     assert relative_error(parts[0].mean(), expected) < 1e-6
 
 
+def test_weighted_gradients_in_any_split_and_from_disk():
+    gradients = torch.randn(4, 6, FEATURES, generator=torch.Generator().manual_seed(0))
+    weights = [2.0, 0.5, 7.0, 1.0]
+    expected = sum(weight * gradient.double() for weight, gradient in zip(weights, gradients, strict=True)) / 10.5
+    parts = [GradientMean((6, FEATURES)) for _ in range(2)]
+    for index, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+        parts[index % 2].update(gradient, weight)
+    again = GradientMean((6, FEATURES))
+    again.load_state_dict(parts[0].state_dict())
+    again.merge(parts[1])
+    assert relative_error(again.mean(), expected) < 1e-6
+    assert again.num_rows == 4
+    run_as_processes(2, lambda process, add: parts[process].all_reduce(add))
+    assert all(relative_error(part.mean(), expected) < 1e-6 for part in parts)
+
+
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_gradients_all_reduce_to_the_mean_of_all(num_processes):
     gradients = torch.randn(9, 6, FEATURES, generator=torch.Generator().manual_seed(0))

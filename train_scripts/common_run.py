@@ -50,10 +50,11 @@ from tqdm.auto import tqdm
 
 from lorainit_diffusers import adapters, checkpoints
 from lorainit_diffusers.evaluation import fixed_noise_loss, sample_grid
-from lorainit_diffusers.families.base import ModelFamily
+from lorainit_diffusers.families.base import ModelFamily, loss_weight
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
 from lorainit_diffusers.initialize import initialize, make_method, needs_reference
 from lorainit_diffusers.methods import Initializer
+from lorainit_diffusers.training.weighting import micro_batch_shares
 
 # --------------------------------------------------------------------------------------------------------------- start
 
@@ -487,16 +488,21 @@ def backward_step(
 ) -> tuple[float, float]:
     """The gradients of one optimiser step, clipped: (mean loss, gradient norm).
 
-    Every random draw comes from (seed, step, micro-step, process), so a resumed run needs the step number only.
+    Loss and gradients are those of all micro-batches of all processes in one batch: each counts as much as its own loss
+    is a mean over. Every random draw comes from (seed, step, micro-step, process), so a resumed run needs the step
+    number only.
 
     Raises:
         ValueError: when the loss is no longer finite.
     """
+    micro_batches = [next(batches) for _ in range(args.gradient_accumulation_steps)]
+    shares = micro_batch_shares([loss_weight(family, batch) for batch in micro_batches], accelerator)
     total = torch.zeros((), device=accelerator.device)
-    for micro in range(args.gradient_accumulation_steps):
+    for micro, batch in enumerate(micro_batches):
         parts = (args.seed, "step", step, micro, accelerator.process_index)
         torch.manual_seed(derive_seed(*parts))  # for the dropout of the adapters
-        loss = family.loss(next(batches), seeded_generator(*parts)) / args.gradient_accumulation_steps
+        loss = family.loss(batch, seeded_generator(*parts))
+        loss = loss / len(micro_batches) if shares is None else loss * shares[micro]
         accelerator.backward(loss)
         total += loss.detach()
     mean_loss = float(cast(Tensor, accelerator.reduce(total, "mean")))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.families.base import ModelFamily, evaluating
+from lorainit_diffusers.families.base import ModelFamily, evaluating, loss_weight
 
 _SEED = 20250709
 
@@ -16,8 +16,8 @@ def fixed_noise_loss(family: ModelFamily, batches: Iterable[Mapping[str, Tensor]
     """Mean loss over held-out batches under noise and timesteps that are the same in every call.
 
     The timesteps are stratified over the samples, so that a small set covers the whole training distribution. The loss
-    is the family's own, with its weighting, and without dropout of any kind: no caption is dropped, no image augmented,
-    and the modules are in evaluation mode meanwhile.
+    is the family's own, with its weighting, and a batch counts as much as its loss is a mean over. It is without dropout
+    of any kind: no caption is dropped, no image augmented, and the modules are in evaluation mode meanwhile.
 
     Args:
         family: the model and its loss.
@@ -27,10 +27,10 @@ def fixed_noise_loss(family: ModelFamily, batches: Iterable[Mapping[str, Tensor]
     Raises:
         ValueError: when there are no batches.
     """
-    total, seen = 0.0, 0
+    total, seen = 0.0, 0.0
     with evaluating(family), family.stratified_timesteps(num_samples, torch.Generator().manual_seed(_SEED)):
         for index, batch in enumerate(batches):
-            size = len(next(iter(batch.values())))
+            size = loss_weight(family, batch)
             loss = family.loss(batch, torch.Generator().manual_seed(_SEED + 1 + index))
             total, seen = total + float(loss) * size, seen + size
     if seen == 0:

@@ -6,10 +6,11 @@ the gradient pass of LoRA-GA and the training loop all call that one function, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,11 @@ class StepRecord:
 
 @runtime_checkable
 class ModelFamily(Protocol):
-    """One kind of model: which of its modules get adapters, and what one training step is."""
+    """One kind of model: which of its modules get adapters, and what one training step is.
+
+    A family whose loss is a mean over something else than the samples of a batch has a `loss_weight`, too: see
+    `WeighsBatches`.
+    """
 
     step: StepRecord
 
@@ -103,6 +108,47 @@ def evaluating(family: ModelFamily) -> Generator[None, None, None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@runtime_checkable
+class WeighsBatches(Protocol):
+    """A family that says how much of the data a batch is."""
+
+    def loss_weight(self, batch: Any) -> float:
+        """How many things `loss` is the mean over in this batch: answers' tokens, images, ..."""
+        ...
+
+
+def loss_weight(family: ModelFamily, batch: Any) -> float:
+    """How much a batch counts beside others, so that the mean over batches is the loss of all of them in one.
+
+    The loss of a batch is a mean. The gradient of one large batch is therefore the mean of those of its parts weighted
+    by what each part's loss is the mean over, not the plain mean, unless all parts have as much of it. A family says
+    it by `loss_weight(batch)`; of another one it is the number of samples, the length of the batch's first tensor.
+
+    Raises:
+        ValueError: when a family gives a weight that is not a positive number.
+    """
+    if not isinstance(family, WeighsBatches):
+        return float(max(_num_samples(batch), 1))
+    weight = float(family.loss_weight(batch))
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(
+            f"{type(family).__name__}.loss_weight gives {weight} for a batch; it must be positive: leave out batches "
+            "that have nothing to train on"
+        )
+    return weight
+
+
+def _num_samples(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    columns: list[Any] = []
+    if isinstance(batch, Mapping):
+        columns = list(cast("Mapping[Any, Any]", batch).values())
+    elif isinstance(batch, (list, tuple)):
+        columns = list(cast("list[Any]", batch))
+    return next((len(column) for column in columns if isinstance(column, Tensor) and column.ndim), 1)
 
 
 class UniformDraws:

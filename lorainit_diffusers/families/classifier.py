@@ -380,6 +380,10 @@ class ClassifierFamily(EvaluationMode):
         images, one_hot = mixup(images, one_hot, self.mixup_alpha, generator)
         return F.cross_entropy(self._forward(images), one_hot, label_smoothing=self.label_smoothing)
 
+    def loss_weight(self, batch: Mapping[str, Tensor]) -> float:
+        """The images of the batch, which the loss is the mean over."""
+        return float(len(batch["labels"]))
+
     @contextmanager
     def stratified_timesteps(self, num_samples: int, generator: torch.Generator) -> Generator[None, None, None]:
         """Nothing: classifiers have no timesteps."""

@@ -574,6 +574,14 @@ class TextToImageFamily(_Parts, EvaluationMode, ABC):
         class_weight = self.prior_loss_weight / num_class.clamp(min=1)
         return (losses * torch.where(is_class, class_weight, instance_weight)).sum()
 
+    def loss_weight(self, batch: Mapping[str, Tensor]) -> float:
+        """The images of the batch, which the loss is the mean over.
+
+        Under prior preservation it is a mean over each kind of images: batches of other proportions of the two than
+        their neighbours' cannot be weighted by one number, and none is made here.
+        """
+        return float(len(batch["latents"] if "latents" in batch else batch["pixel_values"]))
+
     # ---- samples
 
     @torch.no_grad()

@@ -76,6 +76,7 @@ _TOKEN_COLUMNS = _TOKEN_TYPES | {"input_ids", "attention_mask", "labels", "cross
 # Where a processor returns these, the first dimension of what belongs to images is that of samples, not of images.
 _SAMPLE_WISE = frozenset({"pixel_attention_mask", "aspect_ratio_ids"})
 IGNORED = -100
+_NO_ANSWER = "the batch has no answer tokens: all labels are -100; encode conversations with answers"
 # Files of a processor beside the tokenizer's, for one that cannot be saved whole.
 _PROCESSOR_FILES = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
@@ -325,6 +326,17 @@ class VisionLanguageFamily:
         answers = self.answer_logits(batch)
         return F.cross_entropy(answers.logits, answers.tokens)
 
+    def loss_weight(self, batch: Mapping[str, Tensor]) -> float:
+        """The tokens of the batch's answers, which the loss is the mean over.
+
+        Raises:
+            ValueError: when the batch has no answer.
+        """
+        count = int((batch["labels"][:, 1:] != IGNORED).sum())
+        if count == 0:
+            raise ValueError(_NO_ANSWER)
+        return float(count)
+
     def stratified_timesteps(self, num_samples: int, generator: torch.Generator) -> AbstractContextManager[None]:
         """There are no timesteps; the block changes nothing."""
         return nullcontext()
@@ -340,7 +352,7 @@ class VisionLanguageFamily:
         mask = inputs["attention_mask"].bool()
         predicts = labels[:, 1:] != IGNORED  # position t says what comes at t + 1
         if not bool(predicts.any()):
-            raise ValueError("the batch has no answer tokens: all labels are -100; encode conversations with answers")
+            raise ValueError(_NO_ANSWER)
         self.step.token_masks[COMPONENT] = self._counted_rows(inputs["input_ids"], labels, mask)
         self.step.masked_layers[COMPONENT] = self._masked_layers
         if not bool(mask[:, 0].all()) and "position_ids" in self._parameters and not self._own_positions:

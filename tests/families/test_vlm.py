@@ -499,10 +499,6 @@ def test_padding_does_not_change_the_statistics(family: VisionLanguageFamily) ->
 @pytest.mark.parametrize("method", ["cntlora", "eva", "lora_ga"])
 def test_padding_does_not_change_the_initialisation(family: VisionLanguageFamily, method: str) -> None:
     features = samples(family)
-    lengths = {int((sample["labels"] != IGNORED).sum()) for sample in features}
-    if method == "lora_ga" and len(lengths) > 1:  # the mean over a batch weighs its tokens, not its samples
-        features = [sample for sample in features if int((sample["labels"] != IGNORED).sum()) == min(lengths)]
-    assert len(features) > 1
     batches = {
         "alone": [family.collate([sample]) for sample in features],
         "right": [padded(family, family.collate(features), 4, "right")],
