@@ -47,8 +47,6 @@ MAY_IMPORT: dict[str, set[str]] = {
             "hooks",
         ),
     },
-    # parts of a run: above all others
-    "training": {"adapters", "checkpoints", "evaluation", "export", "families", "initialize", "methods", "report"},
     "__init__": {
         *(
             "adapters",

@@ -16,8 +16,8 @@ def fixed_noise_loss(family: ModelFamily, batches: Iterable[Mapping[str, Tensor]
     """Mean loss over held-out batches under noise and timesteps that are the same in every call.
 
     The timesteps are stratified over the samples, so that a small set covers the whole training distribution. The loss
-    is the family's own, with its weighting, and a batch counts as much as its loss is a mean over. It is without dropout
-    of any kind: no caption is dropped, no image augmented, and the modules are in evaluation mode meanwhile.
+    is the family's own, with its weighting, and without dropout of any kind: no caption is dropped, no image augmented,
+    and the modules are in evaluation mode meanwhile. A batch counts as much as its loss is a mean over.
 
     Args:
         family: the model and its loss.
