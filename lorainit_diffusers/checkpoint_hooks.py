@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from lorainit_diffusers.adapters import adapter_state_dict, load_adapter_state_dict
+from lorainit_diffusers.files import save_tensors
 from lorainit_diffusers.finite import check_finite
 
 # diffusers, given a folder of LoRA weights, passes over safetensors files with "checkpoint" in their name.
@@ -60,7 +61,7 @@ def register_checkpoint_hooks(
         if accelerator.is_local_main_process if on_each_node else accelerator.is_main_process:
             state = adapter_state_dict(_unwrapped(accelerator, modules), adapter_name)
             check_finite(state, f"the checkpoint {output_dir!r}")
-            save_file(state, Path(output_dir) / ADAPTER_STATE_NAME)
+            save_tensors(state, Path(output_dir) / ADAPTER_STATE_NAME)
 
     def load_adapters(models: list[nn.Module], input_dir: str) -> None:
         path = Path(input_dir) / ADAPTER_STATE_NAME

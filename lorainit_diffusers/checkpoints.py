@@ -13,27 +13,34 @@ half checkpoint behind.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lorainit_diffusers.files import announce, save_tensors, write_text
 from lorainit_diffusers.finite import check_finite
 
 ADAPTERS_NAME = "adapters.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"
+_FILES = (ADAPTERS_NAME, OPTIMIZER_NAME, STATE_NAME)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Endings of the hidden folders that stand beside a checkpoint while it is written, replaced or deleted.
+_UNFINISHED, _REPLACED, _DELETED = ".tmp", ".old.tmp", ".deleted.tmp"
+_LEFTOVER = re.compile(r"\.(checkpoint-\d+)(\.tmp|\.old\.tmp|\.deleted\.tmp)")
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def save_training_state(
         optimizer_tensors |= {f"{index}.{name}": value for name, value in tensors_of_one.items()}
     check_finite(optimizer_tensors, f"the optimiser's state of step {step}")
     directory = Path(directory)
-    temporary = directory.with_name(f".{directory.name}.tmp")
+    temporary = directory.with_name(f".{directory.name}{_UNFINISHED}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     document = {
@@ -123,15 +130,62 @@ def save_training_state(
     except TypeError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(f"training state of step {step} holds a value that JSON cannot: {error}") from error
-    save_file(_plain(tensors), temporary / ADAPTERS_NAME)
-    save_file(_plain(optimizer_tensors), temporary / OPTIMIZER_NAME)
-    (temporary / STATE_NAME).write_text(text, encoding="utf-8")
+    save_tensors(_plain(tensors), temporary / ADAPTERS_NAME)
+    save_tensors(_plain(optimizer_tensors), temporary / OPTIMIZER_NAME)
+    write_text(temporary / STATE_NAME, text)
     if write_more is not None:
         write_more(temporary)
-    if directory.exists():
-        shutil.rmtree(directory)
-    temporary.rename(directory)
+    for path in temporary.rglob("*"):
+        announce(directory / path.relative_to(temporary))
+    swap_in(temporary, directory)
     return directory
+
+
+def swap_in(new: Path, directory: Path) -> None:
+    """Give the folder `new` the name `directory`; what had it before is deleted.
+
+    Where the system can exchange two names in one step, there is no moment without a folder of that name. Elsewhere
+    the older one has a hidden name for a moment, and `recover_checkpoints` gives it back after a kill.
+    """
+    if not directory.exists():
+        new.rename(directory)
+        return
+    if _exchange(new, directory):
+        old = new
+    else:
+        old = directory.with_name(f".{directory.name}{_REPLACED}")
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+        new.rename(directory)
+    shutil.rmtree(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two names change places in one step; whether the system could."""
+    if not sys.platform.startswith("linux"):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
+def recover_checkpoints(output_dir: str | os.PathLike[str]) -> None:
+    """Tidy up after a run that was killed while it wrote, replaced or deleted a checkpoint.
+
+    Call it before the checkpoints are listed, by the one process that writes to the folder.
+    """
+    for path in sorted(Path(output_dir).glob(".checkpoint-*")):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or not path.is_dir():
+            continue
+        whole = path.with_name(match.group(1))
+        if match.group(2) == _REPLACED and not whole.exists():
+            path.rename(whole)
+        else:
+            shutil.rmtree(path)
 
 
 def load_training_state(directory: str | os.PathLike[str]) -> TrainingState:
@@ -141,7 +195,7 @@ def load_training_state(directory: str | os.PathLike[str]) -> TrainingState:
         FileNotFoundError: when the folder or one of its files is missing.
     """
     directory = Path(directory)
-    for name in (ADAPTERS_NAME, OPTIMIZER_NAME, STATE_NAME):
+    for name in _FILES:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{str(directory)!r} is not a training checkpoint: it has no {name}")
     document = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
@@ -180,7 +234,7 @@ def find_checkpoint(output_dir: str | os.PathLike[str], name: str) -> Path:
 
     Args:
         output_dir: where the run writes.
-        name: `latest`, the name of a checkpoint in `output_dir`, or a path.
+        name: `latest` (the newest that has all its files), the name of a checkpoint in `output_dir`, or a path.
 
     Raises:
         FileNotFoundError: when there is none.
@@ -192,7 +246,8 @@ def find_checkpoint(output_dir: str | os.PathLike[str], name: str) -> Path:
                 f"--resume_from_checkpoint latest: there is no checkpoint in {os.fspath(output_dir)!r}; "
                 "leave the flag out to start anew"
             )
-        return known[-1]
+        whole = [path for path in known if all((path / file).is_file() for file in _FILES)]
+        return (whole or known)[-1]
     for path in (Path(output_dir) / name, Path(name)):
         if (path / STATE_NAME).is_file():
             return path
@@ -216,7 +271,10 @@ def prune_checkpoints(output_dir: str | os.PathLike[str], keep: int) -> list[Pat
     known = list_checkpoints(output_dir)
     surplus = known[: max(0, len(known) - keep)]
     for path in surplus:
-        shutil.rmtree(path)
+        hidden = path.with_name(f".{path.name}{_DELETED}")  # a kill leaves no checkpoint that lacks half its files
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        shutil.rmtree(hidden)
     return surplus
 
 

@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorainit_diffusers import kohya
@@ -33,6 +32,7 @@ from lorainit_diffusers.adapters import (
     state_of_base,
     unwrap,
 )
+from lorainit_diffusers.files import filling, save_tensors, write_json
 from lorainit_diffusers.finite import check_finite
 from lorainit_diffusers.linalg import SVD, product_svd
 from lorainit_diffusers.methods.base import LoraFactors
@@ -180,8 +180,7 @@ def save_diffusers_lora(
         metadata |= {f"{component}.{key}": value for key, value in config.items()}
     blobs = {**_file_metadata(provenance), DIFFUSERS_METADATA_KEY: json.dumps(metadata, sort_keys=True)}
     path = Path(directory) / weight_name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata=blobs)
+    save_tensors(tensors, path, metadata=blobs)
     return path
 
 
@@ -253,9 +252,8 @@ def save_peft_lora(
         **({"modules_to_save": list(full_modules)} if full_modules else {}),
     }
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / PEFT_WEIGHT_NAME, metadata=_file_metadata(provenance))
-    (directory / PEFT_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_tensors(tensors, directory / PEFT_WEIGHT_NAME, metadata=_file_metadata(provenance))
+    write_json(directory / PEFT_CONFIG_NAME, config)
     return directory
 
 
@@ -477,19 +475,24 @@ def save_merged(
     for name, adapter in merged.items():
         state[f"{name}.weight"] = _merged_weight(state[f"{name}.weight"], adapter)
     check_finite({f"{name}.weight": state[f"{name}.weight"] for name in merged}, "the merged model")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    if is_diffusers:
-        cast(Any, inner).save_config(directory)
-    else:
-        config = copy.deepcopy(cast(Any, inner).config)
-        config.architectures = [kind]
-        config.save_pretrained(directory)
     for name in _tied_copies(inner, state):
         del state[name]
-    pattern = "diffusion_pytorch_model{suffix}.safetensors" if is_diffusers else "model{suffix}.safetensors"
-    save_torch_state_dict(state, directory, filename_pattern=pattern, max_shard_size=max_shard_size)
-    return directory
+    stem = "diffusion_pytorch_model" if is_diffusers else "model"
+    with filling(directory) as scratch:
+        if is_diffusers:
+            cast(Any, inner).save_config(scratch)
+        else:
+            config = copy.deepcopy(cast(Any, inner).config)
+            config.architectures = [kind]
+            config.save_pretrained(scratch)
+        pattern = stem + "{suffix}.safetensors"
+        save_torch_state_dict(state, scratch, filename_pattern=pattern, max_shard_size=max_shard_size)
+        written = {path.name for path in scratch.iterdir()}
+    shard = re.compile(rf"{stem}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    for path in Path(directory).iterdir():  # a model that was there in other pieces would be loaded in its place
+        if shard.fullmatch(path.name) and path.name not in written:
+            path.unlink()
+    return Path(directory)
 
 
 def _tied_copies(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
@@ -572,8 +575,7 @@ def save_kohya_lora(
             if name in magnitudes:
                 tensors[f"{key}.dora_scale"] = magnitudes[name][:, None]
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_tensors(tensors, path, metadata={"format": "pt"})
     return path
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from lorainit_diffusers.files import write_json
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class InitReport:
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_json` to a file."""
         path = Path(path)
-        path.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+        write_json(path, self.to_json())
         return path
 
     def summary(self) -> str:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lorainit_diffusers import checkpoints
 from lorainit_diffusers.checkpoints import (
     find_checkpoint,
     list_checkpoints,
     load_training_state,
     prune_checkpoints,
+    recover_checkpoints,
     save_training_state,
 )
 
@@ -136,6 +140,95 @@ def test_floats_survive_exactly(tmp_path: Path) -> None:
     save(tmp_path / "checkpoint-3")
     document = json.loads((tmp_path / "checkpoint-3" / "state.json").read_text(encoding="utf-8"))
     assert document["optimizer"]["param_groups"][1]["initial_lr"] == 1e-2 / 3
+
+
+class Killed(BaseException):
+    """As if the process ended at this file operation."""
+
+
+OPERATIONS = [("os", "replace"), ("shutil", "rmtree"), ("pathlib.Path", "rename"), ("pathlib.Path", "unlink")]
+
+
+def operations(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> list[int]:
+    """Call `act` with the number of every file operation before it is done; the list has their count."""
+    count = [0]
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*args: Any, **options: Any) -> Any:
+            count[0] += 1
+            act(count[0])
+            return original(*args, **options)
+
+        return operation
+
+    for place, name in OPERATIONS:
+        target = f"{place}.{name}"
+        module, _, attribute = place.partition(".")
+        owner: Any = importlib.import_module(module)
+        owner = getattr(owner, attribute) if attribute else owner
+        monkeypatch.setattr(target, wrap(getattr(owner, name)))
+    return count
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_replacing_and_pruning_leave_no_moment_without_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """A kill before any of the file operations: what is resumed from is whole, and one of the steps it may be."""
+    if not exchange:
+        monkeypatch.setattr(checkpoints, "_exchange", lambda *names: False)
+    number = 0
+    while True:
+        number += 1
+        folder = tmp_path / str(number)
+        save(folder / "checkpoint-2", step=2)
+        save(folder / "checkpoint-3", step=3)
+
+        def kill(count: int, at: int = number) -> None:
+            if count == at:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            count = operations(patch, kill)
+            try:
+                save(folder / "checkpoint-3", step=3)
+                prune_checkpoints(folder, 1)
+            except Killed:
+                pass
+        recover_checkpoints(folder)
+        assert load_training_state(find_checkpoint(folder, "latest")).step == 3
+        assert not list(folder.glob(".*"))
+        if count[0] < number:
+            break
+    assert number > 4
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-3"]
+
+
+def test_an_exchange_has_a_checkpoint_of_the_name_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint-3"
+    save(path)
+    if not checkpoints._exchange(path, path):
+        pytest.skip("this system cannot exchange two names")
+    with monkeypatch.context() as patch:
+        count = operations(patch, lambda number: load_training_state(path))
+        save(path, step=4)
+    assert count[0]
+    assert load_training_state(path).step == 4
+
+
+def test_latest_passes_over_a_checkpoint_that_lacks_files(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-9").mkdir()
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-3"
+
+
+def test_recovering_leaves_folders_of_others(tmp_path: Path) -> None:
+    for name in (".checkpoint-5.tmp", ".checkpoint-best.tmp", ".checkpoints", ".checkpoint-5.deleted.tmp"):
+        (tmp_path / name).mkdir()
+    recover_checkpoints(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".checkpoint-best.tmp", ".checkpoints"}
 
 
 class NestedMomentum(torch.optim.SGD):

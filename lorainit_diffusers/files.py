@@ -1,0 +1,118 @@
+"""How files are written: whole or not at all, with the rights that the user's umask gives, and noted by who asks.
+
+A writer gets a temporary name in the same folder and the file gets its own name when all of it is there, so a process
+that is killed leaves the old file or the new one. `watching` tells a function of every path before it is written: a
+run keeps a list of its files that way, and sees to it that it takes nobody else's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+# Of temporary files; nobody else's files end so, and leftovers of a killed process can be told by it.
+TEMPORARY_SUFFIX = ".lorainit-tmp"
+_watchers: list[Callable[[Path], None]] = []
+
+
+@contextmanager
+def watching(watcher: Callable[[Path], None]) -> Generator[None, None, None]:
+    """Inside the block `watcher` is called with every path that is about to be written."""
+    add_watcher(watcher)
+    try:
+        yield
+    finally:
+        remove_watcher(watcher)
+
+
+def add_watcher(watcher: Callable[[Path], None]) -> None:
+    """Call `watcher` with every path that is about to be written, until `remove_watcher`."""
+    _watchers.append(watcher)
+
+
+def remove_watcher(watcher: Callable[[Path], None]) -> None:
+    """Inverse of `add_watcher`; nothing happens when it is not there."""
+    if watcher in _watchers:
+        _watchers.remove(watcher)
+
+
+def announce(path: str | os.PathLike[str]) -> None:
+    """Say that `path` is about to be written: for files that something else writes, or that grow line by line."""
+    for watcher in tuple(_watchers):
+        watcher(Path(path))
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
+    """A temporary file to write, which takes the place of `path` at the end of the block.
+
+    The file has the rights that any new file of the user has, whatever wrote it. An exception leaves `path` as it was.
+    A writer that goes by the name's ending must be told the format.
+    """
+    path = Path(path)
+    announce(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    scratch.unlink(missing_ok=True)
+    rights = _rights_of_new_file(scratch)
+    try:
+        yield scratch
+        os.chmod(scratch, rights)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def filling(directory: str | os.PathLike[str]) -> Generator[Path, None, None]:
+    """A temporary folder whose files move into `directory` at the end of the block, one by one, as `replacing` does.
+
+    For libraries that write several files. What else is in `directory` stays.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    scratch = directory / f".{os.getpid()}{TEMPORARY_SUFFIX}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        for source in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            with replacing(directory / source.relative_to(scratch)) as target:
+                os.replace(source, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file; the library alone would make it readable for its owner only."""
+    with replacing(path) as scratch:
+        save_file(dict(tensors), scratch, metadata=metadata)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text with the line ends as they are."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: str | os.PathLike[str], document: Any) -> None:
+    """Write JSON; paths and dtypes become text."""
+    write_text(path, json.dumps(document, indent=2, default=str) + "\n")
+
+
+def _rights_of_new_file(path: Path) -> int:
+    """The mode that the umask leaves a new file; `path` is made for it (asking for the umask would change it)."""
+    with path.open("xb") as file:
+        return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
