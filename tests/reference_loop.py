@@ -8,14 +8,18 @@ that a loop that is wrong twice (interrupted and uninterrupted, in one process a
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
@@ -68,6 +72,7 @@ class Plan:
     epsilon: float = 1e-8
     ema_decay: float | None = None
     other_rates: Mapping[str, float] = field(default_factory=dict[str, float])  # by a part of the names
+    skipped: frozenset[int] = frozenset()  # steps that a scaler of gradients leaves out
 
 
 @dataclass
@@ -128,10 +133,12 @@ def plain_loop(
             for parameter in parameters.values():
                 if parameter.grad is not None:
                     parameter.grad *= plan.max_grad_norm / norm
-        factor = schedule(plan.schedule, step, warmup=plan.warmup, steps=plan.steps)
+        num_skipped = sum(skipped < step for skipped in plan.skipped)
+        factor = schedule(plan.schedule, step - num_skipped, warmup=plan.warmup, steps=plan.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * factor
-        optimizer.step()
+        if step not in plan.skipped:
+            optimizer.step()
         now = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         trace.losses.append(mean)
         trace.rates.append(plan.learning_rate * factor)
@@ -143,6 +150,20 @@ def plain_loop(
             average = {name: decay * average[name] + (1 - decay) * value for name, value in now.items()}
             trace.averages.append(average)
     return trace
+
+
+def folder_batches(family: Any, folder: Path, batch_size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
+    """Number -> batch of the captioned images of a folder, which have the resolution that is trained."""
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    images = [np.asarray(Image.open(folder / line["file_name"]), dtype=np.float32) for line in lines]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1.0
+
+    def batch(number: int) -> dict[str, Tensor]:
+        chosen = [index for index, _ in data_order(len(lines), batch_size, seed, number)]
+        captions = family.caption_inputs([lines[index]["text"] for index in chosen])
+        return {"pixel_values": pixels[chosen], **captions}
+
+    return batch
 
 
 def _rate_of(name: str, plan: Plan) -> float:

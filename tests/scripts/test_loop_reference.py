@@ -17,8 +17,18 @@ import train_sd_lora
 import train_vlm_lora
 from classifier_fixtures import CLASSES, picture, write_classifier
 from flow_fixtures import write_base as write_flow_base
-from PIL import Image
-from reference_loop import Plan, Recorder, Trace, add_lora, assert_same, column, data_order, exported, plain_loop
+from reference_loop import (
+    Plan,
+    Recorder,
+    Trace,
+    add_lora,
+    assert_same,
+    column,
+    data_order,
+    exported,
+    folder_batches,
+    plain_loop,
+)
 from safetensors.torch import load_file
 from script_fixtures import run_main, weights
 from sd_fixtures import write_images
@@ -44,24 +54,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "train", count=NUM_IMAGES, size=(SIDE, SIDE))
     write_images(folder / "heldout", count=3, size=(SIDE, SIDE), seed=1)
     return folder
-
-
-def read_images(folder: Path) -> tuple[torch.Tensor, list[str]]:
-    """Pixels in [-1, 1] and captions of a folder, in the order of the file names."""
-    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-    pixels = [np.asarray(Image.open(folder / line["file_name"]), dtype=np.float32) for line in lines]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1.0, [line["text"] for line in lines]
-
-
-def batches_of(family: Any, folder: Path, batch_size: int, seed: int) -> Any:
-    """Number -> batch of a folder's images and captions."""
-    pixels, captions = read_images(folder)
-
-    def batch(number: int) -> dict[str, torch.Tensor]:
-        chosen = [index for index, _ in data_order(len(captions), batch_size, seed, number)]
-        return {"pixel_values": pixels[chosen], **family.caption_inputs([captions[index] for index in chosen])}
-
-    return batch
 
 
 def log_of(directory: Path) -> list[dict[str, Any]]:
@@ -117,7 +109,7 @@ def test_stable_diffusion(random_sd: Path, images: Path, tmp_path: Path, monkeyp
         ema_decay=0.4,
     )
     monkeypatch.undo()
-    trace = plain_loop(family, parameters, batches_of(family, images / "train", 2, seed=3), plan)
+    trace = plain_loop(family, parameters, folder_batches(family, images / "train", 2, seed=3), plan)
     assert_log(out, trace)
     assert min(trace.norms) < 0.165 < max(trace.norms), "some steps are clipped, and some are not"
     averages = trace.averages
@@ -149,7 +141,7 @@ def test_flow_matching(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyP
     parameters = add_lora(family.adapted, recorder.start, alpha=2)
     plan = Plan(learning_rate=1e-3, seed=3, accumulation=2, schedule="linear", warmup=2)
     monkeypatch.undo()
-    trace = plain_loop(family, parameters, batches_of(family, images / "train", 3, seed=3), plan)
+    trace = plain_loop(family, parameters, folder_batches(family, images / "train", 3, seed=3), plan)
     assert_log(out, trace)
     assert_validations(recorder, {step: trace.weights[step] for step in (0, 5, 10)})
     assert_same(weights(out), exported(trace.weights[10], 1.0))
@@ -272,15 +264,15 @@ def test_comparison(random_sd: Path, images: Path, tmp_path: Path, monkeypatch: 
 
     family = StableDiffusionFamily.from_pretrained(random_sd, caption_dropout=0.3)
     parameters = add_lora(family.adapted, recorder.start, alpha=2)
-    pixels, captions = read_images(images / "train")
-    mean, std = family.encode_images(pixels)
-    inputs = family.caption_inputs(captions)
+    everything = folder_batches(family, images / "train", NUM_IMAGES, 3)(0)  # the first epoch
+    place = {index: row for row, (index, _) in enumerate(data_order(NUM_IMAGES, NUM_IMAGES, 3, 0))}
+    mean, std = family.encode_images(everything.pop("pixel_values"))
 
     def batch(number: int) -> dict[str, torch.Tensor]:
-        keys = data_order(len(captions), 3, 3, number)
+        keys = data_order(NUM_IMAGES, 3, 3, number)
         draws = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for _, seed in keys]
-        chosen = [index for index, _ in keys]
-        captioned = {name: values[chosen] for name, values in inputs.items()}
+        chosen = [place[index] for index, _ in keys]
+        captioned = {name: values[chosen] for name, values in everything.items()}
         return {"latents": mean[chosen] + std[chosen] * torch.stack(draws), **captioned}
 
     plan = Plan(
