@@ -10,7 +10,6 @@ the bare passes, timed from outside.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import time
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from lorainit_diffusers import initialize
 from lorainit_diffusers.families.latent_diffusion import UNET_TARGETS
+from lorainit_diffusers.training.cli_parser import ScriptParser
 
 BUNDLED_BASE = Path(__file__).resolve().parent.parent / "assets" / "models" / "tiny-sd"
 # UNet2DConditionModel's defaults are Stable Diffusion 1.x except for these.
@@ -30,7 +30,7 @@ METHODS_TO_TIME = ("cntlora", "eva", "corda", "lora_ga")
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, object]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(__doc__)
     parser.add_argument("--model", choices=("tiny-sd", "sd15"), default="tiny-sd")
     parser.add_argument("--pretrained_model_name_or_path", default=str(BUNDLED_BASE), help="base for --model tiny-sd")
     parser.add_argument("--init", nargs="+", default=list(METHODS_TO_TIME), help="methods to time")

@@ -44,6 +44,7 @@ from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
 from lorainit_diffusers.families.sd import StableDiffusionFamily
 from lorainit_diffusers.families.sdxl import StableDiffusionXLFamily
 from lorainit_diffusers.statistics import SecondMoment, SketchedSecondMoment
+from lorainit_diffusers.training.cli_parser import ScriptParser
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "assets" / "models" / "tiny-sd" / "tokenizer"
 SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -286,7 +287,7 @@ FLUX_CHECKS = {"flux": flux, "flux-layers": flux_layers, "flux-sketch": flux_ske
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(__doc__)
     parser.add_argument("--model", choices=("sd15", "sdxl", *FLUX_CHECKS), default="sd15")
     parser.add_argument("--init", default="cntlora")
     parser.add_argument("--rank", type=int, default=16)

@@ -20,6 +20,24 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from common_recipe_options import DEFAULT_CACHE
+
+from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="archives of the npm packages")
+    parser.add_argument("--size", type=int, default=128, help="pixels, of the sets to draw")
+    parser.add_argument("--task_size", type=int, default=64, help="pixels, of classes and questions")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
+
 import emoji
 import numpy as np
 from PIL import Image
@@ -150,12 +168,7 @@ def write_questions(directory: Path, icons: emoji.IconSet, subgroups: Mapping[st
 
 def main(argv: list[str] | None = None) -> None:
     """Writes all sets, replacing what is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--cache_dir", type=Path, default=emoji.DEFAULT_CACHE, help="archives of the npm packages")
-    parser.add_argument("--size", type=int, default=128, help="pixels, of the sets to draw")
-    parser.add_argument("--task_size", type=int, default=64, help="pixels, of classes and questions")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
 
     kinds = emoji.emoji_kinds(args.cache_dir)
     known = emoji.concepts({key: emoji.IconSet(key, args.cache_dir).names() for key in emoji.BASE_STYLES}, kinds)

@@ -9,8 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,18 +23,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorainit_diffusers.methods import Initializer
+from lorainit_diffusers.training.bundled import (
+    BUNDLED_BASES,
+    BUNDLED_CLASSES,
+    BUNDLED_DATA,
+    BUNDLED_QUESTIONS,
+    ROOT,
+)
+from lorainit_diffusers.training.cli_parser import run_script
 
-ROOT = Path(__file__).resolve().parent.parent
-# The bundled base of a family, where it has one, and the data that scripts take when nothing is said.
-BUNDLED_BASES = {
-    "sd": str(ROOT / "assets" / "models" / "tiny-sd"),
-    "sd3": str(ROOT / "assets" / "models" / "tiny-dit"),
-    "classifier": str(ROOT / "assets" / "models" / "tiny-vit"),
-    "vlm": str(ROOT / "assets" / "models" / "tiny-vlm"),
-}
-BUNDLED_DATA = ROOT / "assets" / "data" / "high-contrast"
-BUNDLED_CLASSES = ROOT / "assets" / "data" / "high-contrast-classes"
-BUNDLED_QUESTIONS = ROOT / "assets" / "data" / "high-contrast-questions"
+# what other files take from here
+__all__ = ["BUNDLED_BASES", "BUNDLED_CLASSES", "BUNDLED_DATA", "BUNDLED_QUESTIONS", "ROOT", "run_script"]
 
 # transformers says at every start that torchvision is missing; nothing here needs it
 transformers.logging.set_verbosity_error()
@@ -220,17 +218,3 @@ def write_model_card(
         header.append(f"instance_prompt: {json.dumps(prompt)}")
     header += ["---", "", f"# {title}", ""]
     path.write_text("\n".join(header) + "\n" + body.strip() + "\n", encoding="utf-8")
-
-
-def run_script(main: Callable[[], object]) -> None:
-    """Run a script's main; a user's mistake ends it with one line `error: ...` and exit code 2.
-
-    Set the environment variable `LORAINIT_TRACEBACK=1` to see where the error came from.
-    """
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("LORAINIT_TRACEBACK") == "1":
-            raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None

@@ -15,7 +15,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from common import BUNDLED_CLASSES, evaluating, seeded_generator
+from common import evaluating, seeded_generator
+from common_classify_options import DEFAULT_VALIDATION_FRACTION as DEFAULT_VALIDATION_FRACTION
+from common_classify_options import LABEL_COLUMNS, VALIDATION_SPLITS, check_classification_arguments, make_augmentation
+from common_classify_options import add_classification_arguments as add_classification_arguments
 from common_data import (
     DataOrder,
     DatasetImage,
@@ -25,7 +28,6 @@ from common_data import (
     load_image,
     load_splits,
 )
-from common_options import check_positive, require_package
 from common_run import lora_targets
 from common_tasks import STAGES, stages
 from PIL import Image
@@ -45,119 +47,13 @@ from lorainit_diffusers.evaluation.classification import (
     plot_confusion,
 )
 from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
-from lorainit_diffusers.families.augment import Augmentation
 from lorainit_diffusers.families.base import ModelFamily
-from lorainit_diffusers.families.classifier import COMPONENT, HEADS, ClassifierFamily, ImagePreparation, check_base
+from lorainit_diffusers.families.classifier import COMPONENT, ClassifierFamily, ImagePreparation
 
-# What the validation part of a data set is called, the first that there is.
-VALIDATION_SPLITS = ("validation", "valid", "val", "test", "heldout")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
-DEFAULT_VALIDATION_FRACTION = 0.2
 # Images at once where nothing is kept for a backward pass.
 EVALUATION_BATCH_SIZE = 64
 # Images of the report for each of the most frequent mistakes.
 NUM_EXAMPLES = 6
-
-
-# ------------------------------------------------------------------------------------------------------------- options
-
-
-def add_classification_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where images and classes are, how the head starts, and what the training step does to the images."""
-    add = parser.add_argument_group("data").add_argument
-    splits = ", ".join(VALIDATION_SPLITS)
-    add("--train_data_dir", help=f"a folder per class, or such folders in train/ and in one of {splits}")
-    add("--dataset_name", help="hub name or folder of a dataset with an image and a label column")
-    add("--dataset_config_name", help="configuration of that dataset")
-    add("--image_column", help="default: image")
-    add("--label_column", help=f"default: the first of {', '.join(LABEL_COLUMNS)}")
-    default = f"the data's own part, else {DEFAULT_VALIDATION_FRACTION}"
-    add("--validation_fraction", type=float, help=f"share of each class's training images (default: {default})")
-    add("--shots", type=int, help="train on so many images of each class only, drawn at random")
-    add("--max_train_samples", type=int, help="train on so many images only, drawn at random")
-    add("--max_validation_samples", type=int, help="validate on so many images only, drawn at random")
-    add("--data_seed", type=int, default=0, help="of these draws, and of a new head's weights")
-    add("--resolution", type=int, help="side of the square that the base sees (default: its image processor's)")
-
-    add = parser.add_argument_group("classifier").add_argument
-    add(
-        "--head",
-        choices=HEADS,
-        default="auto",
-        help="the base's output layer, which must name the classes, or a new one",
-    )
-    add("--label_smoothing", type=float, default=0.0)
-    add("--mixup_alpha", type=float, default=0.0, help="of mixup's Beta distribution (default: no mixup)")
-
-    add = parser.add_argument_group("augmentation").add_argument
-    yes_or_no = argparse.BooleanOptionalAction
-    add("--random_flip", action=yes_or_no, default=True, help="mirror half of the images (default: on)")
-    add(
-        "--crop_scale",
-        type=float,
-        nargs=2,
-        default=[0.6, 1.0],
-        metavar=("MIN", "MAX"),
-        help="share of the area that a random crop keeps (default 0.6 1; 1 1 crops nothing)",
-    )
-    add("--crop_ratio", type=float, default=1.0, help="least width over height of a crop (default 1)")
-    add("--rotation", type=float, default=0.0, help="largest angle in degrees")
-    add("--color_jitter", type=float, default=0.0, help="spread of brightness, contrast and saturation")
-    add("--grayscale", type=float, default=0.0, help="share of the images that lose their colours")
-    add("--random_erasing", type=float, default=0.0, help="share of the images that lose a rectangle")
-
-
-def check_classification_arguments(args: argparse.Namespace) -> None:
-    """Fill in the default data, then find what cannot work before anything is read.
-
-    Raises:
-        ValueError, FileNotFoundError: naming the option, its value and the remedy.
-    """
-    if args.train_data_dir is None and args.dataset_name is None:
-        args.train_data_dir = str(BUNDLED_CLASSES)
-    if args.train_data_dir is not None and args.dataset_name is not None:
-        raise ValueError("--train_data_dir and --dataset_name exclude each other: give one of them")
-    if args.dataset_name is not None:
-        require_package("datasets", "--dataset_name")
-    for name in ("dataset_config_name", "image_column", "label_column"):
-        if args.dataset_name is None and getattr(args, name) is not None:
-            raise ValueError(f"--{name} needs --dataset_name")
-    check_positive(args, "shots", "max_train_samples", "max_validation_samples", "resolution")
-    if args.shots is not None and args.max_train_samples is not None:
-        raise ValueError("--shots and --max_train_samples exclude each other: give one of them")
-    if args.validation_fraction is not None and not 0 < args.validation_fraction < 1:
-        raise ValueError(f"--validation_fraction {args.validation_fraction}: must lie between 0 and 1, such as 0.2")
-    if not 0 <= args.label_smoothing < 1:
-        raise ValueError(f"--label_smoothing {args.label_smoothing}: must be at least 0 and below 1, such as 0.1")
-    if args.mixup_alpha < 0:
-        raise ValueError(f"--mixup_alpha {args.mixup_alpha}: must not be negative (0 is off)")
-    make_augmentation(args)
-    check_base(args.pretrained_model_name_or_path)
-
-
-def make_augmentation(args: argparse.Namespace) -> Augmentation:
-    """The augmentation that the options ask for.
-
-    Raises:
-        ValueError: for a value that is none.
-    """
-    low, high = args.crop_scale
-    try:
-        return Augmentation(
-            crop_scale=(low, high),
-            crop_ratio=args.crop_ratio,
-            rotation=args.rotation,
-            flip=0.5 if args.random_flip else 0.0,
-            brightness=args.color_jitter,
-            contrast=args.color_jitter,
-            saturation=args.color_jitter,
-            grayscale=args.grayscale,
-            erase=args.random_erasing,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; see --crop_scale, --crop_ratio, --rotation, --color_jitter, --grayscale, --random_erasing"
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

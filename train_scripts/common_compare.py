@@ -7,14 +7,14 @@ of the other families are. A task is one process's own.
 from __future__ import annotations
 
 import argparse
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from common import BUNDLED_BASES, ROOT, derive_seed, evaluating
+from common_compare_options import TASKS as TASKS
+from common_compare_options import TaskKind as TaskKind
 from common_data import (
     CaptionedImages,
     DataOrder,
@@ -69,47 +69,6 @@ NUM_DIVERSITY_SAMPLES = 4
 MIN_VALIDATION_SAMPLES = 40
 GRID_COLUMNS = 6
 MIN_KID_SAMPLES = 4
-
-
-@dataclass(frozen=True)
-class TaskKind:
-    """A family that is no text-to-image one: where its task is, and what a comparison does when nothing is said.
-
-    Attributes:
-        module: file of the task.
-        task: its class, which is made from the options, a device and a dtype.
-        add_arguments: the function of that file that adds the options that the task reads.
-        examples: what the data consists of, in the report's words.
-        has_head: whether a module may be trained in full beside the adapters.
-        defaults: of the options of the comparison.
-    """
-
-    module: str
-    task: str
-    add_arguments: str
-    examples: str
-    has_head: bool
-    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-    def load(self, name: str) -> Callable[..., Any]:
-        """The class or function of this name, imported now."""
-        return getattr(importlib.import_module(self.module), name)
-
-
-TASKS = {
-    "classifier": TaskKind(
-        *("common_classify", "ClassificationTask", "add_classification_arguments"),
-        examples="images",
-        has_head=True,
-        defaults={"learning_rates": [1e-3, 2e-3], "max_train_steps": 60, "train_batch_size": 32},
-    ),
-    "vlm": TaskKind(
-        *("common_questions", "QuestionAnsweringTask", "add_question_arguments"),
-        examples="questions",
-        has_head=False,
-        defaults={"learning_rates": [1e-3, 2e-3], "max_train_steps": 60, "train_batch_size": 16},
-    ),
-}
 
 
 def make_task(args: argparse.Namespace, device: torch.device) -> TextToImageTask | Task:

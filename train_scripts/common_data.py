@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
+from lorainit_diffusers.training.choices import INTERPOLATIONS as INTERPOLATIONS
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-INTERPOLATIONS = ("lanczos", "bilinear", "bicubic", "box", "nearest", "hamming")
 HELDOUT_SPLITS = ("heldout", "validation")
 
 

@@ -11,16 +11,22 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from common_data import INTERPOLATIONS
-from diffusers.optimization import SchedulerType
+from lorainit_diffusers.training.choices import (
+    INTERPOLATIONS,
+    LR_SCHEDULERS,
+    init_names,
+    names_in,
+)
+from lorainit_diffusers.training.cli_parser import ScriptParser, closest, unknown_name
 
-from lorainit_diffusers.families.flow_matching import WEIGHTING_SCHEMES
-from lorainit_diffusers.families.text_to_image import CLIP_ENCODERS, TextToImageFamily
-from lorainit_diffusers.initialize import check_zero_delta, make_method, needs_reference
-from lorainit_diffusers.methods import METHODS, Initializer
+# torch, diffusers and the library's core are imported where they are needed: a command line is read without them
+if TYPE_CHECKING:
+    import torch
+
+    from lorainit_diffusers.families.text_to_image import TextToImageFamily
+    from lorainit_diffusers.methods import Initializer
 
 # Extras of the package, by the module that they install.
 EXTRAS = {
@@ -46,11 +52,11 @@ FAMILY_OPTIONS: dict[str, Any] = {
 def add_init_arguments(parser: argparse.ArgumentParser) -> None:
     """How the LoRA starts."""
     add = parser.add_argument_group("initialisation").add_argument
-    add("--init", default="cntlora", help=f"one of {', '.join(METHODS)} (default cntlora)")
+    add("--init", default="cntlora", help=f"one of {', '.join(init_names())} (default cntlora)")
     add("--init_num_batches", type=int, default=64, help="batches that the collection pass sees (default 64)")
     add("--init_batch_size", type=int, help="their size (default: train_batch_size)")
     add("--init_seed", type=int, help="seed of the collection pass and of random initialisations (default: seed)")
-    add("--init_option", action="append", default=[], metavar="KEY=VALUE", help="hyper-parameter of the method")
+    add("--init_option", action="append", default=[], metavar="KEY=VALUE", help="of the method (see docs/methods.md)")
     add(
         "--init_mask_padding",
         action=argparse.BooleanOptionalAction,
@@ -155,7 +161,8 @@ def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
     """The loss of flow-matching bases, and the inputs that some of them take."""
     add = parser.add_argument_group("diffusion transformers").add_argument
     default = FAMILY_OPTIONS
-    add("--weighting_scheme", choices=WEIGHTING_SCHEMES, help="of the noise levels (default: the family's usual one)")
+    schemes = names_in("families/flow_matching.py", "WEIGHTING_SCHEMES")
+    add("--weighting_scheme", choices=schemes, help="of the noise levels (default: the family's usual one)")
     add("--logit_mean", type=float, default=default["logit_mean"], help="of logit_normal (default 0)")
     add("--logit_std", type=float, default=default["logit_std"], help="of logit_normal (default 1)")
     add("--mode_scale", type=float, default=default["mode_scale"], help="of mode (default 1.29)")
@@ -199,8 +206,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser, max_train_steps: in
     add("--prodigy_use_bias_correction", action=yes_or_no, default=True)
     add("--prodigy_safeguard_warmup", action=yes_or_no, default=True)
     add("--max_grad_norm", type=float, default=1.0)
-    schedulers = [name.value for name in SchedulerType if name is not SchedulerType.PIECEWISE_CONSTANT]
-    add("--lr_scheduler", default="constant", choices=schedulers)
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS)
     add("--lr_warmup_steps", type=int, default=0)
     add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts (default 1)")
     add("--lr_power", type=float, default=1.0, help="power of polynomial (default 1)")
@@ -241,7 +247,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, validation_steps: int 
 
 def make_training_parser(description: str | None, default_base: str | None) -> argparse.ArgumentParser:
     """All options of a script that trains one LoRA."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description)
     add_init_arguments(parser)
     add_model_arguments(parser, default_base)
     add_lora_arguments(parser)
@@ -305,7 +311,7 @@ def validate_arguments(args: argparse.Namespace) -> None:
     if args.enable_xformers_memory_efficient_attention:
         flag = "--enable_xformers_memory_efficient_attention"
         require_package("xformers", flag)
-        if not torch.cuda.is_available():
+        if not has_cuda():
             raise ValueError(f"{flag} needs a CUDA device; leave it out")
 
 
@@ -315,6 +321,7 @@ def validate_run_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
+    check_init_name(args.init)
     check_positive(
         args,
         *("init_num_batches", "init_batch_size", "gradient_accumulation_steps", "num_train_epochs", "validation_steps"),
@@ -360,6 +367,8 @@ def check_method(args: argparse.Namespace, method: Initializer) -> None:
     Raises:
         ValueError: naming the options and the remedy.
     """
+    from lorainit_diffusers.initialize import check_zero_delta, needs_reference
+
     if needs_reference(method) and not hasattr(args, "with_prior_preservation"):
         raise ValueError(
             "--init_option pretraining=measured needs class images, which this script has not: leave it out"
@@ -385,6 +394,8 @@ def check_family_options(args: argparse.Namespace, family_class: type[TextToImag
     Raises:
         ValueError: naming the option.
     """
+    from lorainit_diffusers.families.text_to_image import CLIP_ENCODERS
+
     for name, default in FAMILY_OPTIONS.items():
         if name not in family_class.OPTIONS and getattr(args, name, default) != default:
             raise ValueError(f"--{name} {getattr(args, name)} has no effect on {family_class.NAME}; leave it out")
@@ -392,6 +403,13 @@ def check_family_options(args: argparse.Namespace, family_class: type[TextToImag
         raise ValueError(
             f"--train_text_encoder: {family_class.NAME} has no text encoder that its LoRA could hold; leave it out"
         )
+
+
+def has_cuda() -> bool:
+    """Whether there is a CUDA device; asked only when an option needs one, since it imports torch."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
@@ -446,7 +464,7 @@ def validate_adapter_arguments(args: argparse.Namespace) -> None:
         if args.optimizer != "adamw":
             raise ValueError(f"--use_8bit_adam is a form of adamw: leave out --optimizer {args.optimizer}")
         require_package("bitsandbytes", "--use_8bit_adam")
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+    if args.mixed_precision == "fp16" and not has_cuda():
         raise ValueError("--mixed_precision fp16 needs a CUDA device; use bf16 or no")
 
 
@@ -512,6 +530,8 @@ def check_resumed_arguments(args: argparse.Namespace, saved: Mapping[str, Any]) 
 
 def make_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser that `--optimizer` names, over parameter groups that carry their learning rates."""
+    import torch
+
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups)
     betas = (args.adam_beta1, args.adam_beta2)
@@ -536,7 +556,10 @@ def build_method(name: str, options: Sequence[str]) -> Initializer:
     Raises:
         ValueError: for an unknown name or key, or a value that the key's type does not take.
     """
-    make_method(name)
+    from lorainit_diffusers.initialize import make_method
+    from lorainit_diffusers.methods import METHODS
+
+    check_init_name(name)
     method: Any = METHODS[name]
     hints = typing.get_type_hints(method)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(method) if field.init}
@@ -544,10 +567,30 @@ def build_method(name: str, options: Sequence[str]) -> Initializer:
     for option in options:
         key, equals, text = option.partition("=")
         if not equals or key not in fields:
-            known = ", ".join(fields) or "none"
-            raise ValueError(f"--init_option {option!r}: give key=value with a key of {name} (known: {known})")
+            raise ValueError(_unknown_option(name, option, list(fields)))
         values[key] = _parse_option(option, text, fields[key])
     return make_method(name, values)
+
+
+def check_init_name(name: str, given: str = "") -> None:
+    """See that there is an initialisation of this name; `given` is the option that it is from, where that is not clear.
+
+    Raises:
+        ValueError: naming the nearest one and all that there are.
+    """
+    if name not in init_names():
+        raise ValueError(f"{given}: " * bool(given) + unknown_name("init", name, init_names()))
+
+
+def _unknown_option(name: str, option: str, known: Sequence[str]) -> str:
+    """What to give instead of an option that a method has not."""
+    key, _, value = option.partition("=")
+    meant = closest(key, known)
+    question = f"; did you mean {meant}={value or '...'}?" if meant is not None else ""
+    if not known:
+        return f"--init_option {option!r}: init {name} has no options (known: none); leave it out"
+    listed = f"(known: {', '.join(known)}; docs/methods.md says what they mean)"
+    return f"--init_option {option!r}: give key=value with a key of {name} {listed}{question}"
 
 
 def _parse_option(option: str, text: str, hint: Any) -> Any:

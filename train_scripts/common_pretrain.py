@@ -236,28 +236,6 @@ def waves(side: int, width: int) -> Tensor:
 # ------------------------------------------------------------------------- the classifier and the vision-language model
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, phase: str, *, minutes: float, batch_size: int) -> None:
-    """The options of a recipe with one phase of training; a budget of 0 minutes or steps means no such limit."""
-    cores = f"{os.cpu_count()} {platform.machine()} cores"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cores
-    add = parser.add_argument
-    add("--work_dir", type=Path, required=True, help="pictures, checkpoint and figures")
-    add("--output_dir", type=Path, required=True, help="where the model is written")
-    add("--cache_dir", type=Path, default=emoji.DEFAULT_CACHE, help="archives of the npm packages")
-    phases = ("data", phase, "export")
-    add("--phases", nargs="+", choices=phases, default=list(phases))
-    add(f"--{phase}_minutes", type=float, default=minutes)
-    add(f"--{phase}_steps", type=int, default=0)
-    add("--batch_size", type=int, default=batch_size, help="pictures of one process")
-    add("--lr", type=float, default=1e-3)
-    add("--ema_decay", type=float, default=0.998)
-    add("--checkpoint_s", type=float, default=120.0, help="seconds between checkpoints")
-    add("--no_bf16", dest="bf16", action="store_false", help="train in full precision")
-    add("--hardware", default=device, help="for the model card")
-    add("--date", default=time.strftime("%Y-%m-%d"), help="for the model card")
-    add("--seed", type=int, default=0)
-
-
 def load_styles(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, list[str]], dict[str, str]]:
     """The pictures of `emoji.render_styles`, rendered if need be: images and names by style, subgroups by name."""
     path = args.work_dir / "styles.safetensors"
@@ -301,6 +279,11 @@ def save_half(model: Model, directory: Path, save_rest: Callable[[Path], None]) 
     os.replace(scratch, directory)
 
 
+def _hardware() -> str:
+    """What this machine has."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} {platform.machine()} cores"
+
+
 def card_fields(args: argparse.Namespace, phase: str, names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """What the model cards say of data, training and licences, by the names of their fields.
 
@@ -324,7 +307,7 @@ def card_fields(args: argparse.Namespace, phase: str, names: Mapping[str, Sequen
         "styles": ", ".join(emoji.CLASSIFIER_STYLES),
         "result": f"{step:,} steps of {together} pictures ({step * together / num_images:.0f} exposures of each) in "
         f"{minutes:.0f} minutes, loss {state['loss']:.3f}",
-        "hardware": args.hardware,
+        "hardware": args.hardware or _hardware(),
         "date": args.date,
         "seed": args.seed,
         "launcher": "python" if processes == 1 else f"torchrun --nproc_per_node {processes}",

@@ -23,20 +23,7 @@ from common_export import (
     report_discarded_energy,
     upload,
 )
-from common_options import (
-    add_base_arguments,
-    add_init_arguments,
-    add_lora_arguments,
-    add_run_arguments,
-    add_training_arguments,
-    build_method,
-    check_method,
-    check_resumed_arguments,
-    resolve_epochs,
-    scale_learning_rates,
-    validate_adapter_arguments,
-    validate_run_arguments,
-)
+from common_options import build_method, check_method, check_resumed_arguments, resolve_epochs, scale_learning_rates
 from common_plan import print_plan
 from common_run import (
     Optimization,
@@ -50,6 +37,8 @@ from common_run import (
     weight_dtype,
     write_start,
 )
+from common_task_options import make_task_parser as make_task_parser
+from common_task_options import resolve_task_options as resolve_task_options
 
 from lorainit_diffusers import export
 from lorainit_diffusers.evaluation import plot_loss
@@ -99,42 +88,6 @@ class Task(Protocol):
     def save_processor(self, directory: Path) -> None:
         """Write the files that a merged model needs beside its weights: image processor, tokenizer."""
         ...
-
-
-def make_task_parser(
-    description: str | None,
-    default_base: str,
-    add_data_arguments: Callable[[argparse.ArgumentParser], None],
-    *,
-    max_train_steps: int,
-    batch_size: int,
-    validation_steps: int,
-) -> argparse.ArgumentParser:
-    """All options of a script that trains one LoRA on a task."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_init_arguments(parser)
-    add = add_base_arguments(parser, default_base)
-    add("--cache_dir", help="where downloads are kept (default: Hugging Face's own)")
-    add_lora_arguments(parser, text_encoders=False)
-    add_data_arguments(parser)
-    add_training_arguments(parser, second_lr="head_lr", max_train_steps=max_train_steps, batch_size=batch_size)
-    add_run_arguments(parser, validation_steps=validation_steps)
-    return parser
-
-
-def resolve_task_options(args: argparse.Namespace, script: str) -> None:
-    """Fill in the options whose default depends on others, then find what cannot work before anything is loaded.
-
-    Raises:
-        ValueError: naming the option, its value and the remedy.
-    """
-    args.init_batch_size = args.train_batch_size if args.init_batch_size is None else args.init_batch_size
-    args.init_seed = args.seed if args.init_seed is None else args.init_seed
-    args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
-    args.head_lr = args.learning_rate if args.head_lr is None else args.head_lr
-    args.output_dir = f"outputs/{script}-{args.init}" if args.output_dir is None else args.output_dir
-    validate_adapter_arguments(args)
-    validate_run_arguments(args)
 
 
 def train_task(

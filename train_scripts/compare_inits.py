@@ -35,35 +35,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from common_compare_options import BASELINES, TASKS, parse_comparison
+
+from lorainit_diffusers.training.cli_parser import run_script
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    return parse_comparison(__doc__, argv)
+
+
+if __name__ == "__main__":
+    run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from common import (
-    BUNDLED_BASES,
-    BUNDLED_DATA,
     ROOT,
     prepare_output_dir,
-    run_script,
     save_sample_row,
     seeded_generator,
     versions,
     write_json,
 )
-from common_compare import TASKS, ImageScorer, TextToImageTask, encoder_names, make_task, split_records
-from common_options import (
-    FAMILY_OPTIONS,
-    add_dataset_arguments,
-    add_flow_arguments,
-    add_lora_arguments,
-    add_loss_arguments,
-    add_optimizer_arguments,
-    build_method,
-    check_family_options,
-    check_positive,
-    make_optimizer,
-    validate_adapter_arguments,
-    validate_shared_arguments,
-)
+from common_compare import ImageScorer, TextToImageTask, encoder_names, make_task, split_records
+from common_options import FAMILY_OPTIONS, build_method, check_family_options, make_optimizer
 from common_run import head_state_dict, load_heads
 from common_tasks import Task
 from diffusers.optimization import get_scheduler
@@ -72,16 +73,10 @@ from tqdm.auto import tqdm
 
 from lorainit_diffusers import adapters
 from lorainit_diffusers.evaluation import METRICS, Comparison, load_encoder, write_report
-from lorainit_diffusers.families import TEXT_TO_IMAGE_FAMILIES, family_class
+from lorainit_diffusers.families import family_class
 from lorainit_diffusers.initialize import initialize, needs_reference
-from lorainit_diffusers.methods import METHODS, Initializer
+from lorainit_diffusers.methods import Initializer
 
-# Fractions of the budget at which runs are evaluated: dense where the curves are steep.
-EVAL_FRACTIONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-IMAGE_FRACTIONS = (0.0, 0.2, 1.0)
-BASELINES = ("gaussian", "orthonormal")
-# What suits the bundled bases; a family in `TASKS` has some of its own.
-DEFAULTS = {"learning_rates": [1e-3, 2e-3], "max_train_steps": 100, "train_batch_size": 8, "init_num_batches": 64}
 # A killed comparison goes on only with the same of these; the grid itself may grow.
 FIXED_ARGUMENTS = (
     *("family", "pretrained_model_name_or_path", "revision", "rank", "lora_alpha", "lora_dropout", "use_rslora"),
@@ -176,109 +171,6 @@ class Run:
         """Name of its folder and in the results."""
         label = re.sub(r"[^\w.=+-]+", "-", self.init.label)
         return f"{label}-lr{self.learning_rate:g}-seed{self.seed}"
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, checked.
-
-    Raises:
-        ValueError: naming the option, its value and the remedy.
-    """
-    chosen_family = argparse.ArgumentParser(add_help=False)
-    chosen_family.add_argument("--family", default="sd")
-    kind = TASKS.get(chosen_family.parse_known_args(argv)[0].family)  # each family has options of its own
-    defaults: dict[str, Any] = {**DEFAULTS, **(kind.defaults if kind is not None else {})}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("comparison").add_argument
-    add("--output_dir", default="outputs/compare-inits")
-    default_inits = ["gaussian", "orthonormal", "cntlora", "gradient_step"]
-    add("--inits", nargs="+", default=default_inits, help=f"of {', '.join(METHODS)}, with options after a colon")
-    default_rates = " ".join(f"{rate:g}" for rate in defaults["learning_rates"])
-    rates_help = f"(default {default_rates})"
-    add("--learning_rates", nargs="+", type=float, default=defaults["learning_rates"], help=rates_help)
-    add("--seeds", nargs="+", type=int, default=[0, 1])
-    add("--eval_steps", nargs="+", type=int, help="steps of the validation (default: 0 and ten more)")
-    add("--equal_parameters", action="store_true", help="equal number of parameters, not sum of ranks")
-    batches_help = f"batches that the collection pass sees (default {defaults['init_num_batches']})"
-    add("--init_num_batches", type=int, default=defaults["init_num_batches"], help=batches_help)
-    add("--num_workers", type=int, help="processes on this machine (default: 1 a GPU, up to 2 on the processor)")
-    add("--part", help=argparse.SUPPRESS)
-    if kind is None:
-        add_image_arguments(parser)
-    else:
-        add("--snapshot_steps", nargs="+", type=int, help="steps whose weights are kept (default: 0 and the end)")
-        if kind.has_head:
-            add("--head_lr_ratio", type=float, default=1.0, help="the head's learning rate / the LoRA's (default 1)")
-    add = parser.add_argument_group("model").add_argument
-    add("--family", default="sd", choices=[*TEXT_TO_IMAGE_FAMILIES, *TASKS], help="what the base is (default sd)")
-    with_base = ", ".join(BUNDLED_BASES)
-    add("--pretrained_model_name_or_path", help=f"folder or hub name (default: bundled; {with_base} have one)")
-    add("--revision", help="hub revision")
-    add_lora_arguments(parser, text_encoders=kind is None)
-    if kind is None:
-        add("--variant", help="weight variant, such as fp16")
-        add_dataset_arguments(parser)
-        add_loss_arguments(parser)
-        add_flow_arguments(parser)
-    else:
-        add("--cache_dir", help="where downloads are kept (default: Hugging Face's own)")
-        kind.load(kind.add_arguments)(parser)
-    add_optimizer_arguments(parser, defaults["max_train_steps"], defaults["train_batch_size"])
-    args = parser.parse_args(argv)
-    if args.pretrained_model_name_or_path is None:
-        if args.family not in BUNDLED_BASES:
-            raise ValueError(
-                f"--pretrained_model_name_or_path is missing, and --family {args.family} has no bundled base: "
-                "give a folder in the diffusers layout or a hub name"
-            )
-        args.pretrained_model_name_or_path = BUNDLED_BASES[args.family]
-    args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
-    if kind is None and args.train_data_dir is None and args.instance_data_dir is None and args.dataset_name is None:
-        args.train_data_dir = str(BUNDLED_DATA)
-    if args.mixed_precision is None:
-        args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
-    steps = args.max_train_steps
-    kept = ("image_steps", IMAGE_FRACTIONS) if kind is None else ("snapshot_steps", (0.0, 1.0))
-    for name, fractions in (("eval_steps", EVAL_FRACTIONS), kept):
-        chosen = getattr(args, name) or [round(fraction * steps) for fraction in fractions]
-        chosen = sorted({0, *chosen, steps})
-        if chosen[0] < 0 or chosen[-1] > steps:
-            raise ValueError(f"--{name} {chosen}: steps go from 0 to --max_train_steps {steps}")
-        setattr(args, name, chosen)
-    # weights are kept as a run is evaluated: what is to be sampled from at a step needs an evaluation there
-    args.eval_steps = sorted({*args.eval_steps, *getattr(args, kept[0])})
-    check_positive(args, "init_num_batches", "num_workers")
-    if kind is None:
-        check_positive(
-            args,
-            *("num_eval_prompts", "validation_inference_steps", "sample_batch_size"),
-            *("clip_skip", "max_sequence_length"),
-        )
-        validate_shared_arguments(args)
-    else:
-        validate_adapter_arguments(args)
-        if kind.has_head and args.head_lr_ratio < 0:
-            raise ValueError(f"--head_lr_ratio {args.head_lr_ratio}: must not be negative")
-    for name in ("inits", "learning_rates", "seeds"):
-        values = getattr(args, name)
-        if len(set(values)) < len(values):
-            raise ValueError(f"--{name} {' '.join(map(str, values))}: name each once")
-    if min(args.learning_rates) <= 0:
-        raise ValueError(f"--learning_rates {min(args.learning_rates)}: must be positive")
-    return args
-
-
-def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """The samples of text-to-image bases, and what they are scored by."""
-    add = parser.add_argument_group("samples").add_argument
-    add("--image_steps", nargs="+", type=int, help="steps of the samples (default: 0, a fifth and the end)")
-    add("--image_metrics", default="best", choices=("best", "all", "none"), help="runs that are sampled from")
-    add("--encoders", nargs="+", help="folders or hub names (default: bundled; DINOv2 and CLIP for a base of yours)")
-    add("--num_eval_prompts", type=int, default=12, help="held-out prompts that are sampled (default 12)")
-    add("--drift_prompts", nargs="+", help="prompts that have nothing to do with the data")
-    add("--validation_inference_steps", type=int, default=15)
-    add("--validation_guidance_scale", type=float, default=4.0)
-    add("--sample_batch_size", type=int, default=8)
 
 
 def draws_images(args: argparse.Namespace) -> bool:
@@ -748,7 +640,7 @@ def fixed_arguments(args: argparse.Namespace) -> list[str]:
         return [*FIXED_ARGUMENTS, *FIXED_IMAGE_ARGUMENTS]
     kind = TASKS[args.family]
     parser = argparse.ArgumentParser()
-    kind.load(kind.add_arguments)(parser)
+    kind.add_options(parser)
     own = vars(parser.parse_args([]))
     return [*FIXED_ARGUMENTS, *(name for name in FIXED_TASK_ARGUMENTS if hasattr(args, name)), *own]
 

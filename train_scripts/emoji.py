@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from common_recipe_options import DEFAULT_CACHE as DEFAULT_CACHE
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-
-DEFAULT_CACHE = Path.home() / ".cache" / "lorainit-diffusers"
 
 
 class Package(NamedTuple):

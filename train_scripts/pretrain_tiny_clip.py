@@ -25,6 +25,58 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from common_recipe_options import DEFAULT_CACHE
+
+from lorainit_diffusers.training.bundled import ROOT
+from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
+
+PHASES = ("data", "train", "export")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; a budget of 0 minutes or steps means no such limit."""
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--work_dir", type=Path, required=True, help="pictures, checkpoint and figures")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the model is written")
+    parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="archives of the npm packages")
+    parser.add_argument("--data_dir", type=Path, default=ROOT / "assets" / "data", help="names the held-out concepts")
+    parser.add_argument(
+        "--tokenizer_dir", type=Path, default=ROOT / "assets" / "models" / "tiny-sd" / "tokenizer", help="copied"
+    )
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--minutes", type=float, default=27.0)
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=64, help="concepts; there are two pictures of each")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="of embeddings, projections, norms and biases")
+    parser.add_argument("--matrix_lr", type=float, default=3e-3, help="of the matrices inside the transformers")
+    parser.add_argument("--weight_decay", type=float, default=0.1)
+    parser.add_argument("--pair_weight", type=float, default=1.0, help="of the image-image loss")
+    parser.add_argument("--text_weight", type=float, default=0.25, help="of the name-description loss")
+    parser.add_argument("--patch_dropout", type=float, default=0.5, help="share of patches left out, but for the end")
+    parser.add_argument("--ema_decay", type=float, default=0.99)
+    parser.add_argument("--checkpoint_s", type=float, default=120.0, help="seconds between checkpoints")
+    parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="train in full precision")
+    parser.add_argument("--hardware", help="for the model card (default: what this machine has)")
+    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="for the model card")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.hardware = args.hardware or hardware()
+    return args
+
+
+def hardware() -> str:
+    """What this machine has, for the model card."""
+    import torch
+
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} of {platform.machine()} CPU"
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda: parse_args(None)
+    )  # a mistake in the options is answered before the imports below, which take seconds
+
 import emoji
 import numpy as np
 import torch
@@ -37,12 +89,10 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 Model = Any  # transformers annotates its models and tokenizers too narrowly to check calls
-ROOT = Path(__file__).resolve().parents[1]
 IMAGE_SIZE = 64
 MAX_TOKENS = 16
 NUM_DESCRIPTIONS = 4
 DRAWING = "black line"  # the style word of `build_sample_data.py` for black-line drawings
-PHASES = ("data", "train", "export")
 _WEIGHT = re.compile(r"-(bold|duotone|fill|filled|light|thin)$")
 
 
@@ -743,37 +793,6 @@ def write_model_card(
 
 
 # ---------------------------------------------------------------------------------------------------------- main
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; a budget of 0 minutes or steps means no such limit."""
-    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} of {platform.machine()} CPU"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="pictures, checkpoint and figures")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the model is written")
-    parser.add_argument("--cache_dir", type=Path, default=emoji.DEFAULT_CACHE, help="archives of the npm packages")
-    parser.add_argument("--data_dir", type=Path, default=ROOT / "assets" / "data", help="names the held-out concepts")
-    parser.add_argument(
-        "--tokenizer_dir", type=Path, default=ROOT / "assets" / "models" / "tiny-sd" / "tokenizer", help="copied"
-    )
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--minutes", type=float, default=27.0)
-    parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=64, help="concepts; there are two pictures of each")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="of embeddings, projections, norms and biases")
-    parser.add_argument("--matrix_lr", type=float, default=3e-3, help="of the matrices inside the transformers")
-    parser.add_argument("--weight_decay", type=float, default=0.1)
-    parser.add_argument("--pair_weight", type=float, default=1.0, help="of the image-image loss")
-    parser.add_argument("--text_weight", type=float, default=0.25, help="of the name-description loss")
-    parser.add_argument("--patch_dropout", type=float, default=0.5, help="share of patches left out, but for the end")
-    parser.add_argument("--ema_decay", type=float, default=0.99)
-    parser.add_argument("--checkpoint_s", type=float, default=120.0, help="seconds between checkpoints")
-    parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="train in full precision")
-    parser.add_argument("--hardware", default=device, help="for the model card")
-    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="for the model card")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,11 +22,48 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common_recipe_options import DEFAULT_CACHE
+
+from lorainit_diffusers.training.bundled import ROOT
+from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
+
+PHASES = ("data", "transformer", "export")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; a budget of 0 minutes or steps means no such limit."""
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--work_dir", type=Path, required=True, help="pictures, checkpoints, logs and samples")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the pipeline is written")
+    parser.add_argument(
+        "--base", type=Path, default=ROOT / "assets" / "models" / "tiny-sd", help="VAE, tokenizer, text"
+    )
+    parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="archives of the npm packages")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--transformer_minutes", type=float, default=75.0)
+    parser.add_argument("--transformer_steps", type=int, default=0)
+    parser.add_argument("--transformer_batch_size", type=int, default=32, help="per process")
+    parser.add_argument("--transformer_lr", type=float, default=1e-3)
+    parser.add_argument("--logit_mean", type=float, default=0.0, help="of the noise levels")
+    parser.add_argument("--logit_std", type=float, default=1.2, help="of the noise levels")
+    parser.add_argument("--ema_decay", type=float, default=0.998)
+    parser.add_argument("--checkpoint_s", type=float, default=300.0, help="seconds between checkpoints")
+    parser.add_argument("--sample_steps", type=int, default=25, help="denoising steps of the sample grids")
+    parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="train in full precision")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda: parse_args(None)
+    )  # a mistake in the options is answered before the imports below, which take seconds
+
 import emoji
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import ROOT, load_checkpoint, save_checkpoint
+from common import load_checkpoint, save_checkpoint
 from common_pretrain import (
     GRID_NAMES,
     IMAGE_SIZE,
@@ -56,7 +93,6 @@ from transformers import (
     T5EncoderModel,
 )
 
-PHASES = ("data", "transformer", "export")
 # Text tokens that the pipeline adds in the place of T5's, which are zeros: its own default of 256, the 77 of diffusers'
 # training script, and what our training script takes here; each with the share of steps that see it.
 ZERO_TOKENS = {MAX_TOKENS: 0.6, 77: 0.2, 256: 0.2}
@@ -340,30 +376,6 @@ def write_model_card(directory: Path, pipeline: Model, args: argparse.Namespace,
 
 
 # ---------------------------------------------------------------------------------------------------------- main
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; a budget of 0 minutes or steps means no such limit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="pictures, checkpoints, logs and samples")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the pipeline is written")
-    parser.add_argument(
-        "--base", type=Path, default=ROOT / "assets" / "models" / "tiny-sd", help="VAE, tokenizer, text"
-    )
-    parser.add_argument("--cache_dir", type=Path, default=emoji.DEFAULT_CACHE, help="archives of the npm packages")
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--transformer_minutes", type=float, default=75.0)
-    parser.add_argument("--transformer_steps", type=int, default=0)
-    parser.add_argument("--transformer_batch_size", type=int, default=32, help="per process")
-    parser.add_argument("--transformer_lr", type=float, default=1e-3)
-    parser.add_argument("--logit_mean", type=float, default=0.0, help="of the noise levels")
-    parser.add_argument("--logit_std", type=float, default=1.2, help="of the noise levels")
-    parser.add_argument("--ema_decay", type=float, default=0.998)
-    parser.add_argument("--checkpoint_s", type=float, default=300.0, help="seconds between checkpoints")
-    parser.add_argument("--sample_steps", type=int, default=25, help="denoising steps of the sample grids")
-    parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="train in full precision")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

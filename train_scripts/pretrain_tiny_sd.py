@@ -20,6 +20,46 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from common_recipe_options import DEFAULT_CACHE
+
+from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
+
+PHASES = ("data", "vae", "unet", "decoder", "export")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; a budget of 0 minutes or steps means no such limit."""
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--work_dir", type=Path, required=True, help="pictures, checkpoints, logs and samples")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the pipeline is written")
+    parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="archives of the npm packages")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--vae_minutes", type=float, default=27.0)
+    parser.add_argument("--vae_steps", type=int, default=0)
+    parser.add_argument("--vae_batch_size", type=int, default=16, help="per process")
+    parser.add_argument("--vae_lr", type=float, default=2e-3)
+    parser.add_argument("--kl_weight", type=float, default=1e-3)
+    parser.add_argument("--unet_minutes", type=float, default=72.0)
+    parser.add_argument("--unet_steps", type=int, default=0)
+    parser.add_argument("--unet_batch_size", type=int, default=32, help="per process")
+    parser.add_argument("--unet_lr", type=float, default=8e-4)
+    parser.add_argument("--decoder_minutes", type=float, default=6.0)
+    parser.add_argument("--decoder_steps", type=int, default=0)
+    parser.add_argument("--decoder_lr", type=float, default=1e-3)
+    parser.add_argument("--ema_decay", type=float, default=0.998)
+    parser.add_argument("--num_line_icons", type=int, default=1500, help="of each line icon package")
+    parser.add_argument("--checkpoint_s", type=float, default=300.0, help="seconds between checkpoints")
+    parser.add_argument("--sample_steps", type=int, default=25, help="denoising steps of the sample grids")
+    parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="train in full precision")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda: parse_args(None)
+    )  # a mistake in the options is answered before the imports below, which take seconds
+
 import emoji
 import torch
 import torch.distributed as dist
@@ -50,7 +90,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LATENT_CHANNELS = 16
 TEXT_WIDTH = 128
-PHASES = ("data", "vae", "unet", "decoder", "export")
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizer
@@ -391,34 +430,6 @@ def write_model_card(directory: Path, pipeline: Model, args: argparse.Namespace,
 
 
 # ---------------------------------------------------------------------------------------------------------- main
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; a budget of 0 minutes or steps means no such limit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="pictures, checkpoints, logs and samples")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the pipeline is written")
-    parser.add_argument("--cache_dir", type=Path, default=emoji.DEFAULT_CACHE, help="archives of the npm packages")
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--vae_minutes", type=float, default=27.0)
-    parser.add_argument("--vae_steps", type=int, default=0)
-    parser.add_argument("--vae_batch_size", type=int, default=16, help="per process")
-    parser.add_argument("--vae_lr", type=float, default=2e-3)
-    parser.add_argument("--kl_weight", type=float, default=1e-3)
-    parser.add_argument("--unet_minutes", type=float, default=72.0)
-    parser.add_argument("--unet_steps", type=int, default=0)
-    parser.add_argument("--unet_batch_size", type=int, default=32, help="per process")
-    parser.add_argument("--unet_lr", type=float, default=8e-4)
-    parser.add_argument("--decoder_minutes", type=float, default=6.0)
-    parser.add_argument("--decoder_steps", type=int, default=0)
-    parser.add_argument("--decoder_lr", type=float, default=1e-3)
-    parser.add_argument("--ema_decay", type=float, default=0.998)
-    parser.add_argument("--num_line_icons", type=int, default=1500, help="of each line icon package")
-    parser.add_argument("--checkpoint_s", type=float, default=300.0, help="seconds between checkpoints")
-    parser.add_argument("--sample_steps", type=int, default=25, help="denoising steps of the sample grids")
-    parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="train in full precision")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,13 +21,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common_recipe_options import add_recipe_arguments
+
+from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; a budget of 0 minutes or steps means no such limit."""
+    parser = ScriptParser(__doc__)
+    add_recipe_arguments(parser, "vit", minutes=44.0, batch_size=64)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
+
 import emoji
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common_pretrain import (
     IMAGE_SIZE,
-    add_recipe_arguments,
     batch_indices,
     card_fields,
     load_styles,
@@ -231,9 +245,7 @@ def write_model_card(
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the phases in order; what is finished is skipped."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_recipe_arguments(parser, "vit", minutes=44.0, batch_size=64)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     device, rank, _ = start_process(args.seed)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     images, names, subgroups = load_styles(args)

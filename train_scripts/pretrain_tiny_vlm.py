@@ -21,15 +21,32 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from common_recipe_options import add_recipe_arguments
+
+from lorainit_diffusers.training.bundled import ROOT
+from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; a budget of 0 minutes or steps means no such limit."""
+    parser = ScriptParser(__doc__)
+    add_recipe_arguments(parser, "vlm", minutes=22.0, batch_size=32)
+    clip_dir = ROOT / "assets" / "models" / "tiny-clip"
+    parser.add_argument("--clip_dir", type=Path, default=clip_dir, help="gives the tower")
+    parser.add_argument("--vocab_size", type=int, default=1200)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
+
 import emoji
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import ROOT
 from common_pretrain import (
     IMAGE_SIZE,
-    add_recipe_arguments,
     batch_indices,
     card_fields,
     load_styles,
@@ -332,12 +349,7 @@ def write_model_card(
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the phases in order; what is finished is skipped."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_recipe_arguments(parser, "vlm", minutes=22.0, batch_size=32)
-    clip_dir = ROOT / "assets" / "models" / "tiny-clip"
-    parser.add_argument("--clip_dir", type=Path, default=clip_dir, help="gives the tower")
-    parser.add_argument("--vocab_size", type=int, default=1200)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     device, rank, _ = start_process(args.seed)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     images, names, subgroups = load_styles(args)

@@ -21,10 +21,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from common import BUNDLED_BASES, run_script
-from common_classify import ClassificationTask, add_classification_arguments, check_classification_arguments
-from common_tasks import make_task_parser, resolve_task_options, train_task
+from common_classify_options import add_classification_arguments, check_classification_arguments
+from common_task_options import make_task_parser, resolve_task_options
+
+from lorainit_diffusers.training.bundled import BUNDLED_BASES
+from lorainit_diffusers.training.cli_parser import run_script
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,6 +50,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     resolve_task_options(args, "classifier-lora")
     check_classification_arguments(args)
     return args
+
+
+if __name__ == "__main__":
+    run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
+
+import torch
+from common_classify import ClassificationTask
+from common_tasks import train_task
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

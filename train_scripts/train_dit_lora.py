@@ -18,18 +18,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from common import BUNDLED_BASES, BUNDLED_DATA, run_script
 from common_options import (
     add_flow_arguments,
+    has_cuda,
     make_training_parser,
     require_package,
     resolve_defaults,
     validate_arguments,
 )
-from common_train import train_lora
 
-from lorainit_diffusers.families import family_class
+from lorainit_diffusers.training.bundled import BUNDLED_BASES, BUNDLED_DATA
+from lorainit_diffusers.training.cli_parser import run_script
 
 # What each family's model cards are tagged with.
 FAMILIES = {
@@ -65,11 +64,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.quantization is not None:
         flag = f"--quantization {args.quantization}"
         require_package("bitsandbytes", flag)
-        if not torch.cuda.is_available():
+        if not has_cuda():
             raise ValueError(f"{flag} needs a CUDA device: diffusers loads 4-bit models on no other; leave it out")
         if args.export_merged:
             raise ValueError(f"--export_merged adds to weights in full, {flag} packs them: leave one of them out")
     return args
+
+
+if __name__ == "__main__":
+    run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
+
+from common_train import train_lora
+
+from lorainit_diffusers.families import family_class
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -16,11 +16,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import BUNDLED_BASES, BUNDLED_DATA, run_script
 from common_options import make_training_parser, resolve_defaults, validate_arguments
-from common_train import train_lora
 
-from lorainit_diffusers.families.sd import StableDiffusionFamily
+from lorainit_diffusers.training.bundled import BUNDLED_BASES, BUNDLED_DATA
+from lorainit_diffusers.training.cli_parser import run_script
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -38,6 +37,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     resolve_defaults(args, "sd-lora", BUNDLED_DATA)
     validate_arguments(args)
     return args
+
+
+if __name__ == "__main__":
+    run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
+
+from common_train import train_lora
+
+from lorainit_diffusers.families.sd import StableDiffusionFamily
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -13,11 +13,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import run_script
 from common_options import make_training_parser, resolve_defaults, validate_arguments
-from common_train import train_lora
 
-from lorainit_diffusers.families.sdxl import StableDiffusionXLFamily
+from lorainit_diffusers.training.cli_parser import run_script
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,6 +28,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     resolve_defaults(args, "sdxl-lora", default_data=None)
     validate_arguments(args)
     return args
+
+
+if __name__ == "__main__":
+    run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
+
+from common_train import train_lora
+
+from lorainit_diffusers.families.sdxl import StableDiffusionXLFamily
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from common import BUNDLED_BASES, run_script
-from common_questions import QuestionAnsweringTask, add_question_arguments, resolve_question_options
-from common_tasks import make_task_parser, resolve_task_options, train_task
+from common_question_options import add_question_arguments, resolve_question_options
+from common_task_options import make_task_parser, resolve_task_options
 
-from lorainit_diffusers.families.vlm import VisionLanguageFamily
+from lorainit_diffusers.training.bundled import BUNDLED_BASES
+from lorainit_diffusers.training.cli_parser import run_script
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,8 +51,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--head_lr {args.head_lr} has no effect: nothing is trained in full here; leave it out")
     resolve_task_options(args, "vlm-lora")
     resolve_question_options(args)
+    from lorainit_diffusers.families.vlm import VisionLanguageFamily  # now that nothing light is wrong
+
     VisionLanguageFamily.check_base(args.pretrained_model_name_or_path)
     return args
+
+
+if __name__ == "__main__":
+    run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
+
+from common_questions import QuestionAnsweringTask
+from common_tasks import train_task
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

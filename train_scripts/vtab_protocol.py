@@ -26,26 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
-from common import BUNDLED_BASES, prepare_output_dir, public_arguments, run_script, versions, write_json
-from common_classify import (
-    ClassData,
-    ClassificationTask,
-    add_classification_arguments,
-    check_classes,
-    check_classification_arguments,
-    class_folders,
-    natural_order,
-    read_class_images,
-)
-from common_data import ImageRecord
-from common_options import build_method, check_method, check_positive
-from common_run import Optimization, backward_step, start_accelerator, weight_dtype
-from common_tasks import make_task_parser, resolve_task_options
-from tqdm.auto import tqdm
+from common_classify_options import add_classification_arguments, check_classification_arguments
+from common_options import build_method, check_init_name, check_method, check_positive
+from common_task_options import make_task_parser, resolve_task_options
 
-from lorainit_diffusers.evaluation.comparison import bootstrap
-from lorainit_diffusers.initialize import initialize
+from lorainit_diffusers.training.bundled import BUNDLED_BASES
+from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
 
 # The parts of a task by their names, as folders and as lists.
 PARTS = {
@@ -94,23 +80,6 @@ class Setting(NamedTuple):
         return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in text) + ".json"
 
 
-@dataclass(frozen=True)
-class TaskParts:
-    """The images of a task, whose captions are the names of their classes."""
-
-    train: list[ImageRecord]
-    val: list[ImageRecord]
-    test: list[ImageRecord]
-    source: str
-
-    def data(self, stage: str) -> ClassData:
-        """What a run trains and is judged on."""
-        train = self.train if stage == "select" else [*self.train, *self.val]
-        names = {record.caption for record in train}
-        heldout = self.val if stage == "select" else self.test
-        return check_classes(ClassData(train, heldout, tuple(sorted(names, key=natural_order)), self.source))
-
-
 # ------------------------------------------------------------------------------------------------------------- options
 
 
@@ -120,11 +89,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ScriptParser(__doc__)
     add = parser.add_argument
-    add("--vtab_dir", required=True, help="a folder for each task")
+    add("--vtab_dir", help="a folder for each task")
     add("--tasks", nargs="+", help="names of the folders (default: all)")
     add("--inits", nargs="+", default=["gaussian", "orthonormal", "eva", "cntlora"], help="name or name:key=value,...")
     add("--ranks", nargs="+", type=int, default=[2, 4, 8, 16])
@@ -135,13 +102,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # 1,600 steps of 64 are about a hundred passes over a thousand images
     base, add_data = BUNDLED_BASES["classifier"], add_classification_arguments
     training = make_task_parser(None, base, add_data, max_train_steps=1600, batch_size=64, validation_steps=1)
-    training.allow_abbrev = False
+    training.more_options = tuple(parser.flags)
     # the protocol augments nothing: some of its tasks are about where things are, and how they are turned
     training.set_defaults(lr_scheduler="cosine", random_flip=False, crop_scale=[1.0, 1.0])
     args = training.parse_args(rest)
+    if own.vtab_dir is None:
+        raise ValueError("--vtab_dir is missing: give a folder that has a folder for each task")
     for name in DECIDED:
         if getattr(args, name) != training.get_default(name):
             raise ValueError(f"--{name} is decided by the protocol; leave it out")
+    for init in own.inits:
+        check_init_name(init.partition(":")[0], f"--inits {init!r}")
     args.train_data_dir = own.vtab_dir
     args.output_dir = own.output_dir
     args.own_alpha, args.own_head_lr = args.lora_alpha, args.head_lr  # by default they follow what is varied
@@ -184,7 +155,44 @@ def run_arguments(args: argparse.Namespace, setting: Setting) -> argparse.Namesp
     return own
 
 
+if __name__ == "__main__":
+    run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
+
+from accelerate import Accelerator
+from common import prepare_output_dir, public_arguments, versions, write_json
+from common_classify import (
+    ClassData,
+    ClassificationTask,
+    check_classes,
+    class_folders,
+    natural_order,
+    read_class_images,
+)
+from common_data import ImageRecord
+from common_run import Optimization, backward_step, start_accelerator, weight_dtype
+from tqdm.auto import tqdm
+
+from lorainit_diffusers.evaluation.comparison import bootstrap
+from lorainit_diffusers.initialize import initialize
+
 # ---------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class TaskParts:
+    """The images of a task, whose captions are the names of their classes."""
+
+    train: list[ImageRecord]
+    val: list[ImageRecord]
+    test: list[ImageRecord]
+    source: str
+
+    def data(self, stage: str) -> ClassData:
+        """What a run trains and is judged on."""
+        train = self.train if stage == "select" else [*self.train, *self.val]
+        names = {record.caption for record in train}
+        heldout = self.val if stage == "select" else self.test
+        return check_classes(ClassData(train, heldout, tuple(sorted(names, key=natural_order)), self.source))
 
 
 def find_tasks(args: argparse.Namespace) -> dict[str, Path]:

@@ -1,0 +1,54 @@
+"""The command line of the scripts that train a LoRA on a task: classifiers and vision-language models."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from common_options import (
+    add_base_arguments,
+    add_init_arguments,
+    add_lora_arguments,
+    add_run_arguments,
+    add_training_arguments,
+    validate_adapter_arguments,
+    validate_run_arguments,
+)
+
+from lorainit_diffusers.training.cli_parser import ScriptParser
+
+
+def make_task_parser(
+    description: str | None,
+    default_base: str,
+    add_data_arguments: Callable[[argparse.ArgumentParser], None],
+    *,
+    max_train_steps: int,
+    batch_size: int,
+    validation_steps: int,
+) -> ScriptParser:
+    """All options of a script that trains one LoRA on a task."""
+    parser = ScriptParser(description)
+    add_init_arguments(parser)
+    add = add_base_arguments(parser, default_base)
+    add("--cache_dir", help="where downloads are kept (default: Hugging Face's own)")
+    add_lora_arguments(parser, text_encoders=False)
+    add_data_arguments(parser)
+    add_training_arguments(parser, second_lr="head_lr", max_train_steps=max_train_steps, batch_size=batch_size)
+    add_run_arguments(parser, validation_steps=validation_steps)
+    return parser
+
+
+def resolve_task_options(args: argparse.Namespace, script: str) -> None:
+    """Fill in the options whose default depends on others, then find what cannot work before anything is loaded.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    args.init_batch_size = args.train_batch_size if args.init_batch_size is None else args.init_batch_size
+    args.init_seed = args.seed if args.init_seed is None else args.init_seed
+    args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
+    args.head_lr = args.learning_rate if args.head_lr is None else args.head_lr
+    args.output_dir = f"outputs/{script}-{args.init}" if args.output_dir is None else args.output_dir
+    validate_adapter_arguments(args)
+    validate_run_arguments(args)
