@@ -33,7 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {
         *("adapters", "checkpoints", "evaluation", "export", "families", "files", "finite", "methods", "report"),
     },
-    "adapters": {"methods.base", "quantized"},
+    "offset": {"methods.base"},
+    "trained": set(),
+    "lora_config": set(),
+    "adapters": {"lora_config", "methods.base", "offset", "quantized", "trained"},
     "kohya": set(),
     "export": {"adapters", "files", "finite", "kohya", "linalg", "methods.base"},
     "initialize": {

@@ -32,6 +32,7 @@ from lorainit_diffusers import METHODS, InitReport, adapter_state_dict, initiali
 from lorainit_diffusers.adapters import lora_layers, unwrap
 from lorainit_diffusers.families.base import StepRecord
 from lorainit_diffusers.initialize import ZERO_DELTA_OPTIONS
+from lorainit_diffusers.offset import get_offset
 
 TARGETS = list(ATTENTION_LAYERS)
 PEFT_STATES = [state for state in ADAPTED_STATES if state != "add_adapter"]  # that one is a method of diffusers' models
@@ -308,7 +309,7 @@ def test_reference_batches_are_what_the_inputs_are_aligned_with(share_inputs):
     assert report.options["pretraining"] == "measured"
     assert report.layers["to_v"].shared_group == ("to_q" if share_inputs else "to_v")
     expected = tiny_attention().eval()(batches[0])
-    assert relative_error(module.eval()(batches[0]), expected) < 1e-5  # the twin keeps step 0
+    assert relative_error(module.eval()(batches[0]), expected) < 1e-5  # the offset keeps step 0
 
 
 def test_the_same_data_as_reference_asks_for_no_change_because_both_passes_draw_the_same_noise():
@@ -429,7 +430,7 @@ def test_a_layer_with_fewer_rows_than_rank_falls_back_and_says_so(name, variable
     assert float(lora.lora_B["default"].weight.abs().max()) == 0.0
     bound = 16**-0.5
     assert 0.8 * bound < float(lora.lora_A["default"].weight.abs().max()) <= bound
-    assert "default_offset" not in lora.lora_A
+    assert get_offset(lora, "default") is None
     assert relative_error(module(batches[0]), expected) < 1e-5
     if variable:
         assert layer.rank >= 1

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorainit_diffusers import METHODS, adapter_state_dict, initialize, load_adapter_state_dict, make_method
-from lorainit_diffusers.adapters import base_weight, lora_layers, trainable_parameters
+from lorainit_diffusers.adapters import adapter_weights, base_weight, lora_layers, trainable_parameters
 from lorainit_diffusers.collect import collect
 from lorainit_diffusers.export import save_diffusers_lora
 from lorainit_diffusers.hooks import observe_weight_gradients
@@ -197,9 +197,8 @@ def test_an_adapter_on_a_4_bit_base_trains_saves_and_resumes(quantised, tmp_path
     assert squared_loss(module.eval())(batches[0]).item() < before
     file = load_file(save_diffusers_lora({"transformer": module}, tmp_path))
     assert len(file) == 2 * len(TARGETS)
-    for name, layer in lora_layers(module).items():
-        twin = product((layer.lora_A["default_offset"].weight, layer.lora_B["default_offset"].weight))
-        added = product((layer.lora_A["default"].weight, layer.lora_B["default"].weight)).detach() + twin
+    for name, weights in adapter_weights(module).items():
+        added = product(weights.factors) - product(weights.offset)
         saved = [file[f"transformer.{name}.lora_{factor}.weight"] for factor in "AB"]
         assert relative_error(product((saved[0], saved[1])), added) < 1e-4
     state = adapter_state_dict({"": module})
