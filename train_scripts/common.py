@@ -218,3 +218,10 @@ def write_model_card(
         header.append(f"instance_prompt: {json.dumps(prompt)}")
     header += ["---", "", f"# {title}", ""]
     path.write_text("\n".join(header) + "\n" + body.strip() + "\n", encoding="utf-8")
+
+
+def print_once(text: str) -> None:
+    """Print in the main process alone."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0):
+        print(text)

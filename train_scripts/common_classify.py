@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from common import evaluating, seeded_generator
+from common import evaluating, print_once, seeded_generator
 from common_classify_options import DEFAULT_VALIDATION_FRACTION as DEFAULT_VALIDATION_FRACTION
 from common_classify_options import LABEL_COLUMNS, VALIDATION_SPLITS, check_classification_arguments, make_augmentation
 from common_classify_options import add_classification_arguments as add_classification_arguments
@@ -49,6 +50,7 @@ from lorainit_diffusers.evaluation.classification import (
 from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.classifier import COMPONENT, ClassifierFamily, ImagePreparation
+from lorainit_diffusers.training.data.grouping import content_keys, hold_out_of_classes, picture_key
 
 # Images at once where nothing is kept for a backward pass.
 EVALUATION_BATCH_SIZE = 64
@@ -77,7 +79,7 @@ class ClassData:
 
 
 def read_classes(args: argparse.Namespace) -> ClassData:
-    """The images of the options' folder or dataset; they are not decoded yet.
+    """The images of the options' folder or dataset; they are decoded only where a part is chosen by their content.
 
     Raises:
         FileNotFoundError: when a folder does not exist.
@@ -227,37 +229,42 @@ def check_classes(data: ClassData, remedy: str = "") -> ClassData:
 def split_off_validation(data: ClassData, fraction: float, seed: int) -> ClassData:
     """Move this share of each class's training images, one at least, to the validation images.
 
-    A class of one image keeps it for training.
+    Copies of a picture, in whatever files, stay on one side. A class of one picture keeps it for training.
 
     Raises:
-        ValueError: when no class has two images.
+        ValueError: when no class has two different images, or an image cannot be read.
     """
-    train: list[ImageRecord] = []
-    validation: list[ImageRecord] = []
-    for name in data.class_names:
-        members = _shuffled([record for record in data.train if record.caption == name], seed, "validation", name)
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        validation += members[:count]
-        train += members[count:]
-    if not validation:
+
+    def shuffle(name: str, indices: list[int]) -> list[int]:
+        order = torch.randperm(len(indices), generator=seeded_generator(seed, "validation", name)).tolist()
+        return [indices[place] for place in order]
+
+    keys = content_keys(data.train, load_image)
+    held = hold_out_of_classes(keys, [record.caption for record in data.train], fraction, shuffle)
+    if not held:
         raise ValueError(f"{data.source}: no class has two images, so none can be validated on; add images")
-    return replace(data, train=_in_order(train, data.train), validation=_in_order(validation, data.train))
+    train = [record for index, record in enumerate(data.train) if index not in held]
+    return replace(data, train=train, validation=[data.train[index] for index in sorted(held)])
 
 
 def few_shots(data: ClassData, shots: int, seed: int) -> list[ImageRecord]:
-    """So many training images of each class. More shots with the same seed include those of fewer.
+    """So many training images of each class, no two alike. More shots with the same seed include those of fewer.
 
     Raises:
-        ValueError: for a class that has fewer.
+        ValueError: for a class that has fewer different ones, or an image that cannot be read.
     """
     chosen: list[ImageRecord] = []
     for name in data.class_names:
         members = [record for record in data.train if record.caption == name]
-        if len(members) < shots:
-            raise ValueError(
-                f"--shots {shots}: class {name!r} has {len(members)} training images; lower it, or add images"
-            )
-        chosen += _shuffled(members, seed, "shots", name)[:shots]
+        different: dict[str, ImageRecord] = {}
+        for record in _shuffled(members, seed, "shots", name):
+            different.setdefault(picture_key(load_image(record)), record)
+            if len(different) == shots:
+                break
+        if len(different) < shots:
+            kind = "training images" if len(different) == len(members) else "different training images"
+            raise ValueError(f"--shots {shots}: class {name!r} has {len(different)} {kind}; lower it, or add images")
+        chosen += different.values()
     return _in_order(chosen, data.train)
 
 
@@ -320,10 +327,27 @@ class ClassificationTask:
         index = {name: number for number, name in enumerate(self.data.class_names)}
         self.train_images = load_pixels(self.data.train, self.preparation)
         self.validation_images = load_pixels(self.data.validation, self.preparation)
+        self._warn_of_copies()
         self.train_labels = torch.tensor([index[record.caption] for record in self.data.train])
         self.validation_labels = torch.tensor([index[record.caption] for record in self.data.validation])
         self.num_train, self.num_validation = len(self.data.train), len(self.data.validation)
         self._load(args)
+
+    def _warn_of_copies(self) -> None:
+        """Say how many validation images are trained on, too, where the data came in two parts."""
+        train, validation = (
+            [hashlib.blake2b(image.numpy().tobytes()).digest() for image in images]
+            for images in (self.train_images, self.validation_images)
+        )
+        known = set(train)
+        pairs = zip(self.data.validation, validation, strict=True)
+        copies = [record.path.name for record, key in pairs if key in known]
+        if copies:
+            print_once(
+                f"warning: {len(copies)} of {len(self.data.validation)} validation images are trained on, too (such as "
+                f"{copies[0]!r}), so the accuracy is not that on new images; remove them from one part, or set "
+                "--validation_fraction"
+            )
 
     def anew(self, args: argparse.Namespace) -> ClassificationTask:
         """The same images with a base that nothing has been done to, for other options on the base and its training."""

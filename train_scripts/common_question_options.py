@@ -16,7 +16,7 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("questions").add_argument
     add("--train_data_file", help="JSONL of image, question and answer, or of chat messages (default: a bundled set)")
     add("--validation_data_file", help="default: validation.jsonl beside train.jsonl, or a part of the training set")
-    add("--validation_fraction", type=float, help="of the training images that are held out (default 0.1)")
+    add("--validation_fraction", type=float, help="of the images, held out with all of their questions (default 0.1)")
     add("--image_dir", help="where the images of the files are (default: the file's folder)")
     add("--dataset_name", help="hub name or folder of a dataset with such columns, instead of the files")
     add("--dataset_config_name", help="configuration of that dataset")

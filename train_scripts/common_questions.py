@@ -12,14 +12,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from common import evaluating
+from common import evaluating, print_once
 from common_data import (
     HELDOUT_SPLITS,
     DataOrder,
     DatasetImage,
     ImageRecord,
     cast_images,
-    check_images,
     load_image,
     load_splits,
 )
@@ -37,6 +36,7 @@ from lorainit_diffusers.evaluation.answers import exact_match, token_f1
 from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.vlm import COMPONENT, VisionLanguageFamily
+from lorainit_diffusers.training.data.grouping import content_keys, hold_out
 
 PLACEHOLDER = "<image>"
 # LLaVA's names of those who speak, and those of chat messages.
@@ -94,8 +94,9 @@ def read_question_data(args: argparse.Namespace) -> tuple[list[QuestionRecord], 
             validation = read(args.validation_data_file, flag="--validation_data_file")
     if not validation or args.validation_fraction is not None:
         records, validation = _hold_out(records, args.validation_fraction or VALIDATION_FRACTION)
+        return records[: args.max_train_samples], validation[: args.max_validation_samples]
     records, validation = records[: args.max_train_samples], validation[: args.max_validation_samples]
-    check_images(list(dict.fromkeys(image for record in (*records, *validation) for image in record.images)))
+    _warn_of_shared_images(records, validation)
     return records, validation
 
 
@@ -310,9 +311,10 @@ def _read_dataset(
                 else:
                     found += [_ListedImage(column, name, index, place) for place in range(len(column[index][name]))]
 
-            def find_image(image: Any, where: str) -> ImageRecord:
-                number = f" image {image.place + 1}" if isinstance(image, _ListedImage) else ""
-                return ImageRecord(Path(f"{where}{number}"), "", image)
+            labels = {id(image): f" image {number}" if len(found) > 1 else "" for number, image in enumerate(found, 1)}
+
+            def find_image(image: Any, where: str, labels: Mapping[int, str] = labels) -> ImageRecord:
+                return ImageRecord(Path(f"{where}{labels[id(image)]}"), "", image)
 
             where = f"{args.dataset_name}/{split}[{index}]"
             records.append(_record({**line, columns["image"]: found}, where, find_image, columns, args.system_prompt))
@@ -345,18 +347,63 @@ def _is_single(feature: Any) -> bool:
 
 
 def _hold_out(records: Sequence[QuestionRecord], fraction: float) -> tuple[list[QuestionRecord], list[QuestionRecord]]:
-    """A random part of the images, with all of their questions, for validation; the same whatever the run's seed is."""
-    keys = [record.images or record.where for record in records]
-    groups = list(dict.fromkeys(keys))
-    if len(groups) < 2:
+    """A part of the images, with all of their questions, for validation; the same whatever the run's seed is.
+
+    Questions that have images on both sides are on neither, which is said. Of questions without images it is those of
+    the same wording that stay together.
+
+    Raises:
+        ValueError: when none can be held out, or an image cannot be read.
+    """
+    samples = _contents(records)
+    try:
+        found = hold_out(samples, fraction)
+    except ValueError as error:
+        if len(set(samples[0]).union(*samples)) == 1:
+            raise ValueError(
+                "no question can be held out: all are about one image; give more images, or --validation_data_file"
+            ) from error
         raise ValueError(
-            "no question can be held out: all are about one image; give more images, or --validation_data_file"
+            "no question can be held out: they share their images in such a way that each would be trained on, too; "
+            "give questions about other images as --validation_data_file"
+        ) from error
+    if found.neither:
+        print_once(
+            f"left out {len(found.neither)} of {len(records)} questions (such as {records[found.neither[0]].where}): "
+            "they have images that are trained on beside images that are held out; --validation_data_file leaves out "
+            "none"
         )
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
-    count = min(max(1, round(fraction * len(groups))), len(groups) - 1)
-    chosen = {groups[index] for index in order[:count]}
-    kept = [record for record, key in zip(records, keys, strict=True) if key not in chosen]
-    return kept, [record for record, key in zip(records, keys, strict=True) if key in chosen]
+    return [records[index] for index in found.train], [records[index] for index in found.validation]
+
+
+def _contents(records: Sequence[QuestionRecord]) -> list[frozenset[str]]:
+    """What each question is about: its images by their pixels, or its text where it has none.
+
+    Every image is decoded once.
+
+    Raises:
+        ValueError: naming an image that cannot be read.
+    """
+    images = list(dict.fromkeys(image for record in records for image in record.images))
+    keys = dict(zip(images, content_keys(images, load_image), strict=True))
+    return [
+        frozenset(keys[image] for image in record.images)
+        or frozenset(["\n".join(text_of(message) for message in record.messages[:-1])])
+        for record in records
+    ]
+
+
+def _warn_of_shared_images(records: Sequence[QuestionRecord], validation: Sequence[QuestionRecord]) -> None:
+    """Say how many validation questions are about images that are trained on; every image is decoded once."""
+    contents = _contents([*records, *validation])
+    known = frozenset[str]().union(*contents[: len(records)])
+    shared = [r for r, keys in zip(validation, contents[len(records) :], strict=True) if keys & known]
+    if shared:
+        print_once(
+            f"warning: {len(shared)} of {len(validation)} validation questions are about images that are trained on "
+            f"(such as {shared[0].where}), so the scores are not those on new images; take them out of one part, or "
+            "set --validation_fraction"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------- task

@@ -265,6 +265,36 @@ def test_images_without_a_split_are_split_by_class(base, tmp_path) -> None:
         read_classes(arguments(base, single))
 
 
+def test_copies_of_a_picture_stay_on_one_side(base, tmp_path) -> None:
+    folder = write_class_folder(tmp_path / "flat", train=6, validation=0)
+    for path in sorted(folder.glob("*/*.png")):  # every picture three times: a copy, and another format
+        shutil.copy(path, path.with_name(f"copy of {path.name}"))
+        Image.open(path).save(path.with_suffix(".bmp"))
+    args = arguments(base, folder, validation_fraction=0.34)
+    found = read_classes(args)
+    assert (len(found.train), len(found.validation)) == (36, 18)
+    train, validation = (
+        {(record.caption, record.path.stem.removeprefix("copy of ")) for record in part}
+        for part in (found.train, found.validation)
+    )
+    assert not train & validation
+    assert len(validation) == 6
+    few = read_classes(arguments(base, folder, validation_fraction=0.34, shots=4)).train
+    assert len({record.path.stem.removeprefix("copy of ") for record in few}) == len(few) == 12
+    with pytest.raises(ValueError, match="--shots 5: class 'blue' has 4 different training images; lower it"):
+        read_classes(arguments(base, folder, validation_fraction=0.34, shots=5))
+
+
+def test_a_validation_part_with_pictures_that_are_trained_on(base, tmp_path, capsys) -> None:
+    folder = write_class_folder(tmp_path / "data")
+    task_of(base, folder)
+    assert "warning" not in capsys.readouterr().out
+    shutil.copy(folder / "train" / "red" / "red-00.png", folder / "validation" / "red" / "other name.png")
+    task_of(base, folder)
+    expected = "warning: 1 of 13 validation images are trained on, too (such as 'other name.png')"
+    assert expected in capsys.readouterr().out
+
+
 def test_a_fraction_is_split_off_although_there_is_a_validation_part(base, data) -> None:
     train, validation = names_of(arguments(base, data, validation_fraction=0.5))
     assert len(train) == len(validation) == 9

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from common_questions import (
     resolve_question_options,
 )
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from script_fixtures import losses, read_json, run_main
 from torch import Tensor
@@ -350,6 +353,106 @@ def test_a_part_of_the_images_is_held_out_with_all_of_their_questions(questions:
     write_lines(tmp_path / "one.jsonl", rows[:2])
     with pytest.raises(ValueError, match="no question can be held out: all are about one image"):
         read_question_data(arguments(train_data_file=tmp_path / "one.jsonl", image_dir=questions))
+
+
+COLOURS = ("red", "green", "blue", "white", "black", "gray", "yellow", "purple", "orange", "brown")
+
+
+def held_out(folder: Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> tuple[int, int, int]:
+    """The number of records on either side, after a check that they share no picture; and of the pictures held out."""
+    args = arguments(train_data_file=write_lines(folder / "all.jsonl", rows), **options)
+    resolve_question_options(args)
+    train, validation = read_question_data(args)
+
+    def pixels(records: Sequence[QuestionRecord]) -> set[bytes]:
+        return {common_questions.load_image(image).tobytes() for record in records for image in record.images}
+
+    assert not pixels(train) & pixels(validation)
+    return len(train), len(validation), len(pixels(validation))
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    for name in COLOURS:
+        Image.new("RGB", (8, 8), name).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def about(*images: str, question: str = "Which colour?") -> dict[str, Any]:
+    return {"images": list(images), "question": question, "answer": "red"}
+
+
+def test_a_picture_under_several_names_is_held_out_under_all_of_them(colours: Path) -> None:
+    rows = [about(f"{name}.png") for name in COLOURS]
+    (colours / "sub").mkdir()
+    for name in COLOURS:
+        os.link(colours / f"{name}.png", colours / f"hard {name}.png")
+        (colours / f"soft {name}.png").symlink_to(f"{name}.png")
+        Image.open(colours / f"{name}.png").save(colours / f"{name}.bmp")
+        spellings = (f"hard {name}.png", f"soft {name}.png", f"{name}.bmp", f"sub/../{name}.png", f"./{name}.png")
+        rows += [about(spelling) for spelling in (*spellings, str(colours / f"{name}.png"))]
+    assert held_out(colours, rows, validation_fraction=0.2) == (56, 14, 2)
+
+
+def test_several_images_a_question(colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    singles = [about(f"{name}.png") for name in COLOURS]
+    pairs = [about(f"{a}.png", f"{b}.png") for a, b in itertools.pairwise(COLOURS)]
+    # what shares images is held out whole, or trained on whole
+    train, validation, number = held_out(colours, [*singles, *pairs[:3]], validation_fraction=0.2)
+    assert (train + validation, number) == (13, 2)
+    assert "left out" not in capsys.readouterr().out
+    train, validation, _ = held_out(colours, [*singles, *pairs], validation_fraction=0.2)
+    missing = 19 - train - validation
+    assert 0 < missing <= 2
+    assert f"left out {missing} of 19 questions (such as {colours / 'all.jsonl'}, line " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="they share their images in such a way that each would be trained on, too"):
+        held_out(colours, [about("red.png", f"{name}.png") for name in COLOURS[1:]])
+
+
+def test_questions_without_images_stay_together_by_their_wording(colours: Path) -> None:
+    rows = [{"question": f"Question {index % 5}?", "answer": str(index)} for index in range(15)]
+    args = arguments(train_data_file=write_lines(colours / "text.jsonl", rows), validation_fraction=0.4)
+    train, validation = read_question_data(args)
+    assert (len(train), len(validation)) == (9, 6)
+    assert not {record.question for record in train} & {record.question for record in validation}
+
+
+def test_a_validation_file_about_images_that_are_trained_on(colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.open(colours / "red.png").save(colours / "other.bmp")
+    write_lines(colours / "train.jsonl", [about(f"{name}.png") for name in COLOURS[:8]])
+    path = write_lines(colours / "validation.jsonl", [about("orange.png"), about("brown.png")])
+    args = arguments(train_data_file=colours / "train.jsonl", validation_data_file=path)
+    read_question_data(args)
+    assert capsys.readouterr().out == ""
+    write_lines(path, [about("orange.png"), about("brown.png", "other.bmp"), about("./red.png")])
+    train, validation = read_question_data(args)
+    assert (len(train), len(validation)) == (8, 3)  # the user's own parts are kept
+    expected = f"warning: 2 of 3 validation questions are about images that are trained on (such as {path}, line 2)"
+    assert expected in capsys.readouterr().out
+
+
+def test_rows_of_a_dataset_about_one_picture(tmp_path: Path) -> None:
+    hub = pytest.importorskip("datasets")
+
+    def encoded(seed: int, kind: str) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        make_image(seed).save(buffer, kind)
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    columns: dict[str, list[Any]] = {
+        "image": [encoded(index // 3, "BMP" if index % 3 else "PNG") for index in range(30)],
+        "question": [f"Question {index % 3}?" for index in range(30)],
+        "answer": ["a"] * 30,
+    }
+    rows = hub.Dataset.from_dict(columns).cast_column("image", hub.Image())
+    (tmp_path / "one").mkdir()
+    rows.to_parquet(str(tmp_path / "one" / "train-00000-of-00001.parquet"))
+    train, validation = read_question_data(
+        arguments(dataset_name=str(tmp_path / "one"), cache_dir=str(tmp_path / "c"), validation_fraction=0.2)
+    )
+    assert (len(train), len(validation)) == (24, 6)
+    seen, new = ({common_questions.load_image(r.images[0]).tobytes() for r in part} for part in (train, validation))
+    assert not seen & new
 
 
 def test_datasets_of_the_hub(tmp_path: Path) -> None:
