@@ -1,0 +1,74 @@
+"""The file that `pipeline.load_lora_weights` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorainit_diffusers.export.factors import (
+    DIFFUSERS_METADATA_KEY,
+    DIFFUSERS_WEIGHT_NAME,
+    exported_factors,
+    exported_magnitudes,
+    file_metadata,
+    minimal_config,
+    text_model_name,
+)
+from lorainit_diffusers.files import save_tensors
+
+
+def save_diffusers_lora(
+    modules: Mapping[str, nn.Module],
+    directory: str | Path,
+    *,
+    weight_name: str = DIFFUSERS_WEIGHT_NAME,
+    adapter_name: str = "default",
+    export_rank: int | None = None,
+    pad_rank: int | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a file that ``pipeline.load_lora_weights(directory)`` loads, exactly, on the original base.
+
+    Args:
+        modules: component (``"unet"``, ``"transformer"``, ``"text_encoder"``, ...) -> adapted module.
+        directory: created when missing.
+        weight_name: of the file.
+        adapter_name: which adapter.
+        export_rank: compress layers of a larger rank, as in :func:`exported_factors`.
+        pad_rank: zero-pad every layer to this rank, for loaders that cannot mix ranks.
+        provenance: how the file was made; JSON under a metadata key of our own, which loaders ignore.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: ``export_rank`` below 1; ``pad_rank`` smaller than the rank that a layer has left (2r for offset
+            initialisations that are not compressed).
+    """
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for component, module in modules.items():
+        exported = exported_factors(module, adapter_name, export_rank=export_rank, pad_rank=pad_rank)
+        magnitudes = exported_magnitudes(module, adapter_name)
+        text_encoder = component.startswith("text_encoder")
+        for name, factors in exported.items():
+            key = f"{component}.{text_model_name(name) if text_encoder else name}"
+            tensors |= {f"{key}.lora_A.weight": factors.lora_A, f"{key}.lora_B.weight": factors.lora_B}
+            if name in magnitudes:
+                # transformers 5 needs the parameter's full name, and ignores the short one that PEFT writes.
+                suffix = "lora_magnitude_vector.weight" if text_encoder else "lora_magnitude_vector"
+                tensors[f"{key}.{suffix}"] = magnitudes[name]
+        # transformers 5 has flattened CLIP: patterns without "text_model." match both layouts as name endings. Others
+        # are anchored, because PEFT matches unanchored keys as endings of any name.
+        names = {name: name.removeprefix("text_model.") if text_encoder else name for name in exported}
+        ranks = {f"{'' if text_encoder else '^'}{names[name]}": f.lora_A.shape[0] for name, f in exported.items()}
+        config = minimal_config(ranks, sorted(names.values()), use_dora=bool(magnitudes))
+        metadata |= {f"{component}.{key}": value for key, value in config.items()}
+    blobs = {**file_metadata(provenance), DIFFUSERS_METADATA_KEY: json.dumps(metadata, sort_keys=True)}
+    path = Path(directory) / weight_name
+    save_tensors(tensors, path, metadata=blobs)
+    return path

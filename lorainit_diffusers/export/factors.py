@@ -1,0 +1,165 @@
+"""What an adapter adds, as plain factors: scaling, offset and compression folded in; what every format shares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from statistics import mode
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorainit_diffusers.adapters import adapter_weights
+from lorainit_diffusers.finite import check_finite
+from lorainit_diffusers.linalg import SVD, product_svd
+from lorainit_diffusers.methods.base import LoraFactors
+
+DIFFUSERS_METADATA_KEY = "lora_adapter_metadata"
+PROVENANCE_KEY = "lorainit_diffusers"
+DIFFUSERS_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+# The two files of a folder that PEFT loads, and what it puts before the layers' names.
+PEFT_WEIGHT_NAME = "adapter_model.safetensors"
+PEFT_CONFIG_NAME = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+
+
+def exported_factors(
+    module: nn.Module, adapter_name: str = "default", *, export_rank: int | None = None, pad_rank: int | None = None
+) -> dict[str, LoraFactors]:
+    """Factors by layer name whose plain product B A is all that the adapter and its twin add to the base layer.
+
+    Rank r where there is no twin, 2r where there is one; float32, on the CPU. With a twin the factors are the balanced
+    singular ones of the difference, not the two products side by side: a loader that casts them to half precision would
+    round two nearly equal products instead of what is left of them. Before training nothing is left, and the products
+    are kept, so that another trainer can start from the file.
+
+    Args:
+        module: adapted.
+        adapter_name: which adapter.
+        export_rank: layers of a larger rank are compressed to this one: the best approximation of B A in the Frobenius
+            norm (Eckart-Young), as balanced factors. :func:`discarded_energy` says what that costs.
+        pad_rank: zero-pad every layer to this rank, after compression.
+
+    Raises:
+        ValueError: ``export_rank`` below 1; ``pad_rank`` smaller than the rank that a layer has left; factors that are
+            not finite.
+    """
+    if export_rank is not None:
+        _check_export_rank(export_rank)
+    exported: dict[str, LoraFactors] = {}
+    for name, weights in adapter_weights(module, adapter_name).items():
+        check_finite({f"{name}.{key}": value for key, value in weights.factors._asdict().items()}, "the LoRA")
+        lora_A, lora_B = weights.factors.lora_A, weights.factors.lora_B * weights.scaling
+        if weights.offset is not None:
+            lora_A = torch.cat([lora_A, weights.offset.lora_A])
+            lora_B = torch.cat([lora_B, -weights.scaling * weights.offset.lora_B], dim=1)
+        factors = LoraFactors(lora_A.float().cpu().contiguous(), lora_B.float().cpu().contiguous())
+        if weights.offset is not None or (export_rank is not None and lora_A.shape[0] > export_rank):
+            factors = _decomposed(factors, export_rank)
+        exported[name] = factors if pad_rank is None else _pad(name, factors, pad_rank)
+    return exported
+
+
+def discarded_energy(
+    modules: Mapping[str, nn.Module], export_rank: int, adapter_name: str = "default"
+) -> dict[str, float]:
+    """What compression to ``export_rank`` loses, by layer (``"component.layer"``).
+
+    Returns:
+        Share of ``||B A||_F^2``, in [0, 1], with the twin's part in the product: 0 where nothing is cut, and where the
+        product is zero. Under DoRA, it is still the product's energy, before the rows are normalised.
+
+    Raises:
+        ValueError: ``export_rank`` below 1, or a module without the adapter.
+    """
+    _check_export_rank(export_rank)
+    shares: dict[str, float] = {}
+    for component, module in modules.items():
+        for name, factors in exported_factors(module, adapter_name).items():
+            energy = _exported_svd(factors).values.square()
+            total, lost = float(energy.sum()), float(energy[export_rank:].sum())
+            shares[f"{component}.{name}"] = lost / total if total > 0 else 0.0
+    return shares
+
+
+def _check_export_rank(export_rank: int) -> None:
+    if export_rank < 1:
+        raise ValueError(f"export_rank {export_rank} must be at least 1; leave it out to save every rank in full")
+
+
+def _exported_svd(factors: LoraFactors) -> SVD:
+    """Singular triplets of B A in float64, with the values that are mere rounding set to zero."""
+    lora_A, lora_B = factors.lora_A.double(), factors.lora_B.double()
+    left, values, right = product_svd(lora_B, lora_A)
+    # An untrained offset initialisation cancels with its twin, which leaves rounding and no energy to share out.
+    rounding = 1e-12 * torch.linalg.norm(lora_A) * torch.linalg.norm(lora_B)
+    return SVD(left, torch.where(values > rounding, values, 0.0), right)
+
+
+def _decomposed(factors: LoraFactors, rank: int | None) -> LoraFactors:
+    """Balanced singular factors of B A, of at most this rank."""
+    if not factors.lora_B.any():  # untrained: keep A's rows, or training from the file could not start
+        return LoraFactors(factors.lora_A[:rank].contiguous(), factors.lora_B[:, :rank].contiguous())
+    svd = _exported_svd(factors)
+    if rank is None and not svd.values.any():
+        return factors
+    root = svd.values[:rank].sqrt()  # a layer narrower than the rank has fewer triplets
+    lora_A, lora_B = root[:, None] * svd.right[:rank], svd.left[:, :rank] * root
+    return LoraFactors(lora_A.float().contiguous(), lora_B.float().contiguous())
+
+
+def _pad(name: str, factors: LoraFactors, rank: int) -> LoraFactors:
+    missing = rank - factors.lora_A.shape[0]
+    if missing < 0:
+        raise ValueError(
+            f"pad_rank {rank} is smaller than the exported rank {factors.lora_A.shape[0]} of {name!r}; "
+            "raise it, or compress with export_rank"
+        )
+    return LoraFactors(
+        nn.functional.pad(factors.lora_A, (0, 0, 0, missing)), nn.functional.pad(factors.lora_B, (0, missing))
+    )
+
+
+def exported_magnitudes(module: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """(out_features,) DoRA magnitudes by layer name, float32, on the CPU; nothing without DoRA."""
+    magnitudes = {
+        name: weights.magnitude.float().cpu()
+        for name, weights in adapter_weights(module, adapter_name).items()
+        if weights.magnitude is not None
+    }
+    check_finite({f"{name}.magnitude": value for name, value in magnitudes.items()}, "the LoRA")
+    return magnitudes
+
+
+def minimal_config(ranks: Mapping[str, int], target_modules: Sequence[str] | str, use_dora: bool) -> dict[str, Any]:
+    """A file's LoRA configuration, by the patterns of its layers' names: alpha is the rank in every layer.
+
+    Exactly the fields that every PEFT release knows; above all no ``init_lora_weights`` that would run an
+    initialisation on the base of whoever loads the file.
+    """
+    common = mode(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != common}
+    return {
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": target_modules,
+        "init_lora_weights": True,
+        **({"use_dora": True} if use_dora else {}),
+    }
+
+
+def file_metadata(provenance: Mapping[str, Any] | None) -> dict[str, str]:
+    """The metadata of a safetensors file: how the LoRA was made, under a key of our own."""
+    blobs = {"format": "pt"}
+    if provenance is not None:
+        blobs[PROVENANCE_KEY] = json.dumps(provenance, sort_keys=True)
+    return blobs
+
+
+def text_model_name(name: str) -> str:
+    """The layer's name as files have it: transformers before 5 nests CLIP's layers under ``text_model``."""
+    # The projection stands beside the text model, not in it.
+    return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
