@@ -8,9 +8,9 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from common import evaluating, print_once, seeded_generator
 from common_classify_options import DEFAULT_VALIDATION_FRACTION as DEFAULT_VALIDATION_FRACTION
-from common_classify_options import LABEL_COLUMNS, VALIDATION_SPLITS, check_classification_arguments, make_augmentation
+from common_classify_options import LABEL_COLUMNS, check_classification_arguments, make_augmentation
 from common_classify_options import add_classification_arguments as add_classification_arguments
 from common_data import (
     DataOrder,
@@ -50,7 +50,10 @@ from lorainit_diffusers.evaluation.classification import (
 from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.classifier import COMPONENT, ClassifierFamily, ImagePreparation
+from lorainit_diffusers.training.data.files import child_folders, list_folder
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out_of_classes, picture_key
+from lorainit_diffusers.training.data.notes import DataNotes, some
+from lorainit_diffusers.training.data.splits import find_class_splits, validation_split
 
 # Images at once where nothing is kept for a backward pass.
 EVALUATION_BATCH_SIZE = 64
@@ -70,12 +73,14 @@ class ClassData:
         validation: images to validate on.
         class_names: sorted or in the dataset's order; each has training images.
         source: folder or name, for messages.
+        notes: what reading left out, and what looks odd.
     """
 
     train: list[ImageRecord]
     validation: list[ImageRecord]
     class_names: tuple[str, ...]
     source: str
+    notes: DataNotes = field(default_factory=DataNotes, compare=False)
 
 
 def read_classes(args: argparse.Namespace) -> ClassData:
@@ -107,50 +112,52 @@ def read_classes(args: argparse.Namespace) -> ClassData:
 
 
 def read_class_folder(directory: str) -> ClassData:
-    """A folder per class: in the directory, or in its `train` and one of `VALIDATION_SPLITS`.
+    """A folder per class: in the directory, or in its training folder and its validation or test folder.
 
-    `data/train` finds the validation part beside it, too.
+    `data/train` finds the validation part beside it, too. `find_class_splits` says what a split is.
 
     Raises:
         FileNotFoundError: when there is no such directory.
-        ValueError: when it has no folders of images.
+        ValueError: when it has no folders of images, or images lie beside them.
     """
     folder, flag = Path(directory), f"--train_data_dir {directory!r}"
     if not folder.is_dir():
         raise FileNotFoundError(f"{flag} is not a directory; give one that has a folder of images for each class")
-    # A class may be called "train": a split is a folder of folders.
-    if folder.name != "train" and class_folders(folder / "train"):
-        folder = folder / "train"
-    root = folder.parent if folder.name == "train" else folder
-    found = [root / split for split in VALIDATION_SPLITS if class_folders(root / split)]
-    validation = found[0] if folder.name == "train" and found else None
-    classes = class_folders(folder)
-    if not classes:
+    notes = DataNotes()
+    splits = find_class_splits(folder, flag, notes)
+    list_folder(folder).report(folder, notes)
+    names = tuple(path.name for path in class_folders(splits.train) if path not in splits.skip)
+    if not names:
         raise ValueError(
             f"{flag} has no class folders in it; put the images of each class into a folder of the class's name, such "
-            f"as {folder / 'cat' / 'one.png'}"
+            f"as {splits.train / 'cat' / 'one.png'}"
         )
-
-    train = read_class_images(folder, flag)
-    names = tuple(path.name for path in classes)
-    return ClassData(train, [] if validation is None else read_class_images(validation, flag), names, flag)
-
-
-def class_folders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, without hidden ones; none if it is not there."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+    train = read_class_images(splits.train, flag, skip=splits.skip)
+    validation = [] if splits.heldout is None else read_class_images(splits.heldout, flag)
+    absent = sorted(set(names) - {record.caption for record in validation}) if validation else []
+    if absent:
+        notes.warn(f"{len(absent)} of {len(names)} classes have no validation images ({some(absent)})")
+    return ClassData(train, validation, names, flag, notes)
 
 
-def read_class_images(folder: Path, flag: str) -> list[ImageRecord]:
+class_folders = child_folders
+
+
+def read_class_images(folder: Path, flag: str, *, skip: Collection[Path] = ()) -> list[ImageRecord]:
     """The images of a folder of class folders.
 
+    Args:
+        folder: the folder.
+        flag: says in messages what the folder belongs to.
+        skip: folders in it that are no classes.
+
     Raises:
-        ValueError: for a class without images; `flag` says in the message what the folder belongs to.
+        ValueError: for a class without images.
     """
     records: list[ImageRecord] = []
     for path in class_folders(folder):
+        if path in skip:
+            continue
         images = list_images(path)
         if not images:
             raise ValueError(f"{flag}: class {path.name!r} has no images in {str(path)!r}; add some or remove it")
@@ -191,10 +198,14 @@ def read_class_dataset(args: argparse.Namespace) -> ClassData:
         return records
 
     train = read("train")
-    validation = next((split for split in VALIDATION_SPLITS if split in splits), None)
+    if not train:
+        raise ValueError(f"{flag}: the split train has no rows; give a dataset that has some")
+    validation, notes = validation_split(list(splits), classes=True), DataNotes()
+    unused = [f"{split} with {len(splits[split]):,d} rows" for split in splits if split not in ("train", validation)]
+    notes.leave_out("splits that are not used", unused)
     used = {record.caption for record in train}
     ordered = [name for name in names if name in used] if names is not None else sorted(used, key=natural_order)
-    return ClassData(train, [] if validation is None else read(validation), tuple(ordered), flag)
+    return ClassData(train, [] if validation is None else read(validation), tuple(ordered), flag, notes)
 
 
 def natural_order(name: str) -> tuple[int, str]:

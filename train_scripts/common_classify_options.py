@@ -13,8 +13,6 @@ from lorainit_diffusers.training.choices import names_in
 if TYPE_CHECKING:
     from lorainit_diffusers.families.augment import Augmentation
 
-# What the validation part of a data set is called, the first that there is.
-VALIDATION_SPLITS = ("validation", "valid", "val", "test", "heldout")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 DEFAULT_VALIDATION_FRACTION = 0.2
 
@@ -22,8 +20,7 @@ DEFAULT_VALIDATION_FRACTION = 0.2
 def add_classification_arguments(parser: argparse.ArgumentParser) -> None:
     """Where images and classes are, how the head starts, and what the training step does to the images."""
     add = parser.add_argument_group("data").add_argument
-    splits = ", ".join(VALIDATION_SPLITS)
-    add("--train_data_dir", help=f"a folder per class, or such folders in train/ and in one of {splits}")
+    add("--train_data_dir", help="a folder per class, or such folders in train/ and in validation/, val/ or test/")
     add("--dataset_name", help="hub name or folder of a dataset with an image and a label column")
     add("--dataset_config_name", help="configuration of that dataset")
     add("--image_column", help="default: image")

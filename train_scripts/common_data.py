@@ -3,290 +3,97 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib
-import io
-import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 from common import derive_seed, seeded_generator
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from lorainit_diffusers.training.choices import INTERPOLATIONS as INTERPOLATIONS
+from lorainit_diffusers.training.choices import INTERPOLATIONS
+from lorainit_diffusers.training.data.files import list_folder
+from lorainit_diffusers.training.data.folders import read_image_folder
+from lorainit_diffusers.training.data.images import (
+    DatasetImage,
+    ImageRecord,
+    check_images,
+    decoded_sizes,
+    image_size,
+    load_image,
+)
+from lorainit_diffusers.training.data.named_datasets import cast_images, encoded_images, load_splits, read_dataset
+from lorainit_diffusers.training.data.notes import DataNotes
+from lorainit_diffusers.training.data.splits import find_image_splits
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-HELDOUT_SPLITS = ("heldout", "validation")
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """One image and its caption: a file, or a row of a dataset that `image` reads.
-
-    Of a row, `path` is a label for messages, such as `owner/name/train[12]`.
-    """
-
-    path: Path
-    caption: str
-    image: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
-
-
-@dataclass(frozen=True)
-class DatasetImage:
-    """Reads one row of a dataset whose column `column` has undecoded images, when it is called."""
-
-    dataset: Any
-    column: str
-    row: int
-
-    def __call__(self) -> bytes:
-        """The encoded image.
-
-        Raises:
-            ValueError: when the row holds none.
-        """
-        image = self.dataset[self.row][self.column]
-        if image is None or (image["bytes"] is None and not image["path"]):
-            raise ValueError(f"column {self.column!r} is empty")
-        if image["bytes"] is not None:
-            return image["bytes"]
-        opened: Any = fsspec.open(image["path"], "rb")  # a file, or one inside a zip archive
-        with opened as file:
-            return file.read()
-
-
-def read_image_folder(
-    directory: str | os.PathLike[str],
-    *,
-    flag: str,
-    prompt: str | None = None,
-    image_column: str = "file_name",
-    caption_column: str = "text",
-) -> list[ImageRecord]:
-    """List the captioned images of a folder.
-
-    Captions come from `prompt` (the same for all), else from `metadata.jsonl` or `metadata.csv` (the Hugging Face
-    `imagefolder` layout), else from a `.txt` file beside each image.
-
-    Args:
-        directory: the folder; images in subfolders count.
-        flag: the option that gave the folder, for error messages.
-        prompt: caption for every image.
-        image_column: metadata column of the file name, relative to the folder.
-        caption_column: metadata column of the caption.
-
-    Raises:
-        FileNotFoundError: when the folder, or an image that the metadata names, does not exist.
-        ValueError: when there are no images, or captions are missing.
-    """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{flag} {str(directory)!r} is not a directory; give a folder of images")
-    paths = list_images(folder)
-    if not paths:
-        raise ValueError(f"{flag} {str(directory)!r} has no images in it ({' '.join(IMAGE_SUFFIXES)})")
-    if prompt is not None:
-        return [ImageRecord(path, prompt) for path in paths]
-    captions = _read_captions(folder, paths, image_column, caption_column)
-    missing = [path.relative_to(folder).as_posix() for path in paths if not captions.get(path, "").strip()]
-    if missing:
-        raise ValueError(
-            f"{flag} {str(directory)!r}: {len(missing)} of {len(paths)} images have no caption: "
-            f"{_some(missing)}; add them to metadata.jsonl (columns {image_column}, {caption_column}) or put "
-            "a .txt file beside each, or use --instance_data_dir with --instance_prompt"
-        )
-    return [ImageRecord(path, captions[path].strip()) for path in paths]
+# The reading itself is the package's; scripts and tests know it by these names.
+__all__ = [
+    "INTERPOLATIONS",
+    "BucketOrder",
+    "CaptionedImages",
+    "DataNotes",
+    "DataOrder",
+    "DatasetImage",
+    "ImageRecord",
+    "caption_columns",
+    "cast_images",
+    "check_images",
+    "choose_prompts",
+    "encoded_images",
+    "find_splits",
+    "fixed_batches",
+    "image_size",
+    "image_to_tensor",
+    "list_images",
+    "load_image",
+    "load_splits",
+    "nearest_bucket",
+    "parse_buckets",
+    "read_data",
+    "read_dataset",
+    "read_image_folder",
+]
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder and its subfolders, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-
-
-def check_images(records: Sequence[ImageRecord]) -> None:
-    """See that each image can be decoded.
-
-    Raises:
-        ValueError: naming the first one that cannot.
-    """
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(lambda record: load_image(record).size, records)
-        for _ in tqdm(checks, total=len(records), desc="reading images", disable=len(records) < 1000):
-            pass
-
-
-def _read_captions(folder: Path, paths: Sequence[Path], image_column: str, caption_column: str) -> dict[Path, str]:
-    metadata = next((folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()), None)
-    if metadata is None:
-        texts = {path: path.with_suffix(".txt") for path in paths}
-        return {path: text.read_text(encoding="utf-8") for path, text in texts.items() if text.is_file()}
-    rows: list[dict[str, Any]] = []
-    with metadata.open(encoding="utf-8", newline="") as file:
-        if metadata.suffix == ".csv":
-            rows = [dict(row) for row in csv.DictReader(file)]
-        else:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    rows.append(dict(json.loads(line)))
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"{str(metadata)!r}, line {number}: not a JSON object ({error})") from error
-    columns = sorted({column for row in rows for column in row})
-    for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-        if column not in columns:
-            raise ValueError(
-                f"{str(metadata)!r} has no column {column!r} (it has {', '.join(columns) or 'none'}); set {option}"
-            )
-    captions = {
-        folder / str(row[image_column]): str(row.get(caption_column) or "") for row in rows if image_column in row
-    }
-    absent = [path.relative_to(folder).as_posix() for path in captions if not path.is_file()]
-    if absent:
-        raise FileNotFoundError(f"{str(metadata)!r} names images that do not exist: {_some(absent)}")
-    return captions
+    """The image files of a folder and its subfolders, sorted; none if it is not there."""
+    return list(list_folder(folder).images) if folder.is_dir() else []
 
 
 def find_splits(directory: str | os.PathLike[str]) -> tuple[Path, Path | None]:
     """The training folder and, if there is one, the held-out folder that a data directory means.
 
-    `data/train` and `data/heldout` are found from `data` as well as from `data/train`; any other folder is the training
-    set itself.
+    `data/train` and `data/heldout`, in any usual spelling, are found from `data` as well as from `data/train`; any
+    other folder is the training set itself.
     """
-    folder = Path(directory)
-    if folder.name != "train" and (folder / "train").is_dir():
-        folder = folder / "train"
-    heldout = folder.parent / "heldout"
-    return folder, heldout if folder.name == "train" and heldout.is_dir() else None
+    splits = find_image_splits(Path(directory), str(directory), DataNotes())
+    return splits.train, splits.heldout
 
 
-def load_splits(name: str, config_name: str | None, cache_dir: str | None) -> tuple[Any, Any]:
-    """The `datasets` library, and the splits of a dataset by name, of which one is for training.
-
-    Raises:
-        ValueError: when the library is missing, the dataset cannot be loaded, or it has no split `train`.
-    """
-    flag = f"--dataset_name {name!r}"
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ValueError(
-            f'{flag} needs the package datasets ({error}); pip install "lorainit-diffusers[datasets]"'
-        ) from error
-    try:
-        splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
-    except Exception as error:  # it raises what its many readers and its HTTP client raise
-        raise ValueError(
-            f"{flag} cannot be loaded ({type(error).__name__}: {error}); check the name, --dataset_config_name "
-            "and the connection to the hub"
-        ) from error
-    if "train" not in splits:
-        raise ValueError(f"{flag} has no split train (it has {', '.join(splits)}); give a dataset that has one")
-    return datasets, splits
-
-
-def encoded_images(datasets: Any, rows: Any, column: str, flag: str) -> Any:
-    """The images of a split, one a row, as the bytes of their files.
-
-    Raises:
-        ValueError: when the column holds something else; `flag` names the dataset.
-    """
-    return cast_images(rows.select_columns([column]), column, datasets.Image(decode=False), flag)
-
-
-def cast_images(rows: Any, column: str, kind: Any, flag: str) -> Any:
-    """The rows with this column as images of a kind, `datasets.Image` or a list of it.
-
-    Raises:
-        ValueError: when the column holds something else; `flag` names the dataset.
-    """
-    try:
-        return rows.cast_column(column, kind)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(
-            f"{flag}: the column {column!r} holds no images but {rows.features[column]}; set --image_column"
-        ) from error
-
-
-def read_dataset(
-    name: str,
-    *,
-    config_name: str | None = None,
-    cache_dir: str | None = None,
-    prompt: str | None = None,
-    image_column: str = "image",
-    caption_column: str = "text",
-    max_train_samples: int | None = None,
-) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """Training and held-out rows of a dataset of the `datasets` library, whose images stay encoded where they are.
-
-    Held out is the split `heldout`, else `validation`, if there is one. Of a list of captions the first counts.
-
-    Args:
-        name: name on the hub, or a local folder that `datasets.load_dataset` takes.
-        config_name: the dataset's configuration.
-        cache_dir: where downloads are kept.
-        prompt: caption for every image; the caption column is then not needed.
-        image_column: column of the images.
-        caption_column: column of the captions.
-        max_train_samples: keep the first so many training rows.
-
-    Raises:
-        ValueError: when `datasets` is missing, or the dataset, a split, a column or a caption.
-    """
-    flag = f"--dataset_name {name!r}"
-    datasets, splits = load_splits(name, config_name, cache_dir)
-
-    def read_split(split: str, limit: int | None) -> list[ImageRecord]:
-        rows = splits[split]
-        for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-            if column not in rows.column_names and (option == "--image_column" or prompt is None):
-                columns = ", ".join(rows.column_names)
-                raise ValueError(f"{flag}, split {split}, has no column {column!r} (it has {columns}); set {option}")
-        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-        if len(rows) == 0:
-            raise ValueError(f"{flag}, split {split}, has no rows; give a dataset that has some")
-        images = encoded_images(datasets, rows, image_column, flag)
-        captions = [prompt] * len(rows) if prompt is not None else [_first(text) for text in rows[caption_column]]
-        texts = [caption.strip() if isinstance(caption, str) else "" for caption in captions]
-        missing = [f"{split}[{row}]" for row, text in enumerate(texts) if not text]
-        if missing:
-            raise ValueError(
-                f"{flag}: {len(missing)} of {len(texts)} rows have no text in the column {caption_column!r}: "
-                f"{_some(missing)}; set --caption_column, remove these rows, or give --instance_prompt"
-            )
-        return [
-            ImageRecord(Path(name) / f"{split}[{row}]", text, DatasetImage(images, image_column, row))
-            for row, text in enumerate(texts)
-        ]
-
-    heldout = next((split for split in HELDOUT_SPLITS if split in splits), None)
-    return read_split("train", max_train_samples), [] if heldout is None else read_split(heldout, None)
-
-
-def read_data(args: argparse.Namespace) -> tuple[list[ImageRecord], list[ImageRecord]]:
+def read_data(args: argparse.Namespace, notes: DataNotes | None = None) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Training and held-out images of the options' folder or dataset; the latter only where it has such a split.
 
     Every image has been decoded once. `--max_train_samples` keeps the first training images, of which each then counts
     `--repeats` times.
 
+    Args:
+        args: the options.
+        notes: gets what was left out, what looks odd, and the images' sizes.
+
     Raises:
         FileNotFoundError: when a folder or file does not exist.
         ValueError: when something else is missing or unreadable; see `read_image_folder` and `read_dataset`.
     """
+    notes = DataNotes() if notes is None else notes
     given = {"image_column": args.image_column, "caption_column": args.caption_column}
     columns: dict[str, str] = {option: column for option, column in given.items() if column is not None}
     if args.dataset_name is not None:
@@ -296,78 +103,41 @@ def read_data(args: argparse.Namespace) -> tuple[list[ImageRecord], list[ImageRe
             cache_dir=args.cache_dir,
             prompt=args.instance_prompt,
             max_train_samples=args.max_train_samples,
+            notes=notes,
             **columns,
         )
     else:
-        if args.instance_data_dir is not None:
-            flag, directory = "--instance_data_dir", args.instance_data_dir
-        else:
-            flag, directory = "--train_data_dir", args.train_data_dir
-        folder, heldout_folder = find_splits(directory)
-        records = read_image_folder(folder, flag=flag, prompt=args.instance_prompt, **columns)
-        records = records[: args.max_train_samples]
-        heldout: list[ImageRecord] = []
-        if heldout_folder is not None:
-            heldout = read_image_folder(heldout_folder, flag=flag, prompt=args.instance_prompt, **columns)
-    check_images([*records, *heldout])
+        flag = "--train_data_dir" if args.instance_data_dir is None else "--instance_data_dir"
+        directory = Path(args.train_data_dir if args.instance_data_dir is None else args.instance_data_dir)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{flag} {str(directory)!r} is not a directory; give a folder of images")
+        check_class_folder_apart(directory, flag, args)
+        splits = find_image_splits(directory, f"{flag} {str(directory)!r}", notes)
+        read = partial(
+            read_image_folder, flag=flag, prompt=args.instance_prompt, notes=notes, root=splits.root, **columns
+        )
+        records = read(splits.train, skip=splits.skip)[: args.max_train_samples]
+        heldout = [] if splits.heldout is None else read(splits.heldout)
+    sizes = decoded_sizes([*records, *heldout])
+    notes.sizes |= {"training": sizes[: len(records)], "held out": sizes[len(records) :]}
     return records * args.repeats, heldout
 
 
-def load_image(source: ImageRecord | str | os.PathLike[str] | bytes) -> Image.Image:
-    """Decode an image to RGB: turned as its EXIF data says, transparency over white, 16 bits brought to 8.
-
-    Of an animation it is the first frame. The source is a record, a file, or an encoded image.
+def check_class_folder_apart(directory: Path, flag: str, args: argparse.Namespace) -> None:
+    """See that the images of the class are not in the folder of the subject, nor the other way round.
 
     Raises:
-        ValueError: when the image cannot be decoded; the message names it.
+        ValueError: when they are: class images would be trained on as the subject.
     """
-    try:
-        with _open_image(source) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            sixteen_bits = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG")
-        if image.mode.startswith(("I", "F")):
-            # Pillow clips these to 255 instead of scaling them. Other integers and floats do not say what white is:
-            # the smallest usual maximum that holds them all
-            values = np.asarray(image, dtype=np.float64)
-            peak = values.max(initial=0.0)
-            usual = (1.0, 255.0, 65535.0, 4294967295.0)
-            white = 65535.0 if sixteen_bits else next((white for white in usual if peak <= white), peak)
-            image = Image.fromarray((values.clip(0.0, white) * (255.0 / white)).round().astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        return image.convert("RGB")
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {_label(source)!r} ({error}); repair or remove it") from error
-
-
-def image_size(source: ImageRecord | str | os.PathLike[str] | bytes) -> tuple[int, int]:
-    """Height and width that `load_image` gives, from the image's header where that is enough.
-
-    Raises:
-        ValueError: when the header cannot be read; the message names the image.
-    """
-    try:
-        with _open_image(source) as opened:
-            if opened.format == "TIFF":
-                opened.load()  # Pillow turns these by itself; whether their size is turned before varies by version
-            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return (opened.width, opened.height) if turned else (opened.height, opened.width)
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {_label(source)!r} ({error}); repair or remove it") from error
-
-
-def _open_image(source: ImageRecord | str | os.PathLike[str] | bytes) -> Image.Image:
-    if isinstance(source, ImageRecord):
-        source = source.path if source.image is None else source.image()
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-
-
-def _label(source: ImageRecord | str | os.PathLike[str] | bytes) -> str:
-    if isinstance(source, bytes):
-        return f"of {len(source)} bytes"
-    return str(source.path if isinstance(source, ImageRecord) else source)
+    class_dir = getattr(args, "class_data_dir", None)
+    if class_dir is None:
+        return
+    subject, of_class = directory.resolve(), Path(class_dir).resolve()
+    if subject.is_relative_to(of_class) or of_class.is_relative_to(subject):
+        raise ValueError(
+            f"--class_data_dir {class_dir!r} and {flag} {str(directory)!r} lie within each other, so that images would "
+            "be of both; give two folders that do not"
+        )
 
 
 def image_to_tensor(
@@ -661,13 +431,3 @@ def fixed_batches(images: CaptionedImages, batch_size: int = 4) -> Iterator[dict
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
             yield default_collate([images[index, derive_seed("validation", index)] for index in chosen])
-
-
-def _first(captions: Any) -> Any:
-    """The first of several captions; a single one as it is."""
-    return next(iter(captions), None) if isinstance(captions, (list, tuple)) else captions
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from common import evaluating, print_once
 from common_data import (
-    HELDOUT_SPLITS,
     DataOrder,
     DatasetImage,
     ImageRecord,
@@ -37,6 +36,7 @@ from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Pict
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.vlm import COMPONENT, VisionLanguageFamily
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out
+from lorainit_diffusers.training.data.splits import validation_split
 
 PLACEHOLDER = "<image>"
 # LLaVA's names of those who speak, and those of chat messages.
@@ -322,7 +322,7 @@ def _read_dataset(
             raise ValueError(f"{flag}, split {split}, has no rows; give a dataset that has some")
         return records
 
-    heldout = next((split for split in HELDOUT_SPLITS if split in splits), None)
+    heldout = validation_split(list(splits), classes=False)
     use_split = heldout is not None and args.validation_fraction is None
     validation = read_split(cast(str, heldout), args.max_validation_samples) if use_split else []
     return read_split("train", args.max_train_samples if validation else None), validation

@@ -1,0 +1,170 @@
+"""Images of the data: a file or a row of a dataset, decoded to RGB whatever its format is."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from PIL import ExifTags, Image
+from tqdm.auto import tqdm
+
+from lorainit_diffusers.training.data.files import PLUGIN_SUFFIXES, image_suffixes
+
+# EXIF's orientation -> how the stored image is turned to be upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Formats whose header does not say the size that decoding gives: Pillow turns TIFF by itself, and of icons it takes
+# one.
+_SIZED_BY_DECODING = ("TIFF", "ICO", "ICNS")
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image and its caption: a file, or a row of a dataset that `image` reads.
+
+    Of a row, `path` is a label for messages, such as `owner/name/train[12]`.
+    """
+
+    path: Path
+    caption: str
+    image: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class DatasetImage:
+    """Reads one row of a dataset whose column `column` has undecoded images, when it is called."""
+
+    dataset: Any
+    column: str
+    row: int
+
+    def __call__(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            ValueError: when the row holds none.
+        """
+        image = self.dataset[self.row][self.column]
+        if image is None or (image["bytes"] is None and not image["path"]):
+            raise ValueError(f"column {self.column!r} is empty")
+        if image["bytes"] is not None:
+            return image["bytes"]
+        opened: Any = fsspec.open(image["path"], "rb")  # a file, or one inside a zip archive
+        with opened as file:
+            return file.read()
+
+
+def check_images(records: Sequence[ImageRecord]) -> None:
+    """See that each image can be decoded.
+
+    Raises:
+        ValueError: naming the first one that cannot.
+    """
+    decoded_sizes(records)
+
+
+def decoded_sizes(records: Sequence[ImageRecord]) -> list[tuple[int, int]]:
+    """(height, width) of each image, which is decoded for it.
+
+    Raises:
+        ValueError: naming the first one that cannot.
+    """
+
+    def decoded_size(record: ImageRecord) -> tuple[int, int]:
+        image = load_image(record)
+        return image.height, image.width
+
+    with ThreadPoolExecutor() as pool:
+        checks = pool.map(decoded_size, records)
+        return list(tqdm(checks, total=len(records), desc="reading images", disable=len(records) < 1000))
+
+
+def load_image(source: ImageRecord | str | os.PathLike[str] | bytes) -> Image.Image:
+    """Decode an image to RGB: turned as its EXIF data says, transparency over white, 16 bits brought to 8.
+
+    Of an animation it is the first frame. The source is a record, a file, or an encoded image.
+
+    Raises:
+        ValueError: when the image cannot be decoded; the message names it.
+    """
+    try:
+        with _open_image(source) as opened:
+            opened.load()
+            turn = _TURNS.get(_orientation(opened))
+            image = opened.copy() if turn is None else opened.transpose(turn)
+            sixteen_bits = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM"))
+        if not (image.width and image.height):
+            raise ValueError(f"its size is {image.width} x {image.height}")
+        if image.mode.startswith(("I", "F")):
+            # Pillow clips these to 255 instead of scaling them. Other integers and floats do not say what white is:
+            # the smallest usual maximum that holds them all
+            values = np.asarray(image, dtype=np.float64)
+            if not np.isfinite(values).all():
+                raise ValueError("it has values that are not finite")
+            peak = values.max(initial=0.0)
+            usual = (1.0, 255.0, 65535.0, 4294967295.0)
+            white = 65535.0 if sixteen_bits else next((white for white in usual if peak <= white), peak)
+            image = Image.fromarray((values.clip(0.0, white) * (255.0 / white)).round().astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        return image.convert("RGB")
+    except Exception as error:  # decoders raise what they like: struct.error, RuntimeError, KeyError, MemoryError ...
+        raise _unreadable(source, error) from error
+
+
+def image_size(source: ImageRecord | str | os.PathLike[str] | bytes) -> tuple[int, int]:
+    """Height and width that `load_image` gives, from the image's header where that is enough.
+
+    Raises:
+        ValueError: when the header cannot be read; the message names the image.
+    """
+    try:
+        with _open_image(source) as opened:
+            if opened.format in _SIZED_BY_DECODING:
+                opened.load()
+            turned = _orientation(opened) in (5, 6, 7, 8)
+            return (opened.width, opened.height) if turned else (opened.height, opened.width)
+    except Exception as error:
+        raise _unreadable(source, error) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 where it says none; other tags may be broken, as their text matters to nobody here."""
+    try:
+        value: Any = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(value[0] if isinstance(value, (tuple, list)) else value)
+    except Exception:  # of the many that a broken EXIF block raises: the pixels are fine
+        return 1
+
+
+def _open_image(source: ImageRecord | str | os.PathLike[str] | bytes) -> Image.Image:
+    image_suffixes()  # registers the plug-ins that are installed
+    if isinstance(source, ImageRecord):
+        source = source.path if source.image is None else source.image()
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _unreadable(source: ImageRecord | str | os.PathLike[str] | bytes, error: Exception) -> ValueError:
+    label, suffix = f"of {len(source)} bytes" if isinstance(source, bytes) else "", ""
+    if not isinstance(source, bytes):
+        path = source.path if isinstance(source, ImageRecord) else Path(source)
+        label, suffix = str(path), path.suffix.lower()
+    remedy = "repair or remove it"
+    if suffix in PLUGIN_SUFFIXES and Image.registered_extensions().get(suffix) not in Image.OPEN:
+        remedy = f"save it as PNG or JPEG, or install {PLUGIN_SUFFIXES[suffix]}, which reads such images"
+    return ValueError(f"cannot read the image {label!r} ({str(error) or type(error).__name__}); {remedy}")

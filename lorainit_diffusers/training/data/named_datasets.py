@@ -1,0 +1,128 @@
+"""Datasets of the `datasets` library by name: their splits, their images still encoded, their captions."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from lorainit_diffusers.training.data.captions import clean_caption
+from lorainit_diffusers.training.data.images import DatasetImage, ImageRecord
+from lorainit_diffusers.training.data.notes import DataNotes, some
+from lorainit_diffusers.training.data.splits import training_split, validation_split
+
+
+def load_splits(name: str, config_name: str | None, cache_dir: str | None) -> tuple[Any, Any]:
+    """The `datasets` library, and the splits of a dataset by name, of which one is for training.
+
+    Raises:
+        ValueError: when the library is missing, the dataset cannot be loaded, or it has no split `train`.
+    """
+    flag = f"--dataset_name {name!r}"
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ValueError(
+            f'{flag} needs the package datasets ({error}); pip install "lorainit-diffusers[datasets]"'
+        ) from error
+    try:
+        splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+    except Exception as error:  # it raises what its many readers and its HTTP client raise
+        raise ValueError(
+            f"{flag} cannot be loaded ({type(error).__name__}: {error}); check the name, --dataset_config_name "
+            "and the connection to the hub"
+        ) from error
+    if "train" in splits:
+        return datasets, splits
+    found = training_split(list(splits))
+    if found is None:
+        raise ValueError(f"{flag} has no split train (it has {', '.join(splits)}); give a dataset that has one")
+    return datasets, {"train": splits[found], **{name: rows for name, rows in splits.items() if name != found}}
+
+
+def encoded_images(datasets: Any, rows: Any, column: str, flag: str) -> Any:
+    """The images of a split, one a row, as the bytes of their files.
+
+    Raises:
+        ValueError: when the column holds something else; `flag` names the dataset.
+    """
+    return cast_images(rows.select_columns([column]), column, datasets.Image(decode=False), flag)
+
+
+def cast_images(rows: Any, column: str, kind: Any, flag: str) -> Any:
+    """The rows with this column as images of a kind, `datasets.Image` or a list of it.
+
+    Raises:
+        ValueError: when the column holds something else; `flag` names the dataset.
+    """
+    try:
+        return rows.cast_column(column, kind)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"{flag}: the column {column!r} holds no images but {rows.features[column]}; set --image_column"
+        ) from error
+
+
+def read_dataset(
+    name: str,
+    *,
+    config_name: str | None = None,
+    cache_dir: str | None = None,
+    prompt: str | None = None,
+    image_column: str = "image",
+    caption_column: str = "text",
+    max_train_samples: int | None = None,
+    notes: DataNotes | None = None,
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Training and held-out rows of a dataset of the `datasets` library, whose images stay encoded where they are.
+
+    Held out is the split `heldout`, else `validation` in one of its spellings, if there is one. Of a list of captions
+    the first counts.
+
+    Args:
+        name: name on the hub, or a local folder that `datasets.load_dataset` takes.
+        config_name: the dataset's configuration.
+        cache_dir: where downloads are kept.
+        prompt: caption for every image; the caption column is then not needed.
+        image_column: column of the images.
+        caption_column: column of the captions.
+        max_train_samples: keep the first so many training rows.
+        notes: gets what was left out.
+
+    Raises:
+        ValueError: when `datasets` is missing, or the dataset, a split, a column or a caption.
+    """
+    flag, notes = f"--dataset_name {name!r}", DataNotes() if notes is None else notes
+    datasets, splits = load_splits(name, config_name, cache_dir)
+
+    def read_split(split: str, limit: int | None) -> list[ImageRecord]:
+        rows = splits[split]
+        for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+            if column not in rows.column_names and (option == "--image_column" or prompt is None):
+                columns = ", ".join(rows.column_names)
+                raise ValueError(f"{flag}, split {split}, has no column {column!r} (it has {columns}); set {option}")
+        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+        if len(rows) == 0:
+            raise ValueError(f"{flag}, split {split}, has no rows; give a dataset that has some")
+        images = encoded_images(datasets, rows, image_column, flag)
+        captions: list[Any] = [prompt] * len(rows) if prompt is not None else list(rows[caption_column])
+        several = [row for row, caption in enumerate(captions) if isinstance(caption, list) and len(caption) > 1]
+        names = (f"{split}[{row}]" for row in several)
+        notes.leave_out("rows with several captions, of which the first is used", names)
+        captions = [(each[0] if each else None) if isinstance(each, list) else each for each in captions]
+        texts = [clean_caption(caption) if isinstance(caption, str) else "" for caption in captions]
+        missing = [f"{split}[{row}]" for row, text in enumerate(texts) if not text]
+        if missing:
+            raise ValueError(
+                f"{flag}: {len(missing)} of {len(texts)} rows have no text in the column {caption_column!r}: "
+                f"{some(missing)}; set --caption_column, remove these rows, or give --instance_prompt"
+            )
+        return [
+            ImageRecord(Path(name) / f"{split}[{row}]", text, DatasetImage(images, image_column, row))
+            for row, text in enumerate(texts)
+        ]
+
+    heldout = validation_split(list(splits), classes=False)
+    unused = [f"{split} with {len(splits[split]):,d} rows" for split in splits if split not in ("train", heldout)]
+    notes.leave_out("splits that are not used", unused)
+    return read_split("train", max_train_samples), [] if heldout is None else read_split(heldout, None)
