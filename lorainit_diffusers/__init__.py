@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         load_lora,
         save_diffusers_lora,
         save_kohya_lora,
+        save_lora,
         save_merged,
         save_peft_lora,
     )
@@ -50,6 +51,7 @@ __all__ = [
     "register_checkpoint_hooks",
     "save_diffusers_lora",
     "save_kohya_lora",
+    "save_lora",
     "save_merged",
     "save_peft_lora",
     "trainable_parameters",

@@ -560,6 +560,30 @@ def _factors(layer: LoraLayer, adapter_name: str) -> LoraFactors:
     return LoraFactors(lora_A.detach(), lora_B.detach())
 
 
+def check_beside(modules: Mapping[str, nn.Module], adapter_name: str = "default") -> None:
+    """See that no other part of a family carries this adapter, or trains one: nothing would initialise or save it.
+
+    Args:
+        modules: a family's ``adapted``, whose ``beside`` names its other parts; nothing is known of a plain mapping.
+        adapter_name: PEFT's name of the adapter.
+
+    Raises:
+        ValueError: naming the component.
+    """
+    beside: Mapping[str, nn.Module] = getattr(modules, "beside", {})
+    for component, module in beside.items():
+        for name, layer in unwrap(module).named_modules():
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            held = adapter_name in _adapter_names(layer)
+            if held or any(p.requires_grad for p in cast("nn.Module", layer).parameters()):
+                raise ValueError(
+                    f"{component} carries an adapter (on {name!r}), but the family adapts {', '.join(modules)} only: "
+                    "make the family with train_text_encoder=True, or pass every adapted module by name, as "
+                    f"{{{', '.join(f'{key!r}: {key}' for key in (*modules, component))}}}"
+                )
+
+
 def trainable_parameters(module: nn.Module, adapter_name: str = "default") -> list[nn.Parameter]:
     """All that an adapter trains; never the initial factors of an offset.
 

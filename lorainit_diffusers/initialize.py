@@ -20,7 +20,7 @@ from lorainit_diffusers.families.base import loss_weight
 from lorainit_diffusers.methods import METHODS, Initializer, Solution
 from lorainit_diffusers.methods.base import Observed
 from lorainit_diffusers.methods.kaiming import Kaiming
-from lorainit_diffusers.ranks import allocate_ranks, uniform_ranks
+from lorainit_diffusers.ranks import allocate_ranks, check_rank_fits, uniform_ranks
 from lorainit_diffusers.report import InitReport, LayerReport
 from lorainit_diffusers.statistics import InputsAndGradient, InputsAndReference, SketchedSecondMoment, Statistic
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # families import diffusers' pipelines, which a user's own sc
 MAX_RANK_RATIO = 2
 # Bins of the timestep distribution when the number of batches is not known beforehand.
 DEFAULT_NUM_STRATA = 16
-# What makes a method that starts elsewhere start from the base model, without a twin.
+# What makes a method that starts elsewhere start from the base model, without an offset.
 ZERO_DELTA_OPTIONS: dict[str, dict[str, Any]] = {
     "cntlora": {"base": "down_only"},
     "gradient_step": {"step": 0},
@@ -93,10 +93,10 @@ def initialize(
     creation of the optimiser. Afterwards the adapter is active and trainable in float32; the base weights are
     untouched.
 
-    Methods such as CNTLoRA, LoRA-GA and PiSSA add a frozen twin adapter, which must stay active with the trainable one
-    (a later ``set_adapter`` takes ``["default", "default_offset"]``). Save with
-    :func:`~lorainit_diffusers.export.save_diffusers_lora`, which folds it into the file; PEFT's own saving does not
-    know of it.
+    Methods such as CNTLoRA, LoRA-GA and PiSSA put frozen initial factors into the adapter, whose product it subtracts
+    (see :mod:`~lorainit_diffusers.offset`): to PEFT and diffusers it is one adapter, and what they save is right on the
+    original base, with rank 2r. :func:`~lorainit_diffusers.export.save_diffusers_lora` writes it more exactly for
+    readers in half precision.
 
     Args:
         target: a module, named components, or a model family (whose own loss is used).
@@ -108,9 +108,10 @@ def initialize(
         reference_batches: samples of the pre-training distribution (DreamBooth's class images, say) for methods that
             compare the data with it, such as CNTLoRA with ``pretraining="measured"``, and for no other; drawn once, at
             most ``num_batches``, through the same loss.
-        rank: of every layer, or on average under ``variable_rank``. Default: the existing adapter's, or 8.
-        alpha: LoRA alpha at that rank. Default: the existing adapter's, or the rank. Under variable ranks a layer's
-            alpha follows its rank, so that the scaling stays the same everywhere.
+        rank: of every layer, or on average under ``variable_rank``. Default: the existing adapter's, layer by layer, or
+            8.
+        alpha: LoRA alpha at that rank. Default: what keeps the scaling of the existing adapter, layer by layer, or the
+            rank. Under variable ranks a layer's alpha follows its rank, so that its scaling stays as it is.
         target_modules: names, name endings or a regular expression; per component if a mapping. Default: the layers
             already adapted, or the family's default.
         num_batches: cap on the batches drawn, and on the reference batches; all when left out.
@@ -123,7 +124,7 @@ def initialize(
         adapter_name: PEFT's name of the adapter.
         use_rslora: scale by alpha / sqrt(rank); for new adapters.
         use_dora: train the magnitudes of the weight apart from its direction (DoRA); for new adapters, and with methods
-            that start from the base model without a twin.
+            that start from the base model without an offset.
         lora_dropout: for new adapters.
         share_inputs: keep one statistic for layers that one tensor feeds.
         mask_padding: leave padded tokens out of the statistics, where the family knows them.
@@ -140,7 +141,9 @@ def initialize(
 
     Raises:
         ValueError: bad arguments, before anything is computed: unknown method, no matching layer, a rank that does not
-            fit, a wrapped or compiled module, DoRA with B A != 0, no batches, reference batches missing or unused, mean
+            fit, a wrapped or compiled module, an adapter that is no LoRA of linear layers or whose base PEFT has
+            changed, a part of the family that carries an adapter but is not adapted, DoRA with B A != 0, no batches,
+            reference batches missing or unused, mean
             gradients that do not fit into the memory budget; or, in the pass, non-finite activations, or statistics
             that do not fit in any form. Names the culprit.
     """
@@ -153,25 +156,21 @@ def initialize(
         modules = target
     else:
         family, modules = target, target.adapted
+    adapters.check_beside(modules, adapter_name)
     for component, module in modules.items():
         _check_not_wrapped(component, module)
 
     existing = {component: adapters.existing_adapter(module, adapter_name) for component, module in modules.items()}
-    config = next((adapter for adapter in existing.values() if adapter is not None), None)
-    rank = rank if rank is not None else config.rank if config is not None else 8
-    if config is not None:
-        use_rslora = config.use_rslora
-        use_dora = any(adapter.use_dora for adapter in existing.values() if adapter is not None)
-    if alpha is not None or config is None:
-        scaling = (alpha if alpha is not None else rank) / (rank**0.5 if use_rslora else max(rank, 1))
-    else:
-        scaling = config.scaling
-    if use_dora:
+    if any(adapter.use_dora for adapter in existing.values() if adapter is not None) or (
+        use_dora and None in existing.values()
+    ):
         check_zero_delta(name, method)
+    rslora = {key: use_rslora if adapter is None else adapter.use_rslora for key, adapter in existing.items()}
 
     layers: dict[str, nn.Linear] = {}
     location: dict[str, tuple[str, str]] = {}
     for component, module in modules.items():
+        adapters.check_plain(module, adapter_name)
         targets = target_modules.get(component) if isinstance(target_modules, Mapping) else target_modules
         if targets is None and family is not None and existing[component] is None:
             targets = family.default_targets(component)
@@ -180,23 +179,23 @@ def initialize(
             layers[full_name] = layer
             location[full_name] = (component, layer_name)
     shapes = {full_name: (layer.out_features, layer.in_features) for full_name, layer in layers.items()}
-    ranks = uniform_ranks(shapes, rank)
+    ranks, scalings = _ranks_and_scalings(existing, location, shapes, rslora, rank, alpha)
     if variable_rank:
-        max_rank = max_rank if max_rank is not None else MAX_RANK_RATIO * rank
         if rank_budget is None and parameter_budget is None:
-            rank_budget = rank * len(layers)
+            rank_budget = sum(ranks.values())
+        most = {key: max_rank if max_rank is not None else MAX_RANK_RATIO * value for key, value in ranks.items()}
     else:
         if rank_budget is not None or parameter_budget is not None or max_rank is not None:
             raise ValueError("rank_budget, parameter_budget and max_rank need variable_rank=True (--variable_rank)")
-        max_rank = rank
-    caps = _largest_ranks(method, shapes, rank, max_rank)
+        most = ranks
+    caps = _largest_ranks(method, shapes, ranks, most)
     allocate = partial(
         allocate_ranks,
         layers=shapes,
         rank_budget=rank_budget,
         parameter_budget=parameter_budget,
         min_rank=min_rank,
-        max_rank=max_rank,
+        max_rank=max(most.values()),
     )
     if variable_rank:  # a budget that cannot be met is refused now, not after the pass
         allocate({full_name: torch.zeros(caps[full_name]) for full_name in layers})
@@ -230,7 +229,7 @@ def initialize(
     columns = {full_name: _sketch_columns(statistic) for full_name, statistic in collection.statistics.items()}
 
     start = time.perf_counter()
-    solutions, fallbacks = _solve(method, layers, collection, rank, caps, scaling, seed, keep=variable_rank)
+    solutions, fallbacks = _solve(method, layers, collection, ranks, caps, scalings, seed, keep=variable_rank)
     if variable_rank:
         scores: dict[str, Tensor] = {}
         for full_name, solution in solutions.items():
@@ -248,7 +247,7 @@ def initialize(
         component, layer_name = location[full_name]
         weights[component][layer_name] = adapters.AdapterWeights(
             factors,
-            scaling,
+            scalings[full_name],
             offset=factors if offset else None,
         )
     solve_s = time.perf_counter() - start
@@ -271,7 +270,7 @@ def initialize(
         scores, kept = solutions[full_name].scores, ranks[full_name]
         return LayerReport(
             rank=kept,
-            alpha=scaling * (kept**0.5 if use_rslora else kept),
+            alpha=scalings[full_name] * (kept**0.5 if rslora[location[full_name][0]] else kept),
             scores=None if scores is None else [float(f"{score:.6g}") for score in scores.tolist()],
             captured=None if scores is None else float(scores[:kept].sum()),
             num_rows=num_rows.get(full_name, 0),
@@ -312,14 +311,46 @@ def _sketch_columns(statistic: Observed) -> int | None:
     return inputs.num_columns if isinstance(inputs, SketchedSecondMoment) else None
 
 
+def _ranks_and_scalings(
+    existing: Mapping[str, adapters.ExistingAdapter | None],
+    location: Mapping[str, tuple[str, str]],
+    shapes: Mapping[str, tuple[int, int]],
+    rslora: Mapping[str, bool],
+    rank: int | None,
+    alpha: float | None,
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and scaling of every layer: what the caller asks for, else what its adapter has.
+
+    A component without an adapter follows the first one that has it.
+    """
+    first = next((adapter for adapter in existing.values() if adapter is not None), None)
+    common = rank if rank is not None else first.rank if first is not None else 8
+    uniform_ranks(shapes, common if rank is not None or first is None else 1)
+    ranks: dict[str, int] = {}
+    scalings: dict[str, float] = {}
+    for full_name, (component, layer_name) in location.items():
+        adapter = existing[component]
+        ranks[full_name] = common if rank is not None or adapter is None else adapter.ranks[layer_name]
+        check_rank_fits({full_name: shapes[full_name]}, ranks[full_name], "rank")
+        if alpha is not None or first is None:
+            numerator = alpha if alpha is not None else ranks[full_name]
+            scalings[full_name] = numerator / (ranks[full_name] ** (0.5 if rslora[component] else 1))
+        else:
+            scalings[full_name] = first.scaling if adapter is None else adapter.scalings[layer_name]
+    return ranks, scalings
+
+
 def _largest_ranks(
-    method: Initializer, shapes: Mapping[str, tuple[int, int]], rank: int, max_rank: int
+    method: Initializer,
+    shapes: Mapping[str, tuple[int, int]],
+    ranks: Mapping[str, int],
+    most: Mapping[str, int],
 ) -> dict[str, int]:
-    """The largest rank up to ``max_rank`` that each layer and the method can use; at least ``rank``, or an error."""
-    caps = {full_name: min(max_rank, *shape) for full_name, shape in shapes.items()}
+    """The largest rank up to ``most`` that each layer and the method can use; at least its rank, or an error."""
+    caps = {full_name: min(most[full_name], *shape) for full_name, shape in shapes.items()}
     for full_name, (out_features, in_features) in shapes.items():
         # Under variable ranks the cap above `rank` is an offer, which a method may not be able to use in full.
-        smallest = min(rank, caps[full_name])
+        smallest = min(ranks[full_name], caps[full_name])
         for cap in range(caps[full_name], smallest - 1, -1):
             caps[full_name] = cap
             try:
@@ -347,8 +378,10 @@ def check_zero_delta(name: str, method: Initializer) -> None:
     """
     if method.step_zero == "equal":
         return
-    options = [f"{option}={value} (--init_option)" for option, value in ZERO_DELTA_OPTIONS.get(name, {}).items()]
-    remedies = ", or ".join([*options, "a zero-delta init such as eva or orthonormal"])
+    options = ZERO_DELTA_OPTIONS.get(name, {})
+    flags = " ".join(f"{option}={value}" for option, value in options.items())
+    own = [f"make_method({name!r}, {options}) (in the scripts, --init_option {flags})"] if options else []
+    remedies = ", or ".join([*own, "a zero-delta init such as eva or orthonormal"])
     raise ValueError(
         f"init {name!r} starts from B A != 0, which DoRA's magnitudes do not allow; use {remedies}, or drop use_dora"
     )
@@ -462,9 +495,9 @@ def _solve(
     method: Initializer,
     layers: Mapping[str, nn.Linear],
     collection: Collection,
-    rank: int,
+    ranks: Mapping[str, int],
     caps: Mapping[str, int],
-    scaling: float,
+    scalings: Mapping[str, float],
     seed: int,
     *,
     keep: bool,
@@ -478,6 +511,7 @@ def _solve(
     fallbacks: dict[str, str] = {}
     for full_name, layer in layers.items():
         statistic = collection.statistics.pop(full_name, None)
+        rank = ranks[full_name]
         solver: Initializer = method
         if method.observes.startswith("inputs") and statistic is not None and statistic.num_rows < rank:
             solver = Kaiming()
@@ -487,11 +521,15 @@ def _solve(
             part.move(layer.weight.device)
         try:
             solution = solver.solve(
-                adapters.base_weight(layer), statistic, caps[full_name], scaling=scaling, generator=generator
+                adapters.base_weight(layer),
+                statistic,
+                caps[full_name],
+                scaling=scalings[full_name],
+                generator=generator,
             )
             if not keep:
                 factors = solution.factors(rank)
-                solution = Solution(solution.scores, lambda rank, factors=factors: factors)
+                solution = Solution(solution.scores, lambda _rank, factors=factors: factors)
             solutions[full_name] = solution
         except torch.linalg.LinAlgError as error:
             raise ValueError(

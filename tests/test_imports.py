@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lora_config": set(),
     "adapters": {"lora_config", "methods.base", "offset", "quantized", "trained"},
     "kohya": set(),
-    "export": {"adapters", "files", "finite", "kohya", "linalg", "methods.base"},
+    "export": {"adapters", "files", "finite", "kohya", "linalg", "lora_config", "methods.base", "trained"},
     "initialize": {
         *(
             "statistics",

@@ -11,6 +11,8 @@ from lorainit_diffusers.export.diffusers_file import save_diffusers_lora
 from lorainit_diffusers.export.factors import (
     DIFFUSERS_METADATA_KEY,
     DIFFUSERS_WEIGHT_NAME,
+    KOHYA_WEIGHT_NAME,
+    LABELS_NAME,
     PEFT_CONFIG_NAME,
     PEFT_PREFIX,
     PEFT_WEIGHT_NAME,
@@ -22,10 +24,13 @@ from lorainit_diffusers.export.kohya_file import save_kohya_lora
 from lorainit_diffusers.export.load import load_lora
 from lorainit_diffusers.export.merged_model import save_merged
 from lorainit_diffusers.export.peft_folder import save_peft_lora
+from lorainit_diffusers.export.together import save_lora
 
 __all__ = [
     "DIFFUSERS_METADATA_KEY",
     "DIFFUSERS_WEIGHT_NAME",
+    "KOHYA_WEIGHT_NAME",
+    "LABELS_NAME",
     "PEFT_CONFIG_NAME",
     "PEFT_PREFIX",
     "PEFT_WEIGHT_NAME",
@@ -35,6 +40,7 @@ __all__ = [
     "load_lora",
     "save_diffusers_lora",
     "save_kohya_lora",
+    "save_lora",
     "save_merged",
     "save_peft_lora",
 ]

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lorainit_diffusers import kohya
-from lorainit_diffusers.adapters import unwrap
-from lorainit_diffusers.export.factors import exported_factors, exported_magnitudes, text_model_name
+from lorainit_diffusers.adapters import check_beside, unwrap
+from lorainit_diffusers.export.factors import check_holds, exported_factors, exported_magnitudes, text_model_name
 from lorainit_diffusers.files import save_tensors
 
 
 def save_kohya_lora(
-    modules: Mapping[str, nn.Module],
+    target: Mapping[str, nn.Module] | Any,
     path: str | Path,
     *,
     adapter_name: str = "default",
@@ -33,7 +33,7 @@ def save_kohya_lora(
     layers is off there by the ratio of the two norms. The diffusers format has no such limit.
 
     Args:
-        modules: component -> adapted module.
+        target: component -> adapted module; or a model family.
         path: of the ``.safetensors`` file.
         adapter_name: which adapter.
         prefixes: component -> key prefix; when left out, :data:`kohya.PREFIXES` or :data:`kohya.SDXL_PREFIXES`.
@@ -46,8 +46,12 @@ def save_kohya_lora(
 
     Raises:
         ValueError: a component without a prefix; an SDXL layer that the original UNet does not have; ``export_rank``
-            below 1; ``pad_rank`` smaller than the rank that a layer has left.
+            below 1; ``pad_rank`` smaller than the rank that a layer has left; what the format cannot hold
+            (``lora_bias``, ``bias``, ``modules_to_save``, ``trainable_token_indices`` of ``LoraConfig``); another
+            component of the family that carries an adapter.
     """
+    modules: Mapping[str, nn.Module] = getattr(target, "adapted", target)
+    check_beside(modules, adapter_name)
     configs = {component: getattr(unwrap(module), "config", None) for component, module in modules.items()}
     if sdxl is None:
         text_time = getattr(configs.get("unet"), "addition_embed_type", None) == "text_time"
@@ -58,6 +62,7 @@ def save_kohya_lora(
     for component, module in modules.items():
         if component not in prefixes:
             raise ValueError(f"component {component!r} has no kohya key prefix; known: {', '.join(sorted(prefixes))}")
+        check_holds(module, adapter_name, "the kohya format")
         exported = exported_factors(module, adapter_name, export_rank=export_rank, pad_rank=pad_rank)
         magnitudes = exported_magnitudes(module, adapter_name)
         for name, factors in exported.items():

@@ -11,14 +11,24 @@ from typing import Any, cast
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lorainit_diffusers.adapters import AdapterWeights, attach, base_layers, existing_adapter, unwrap
+from lorainit_diffusers.adapters import (
+    AdapterWeights,
+    attach,
+    base_layers,
+    default_config,
+    existing_adapter,
+    state_of_base,
+    unwrap,
+)
 from lorainit_diffusers.export.factors import (
     DIFFUSERS_METADATA_KEY,
     DIFFUSERS_WEIGHT_NAME,
+    LABELS_NAME,
     PEFT_CONFIG_NAME,
     PEFT_PREFIX,
     PEFT_WEIGHT_NAME,
 )
+from lorainit_diffusers.lora_config import check_config
 from lorainit_diffusers.methods.base import LoraFactors
 
 
@@ -33,8 +43,8 @@ def load_lora(
         load_lora(pipeline.transformer, "outputs/dit-lora")
 
     It is an active adapter afterwards; the base weights are untouched and frozen, and run alone in
-    :func:`adapters_disabled`. Modules that were trained in full (a classifier's output layer) are the exception: their
-    weights replace those of the base. Only safetensors files are read.
+    :func:`adapters_disabled`. What was trained in full (a classifier's output layer, biases) is the exception: it
+    replaces the base's, and a classifier gets the names of its labels. Only safetensors files are read.
 
     Args:
         module: the base model (a pipeline's transformer or UNet, say) that the LoRA was made for.
@@ -46,7 +56,9 @@ def load_lora(
     Raises:
         FileNotFoundError: no such file, or a folder that holds neither format.
         ValueError: the module carries such an adapter already; the file lacks the component, or holds something other
-            than a LoRA; a layer that the module does not have, or of another shape. The module is then as it was.
+            than a LoRA; a configuration that cannot be honoured (such as PEFT's pissa or olora, whose factors assume a
+            base that they have changed); a layer that the module does not have, or of another shape. The module is then
+            as it was.
     """
     if existing_adapter(module, adapter_name) is not None:
         raise ValueError(
@@ -54,23 +66,14 @@ def load_lora(
             "another adapter_name"
         )
     file = _lora_file(Path(path))
-    with safe_open(file, framework="pt") as opened:
-        keys, metadata = list(opened.keys()), opened.metadata() or {}
-        if all(key.startswith(PEFT_PREFIX) for key in keys):
-            prefix, config = PEFT_PREFIX, _peft_config(file)
-        else:
-            component = _component(file, keys, component)
-            prefix, config = f"{component}.", {}
-            for key, value in json.loads(metadata.get(DIFFUSERS_METADATA_KEY, "{}")).items():
-                if key.startswith(prefix):
-                    config[key.removeprefix(prefix)] = value
-        tensors = {key.removeprefix(prefix): opened.get_tensor(key) for key in keys if key.startswith(prefix)}
+    tensors, config = _read(file, component)
     whole = _take_full_modules(module, tensors, config, file)
+    names = _saved_labels(file, unwrap(module))
     entries: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         layer, found, entry = key.rpartition(".lora_")
         entry = entry.removesuffix(".weight")
-        if not found or entry not in ("A", "B", "magnitude_vector"):
+        if not found or entry not in ("A", "B", "B.bias", "magnitude_vector"):
             raise ValueError(f"{str(file)!r} holds {key!r}, which is no part of a LoRA of linear layers")
         entries.setdefault(layer, {})[entry] = value
     linear = base_layers(module)
@@ -93,26 +96,87 @@ def load_lora(
                 f"that of {type(unwrap(module)).__name__} has ({layer.out_features}, {layer.in_features}); load it "
                 "into the model that it was trained on"
             )
+        rank = _saved_rank(config, saved_name, entry["A"], entry["B"], file)
+        for flag, kept in (("use_dora", "magnitude_vector"), ("lora_bias", "B.bias")):
+            if config and bool(config.get(flag)) != (kept in entry):
+                raise ValueError(
+                    f"{str(file)!r} has {flag}={config.get(flag)!r}, but {'no ' if kept not in entry else ''}tensor "
+                    f"'{saved_name}.lora_{kept}'; save it again"
+                )
         weights[name] = AdapterWeights(
             LoraFactors(entry["A"], entry["B"]),
-            scaling=_saved_scaling(config, saved_name, rank=entry["A"].shape[0]),
+            scaling=_saved_scaling(config, saved_name, rank),
             magnitude=entry.get("magnitude_vector"),
+            bias=entry.get("B.bias"),
         )
     if not weights:
         raise ValueError(f"{str(file)!r} holds no LoRA layers; save it again")
     attach(module, weights, adapter_name=adapter_name, use_dora=any(w.magnitude is not None for w in weights.values()))
-    own = unwrap(module).state_dict()
+    own = state_of_base(module)
     for key, value in whole.items():
         own[key].copy_(value)
+    if names is not None:
+        settings = cast(Any, unwrap(module)).config
+        settings.id2label = dict(enumerate(names))
+        settings.label2id = {name: number for number, name in enumerate(names)}
+
+
+def _read(file: Path, component: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of one component and their configuration, which must be one that can be honoured."""
+    with safe_open(file, framework="pt") as opened:
+        keys, metadata = list(opened.keys()), opened.metadata() or {}
+        folder = all(key.startswith(PEFT_PREFIX) for key in keys)
+        if folder:
+            prefix, config, where = PEFT_PREFIX, _peft_config(file), f"{str(file.parent / PEFT_CONFIG_NAME)!r}"
+        else:
+            component = _component(file, keys, component)
+            prefix, config, where = f"{component}.", {}, f"the metadata of {str(file)!r}"
+            for key, value in json.loads(metadata.get(DIFFUSERS_METADATA_KEY, "{}")).items():
+                if key.startswith(prefix):
+                    config[key.removeprefix(prefix)] = value
+        tensors = {key.removeprefix(prefix): opened.get_tensor(key) for key in keys if key.startswith(prefix)}
+    remedy = (
+        "load it with PEFT, and convert it there (save_pretrained's path_initial_model_for_weight_conversion, merge)"
+    )
+    check_config(config, default_config(), where, remedy)
+    fields = ["trainable_token_indices"] if folder else ["trainable_token_indices", "bias", "modules_to_save"]
+    for field in fields:
+        if config.get(field) not in (None, "none", [], {}):
+            raise ValueError(f"{where} has {field}={config[field]!r}, which is not in its weights; {remedy}")
+    return tensors, config
+
+
+def _saved_labels(file: Path, model: nn.Module) -> list[str] | None:
+    """The names of a classifier's outputs that a folder carries, which must fit the model."""
+    path = file.parent / LABELS_NAME
+    if file.name != PEFT_WEIGHT_NAME or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["id2label"]
+        names = [str(found[str(number)]) for number in range(len(found))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} holds no id2label from 0 on ({error}); save the LoRA again") from error
+    count = len(getattr(getattr(model, "config", None), "id2label", None) or ())
+    if count != len(names):
+        raise ValueError(
+            f"{str(path)!r} names {len(names)} labels, but {type(model).__name__} has {count}; load the base with as "
+            "many (id2label, ignore_mismatched_sizes=True)"
+        )
+    return names
 
 
 def _take_full_modules(
     module: nn.Module, tensors: dict[str, Tensor], config: Mapping[str, Any], file: Path
 ) -> dict[str, Tensor]:
-    """Take the weights of modules that were trained in full out of a file's tensors, and see that they fit."""
-    names = tuple(f"{name}." for name in cast("list[str]", config.get("modules_to_save") or []))
-    whole = {key: tensors.pop(key) for key in list(tensors) if names and key.startswith(names)}
-    own, kind = unwrap(module).state_dict(), type(unwrap(module)).__name__
+    """Take what was trained beside the factors out of a file's tensors, by the base's names, and see that it fits."""
+    names = [f".{name}." for name in cast("list[str]", config.get("modules_to_save") or [])]
+    has_bias = config.get("bias", "none") != "none"
+    whole: dict[str, Tensor] = {}
+    for key in list(tensors):
+        biased = has_bias and key.endswith("bias") and ".lora_" not in key
+        if biased or any(name in f".{key}" for name in names):
+            whole[key.replace(".base_layer.", ".")] = tensors.pop(key)
+    own, kind = state_of_base(module), type(unwrap(module)).__name__
     for key, value in whole.items():
         if key not in own:
             raise ValueError(
@@ -149,7 +213,13 @@ def _peft_config(file: Path) -> dict[str, Any]:
     path = file.parent / PEFT_CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{PEFT_CONFIG_NAME} is missing beside {str(file)!r}: it says how the LoRA is scaled")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON ({error}); save the LoRA again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{str(path)!r} holds no JSON object; save the LoRA again")
+    return cast("dict[str, Any]", config)
 
 
 def _component(file: Path, keys: Iterable[str], component: str | None) -> str:
@@ -165,11 +235,27 @@ def _component(file: Path, keys: Iterable[str], component: str | None) -> str:
     return component
 
 
+def _saved_rank(config: Mapping[str, Any], name: str, lora_A: Tensor, lora_B: Tensor, file: Path) -> int:
+    """The rank of a layer's factors, which must be the configuration's: the scaling depends on it."""
+    rank = lora_A.shape[0]
+    said = _by_pattern(config.get("rank_pattern"), name, config.get("r", rank))
+    if lora_B.shape[1] != rank or int(said) != rank:
+        raise ValueError(
+            f"the factors of layer {name!r} in {str(file)!r} have ranks {rank} and {lora_B.shape[1]}, but its "
+            f"configuration says {said}; save it again"
+        )
+    return rank
+
+
 def _saved_scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
     """What multiplies B A by the file's configuration; 1 without one, and in all files that are written here."""
     if "lora_alpha" not in config:
         return 1.0
-    patterns = cast("Mapping[str, float]", config.get("alpha_pattern") or {})
-    matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", name))  # as PEFT does it
-    alpha = float(next(matching, config["lora_alpha"]))
+    alpha = float(_by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _by_pattern(patterns: Any, name: str, default: float) -> float:
+    """A layer's entry among patterns, as PEFT finds it."""
+    matching = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(matching, default)

@@ -12,9 +12,18 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from lorainit_diffusers.adapters import AdapterWeights, adapter_weights, lora_layers, state_of_base, unwrap
+from lorainit_diffusers.adapters import (
+    AdapterWeights,
+    adapter_weights,
+    lora_layers,
+    state_of_base,
+    trained_tensors,
+    unwrap,
+)
+from lorainit_diffusers.export.factors import check_not_rounded
 from lorainit_diffusers.files import filling
 from lorainit_diffusers.finite import check_finite
+from lorainit_diffusers.trained import merged_rows
 
 
 def save_merged(
@@ -43,6 +52,8 @@ def save_merged(
             weights that are not finite, as where a sum exceeds what float16 can hold.
     """
     merged = adapter_weights(module, adapter_name)
+    for name, weights in merged.items():
+        check_not_rounded(name, weights)
     inner = unwrap(module)
     kind = type(inner).__name__
     for name, layer in lora_layers(module, adapter_name).items():
@@ -52,13 +63,29 @@ def save_merged(
                 f"layer {name!r} of {kind} is quantised, and a LoRA cannot be merged into it; save the LoRA, load it "
                 "with load_lora into the base in bfloat16, and merge it there"
             )
+    state = state_of_base(module)
+    for name, adapter in merged.items():
+        if adapter.bias is not None and f"{name}.bias" not in state:
+            raise ValueError(
+                f"layer {name!r} of {kind} has no bias that could take up the one of LoraConfig's lora_bias; save the "
+                "LoRA with save_peft_lora"
+            )
     is_diffusers = hasattr(inner, "save_config")
     if not is_diffusers and not hasattr(getattr(inner, "config", None), "save_pretrained"):
         raise ValueError(f"{kind} is a model of neither diffusers nor transformers, which say how to save it")
-    state = state_of_base(module)
     for name, adapter in merged.items():
         state[f"{name}.weight"] = _merged_weight(state[f"{name}.weight"], adapter)
-    check_finite({f"{name}.weight": state[f"{name}.weight"] for name in merged}, "the merged model")
+        if adapter.bias is not None:
+            bias = state[f"{name}.bias"]
+            state[f"{name}.bias"] = (bias.detach().float() + adapter.scaling * adapter.bias.float()).to(bias).cpu()
+    for item in trained_tensors(module, adapter_name):
+        rows = item.field == "trainable_token_indices"
+        value = merged_rows(inner, item.base_name, adapter_name) if rows else item.value
+        state[item.base_name] = value.detach().cpu().contiguous()
+    changed = {
+        name: state[name] for adapted in merged for name in (f"{adapted}.weight", f"{adapted}.bias") if name in state
+    }
+    check_finite(changed, "the merged model")
     for name in _tied_copies(inner, state):
         del state[name]
     stem = "diffusion_pytorch_model" if is_diffusers else "model"

@@ -39,6 +39,23 @@ class StepRecord:
         return self.token_masks.get(component)
 
 
+class AdaptedModules(dict[str, nn.Module]):
+    """The modules of a family that get LoRA, by component name, and what the family holds beside them.
+
+    Attributes:
+        beside: its other modules, by name: an adapter on one of them would be neither initialised nor saved.
+    """
+
+    def __init__(self, adapted: Mapping[str, nn.Module], family: object) -> None:
+        super().__init__(adapted)
+        taken = {id(module) for module in adapted.values()}
+        self.beside: dict[str, nn.Module] = {
+            name: value
+            for name, value in vars(family).items()
+            if isinstance(value, nn.Module) and id(value) not in taken
+        }
+
+
 @runtime_checkable
 class ModelFamily(Protocol):
     """One kind of model: which of its modules get adapters, and what one training step is.

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lorainit_diffusers.families.base import EvaluationMode, StepRecord, UniformDraws
+from lorainit_diffusers.families.base import AdaptedModules, EvaluationMode, StepRecord, UniformDraws
 from lorainit_diffusers.families.pretrained import autocast, local_folder
 
 if TYPE_CHECKING:
@@ -377,7 +377,8 @@ class TextToImageFamily(_Parts, EvaluationMode, ABC):
     @property
     def adapted(self) -> Mapping[str, nn.Module]:
         """The denoiser, and the CLIP text encoders when they are trained."""
-        return {self.DENOISER: self.denoiser, **(self.trainable_text_encoders if self.train_text_encoder else {})}
+        encoders = self.trainable_text_encoders if self.train_text_encoder else {}
+        return AdaptedModules({self.DENOISER: self.denoiser, **encoders}, self)
 
     @property
     def _first_weight(self) -> Tensor:
