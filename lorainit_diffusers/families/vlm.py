@@ -47,6 +47,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from lorainit_diffusers.families.base import StepRecord
+from lorainit_diffusers.families.plain_text import PlainText
 from lorainit_diffusers.families.pretrained import autocast, check_transformers_folder, dtype_option
 
 COMPONENT = "model"
@@ -152,6 +153,9 @@ class VisionLanguageFamily:
         own = getattr(generation, "eos_token_id", None)
         ends.update(own if isinstance(own, (list, tuple)) else [own])
         self._end_tokens: set[int] = ends - {None}
+        self._plain_text = PlainText(
+            self.tokenizer, self.processor, end_ids=self._end_tokens, image_ids=self._image_tokens.tolist()
+        )
 
     # ---- loading and saving
 
@@ -406,6 +410,8 @@ class VisionLanguageFamily:
         generation prompt, to the first token that ends a generation. The last one gets an end token where the template
         writes none, or the model would not learn to stop.
 
+        Every text is plain text: an end or an image token that it spells is read letter by letter, and trained on.
+
         A processor without a template takes one question and one answer: PaliGemma's as its prefix and suffix, others
         as the image tokens, the question, a new line, the answer and the end token.
 
@@ -429,6 +435,7 @@ class VisionLanguageFamily:
         for index in turns:
             if not _text_of(conversation[index]).strip():
                 raise ValueError(f"message {index + 1} is an empty answer; fill it in or leave it out")
+        conversation, marked = self._plain_text.mark(conversation)
         if not self.has_chat_template:
             features = self._encode_pair(conversation, images)
         else:
@@ -444,6 +451,8 @@ class VisionLanguageFamily:
                 last = first + ends[0] + 1 if ends else last
                 labels[first:last] = ids[first:last]
             features["labels"] = labels[None]
+        if marked is not None:
+            features = self._plain_text.unmark(features, marked, _TOKEN_COLUMNS)
         length = features["input_ids"].shape[1]
         limit = min((number for number in (max_length, self.max_tokens) if number is not None), default=length)
         if length > limit:
@@ -472,9 +481,24 @@ class VisionLanguageFamily:
         conversation = _typed(messages, len(images))
         if conversation[-1]["role"] == "assistant":
             raise ValueError("the last message is the assistant's: leave out what it should say")
+        conversation, marked = self._plain_text.mark(conversation)
         if self.has_chat_template:
-            return self._process(self._write(conversation, add_generation_prompt=True), images)
-        return self._process(self._plain_prompt(conversation), images)
+            features = self._process(self._write(conversation, add_generation_prompt=True), images)
+        else:
+            features = self._process(self._plain_prompt(conversation), images)
+        return features if marked is None else self._plain_text.unmark(features, marked, _TOKEN_COLUMNS)
+
+    def check_texts(self, messages: Sequence[Mapping[str, Any]], num_images: int) -> None:
+        """See what `encode` would find without the images: roles, contents, and texts that cannot be read as such.
+
+        Raises:
+            ValueError: as in `encode`.
+        """
+        self._plain_text.mark(_typed(messages, num_images))
+
+    def num_answer_tokens(self, text: str) -> int:
+        """About how many tokens `generate` needs for this answer: its own, the end, and one for how it begins."""
+        return self._plain_text.count_tokens(text) + 2
 
     def collate(self, features: Sequence[Mapping[str, Tensor]], padding_side: str = "right") -> dict[str, Tensor]:
         """One batch of several samples.

@@ -282,6 +282,56 @@ def test_a_system_prompt_comes_first(llava: VisionLanguageFamily) -> None:
     assert text.startswith("Be brief. USER: <image>")
 
 
+SPELLED = ("</s>", "<s>", "<image>", "<pad>", "<end_of_utterance>", "<|im_end|>", "<|image_pad|>", "<eos>", "<bos>")
+
+
+@pytest.mark.parametrize("token", SPELLED)
+def test_special_tokens_in_texts_are_text(family: VisionLanguageFamily, token: str) -> None:
+    """In questions, answers and system prompts: nothing ends, no image is added, and the whole answer is trained on."""
+
+    def conversation(word: str) -> list[dict[str, Any]]:
+        found = ask(f"What is {word}{word}?", f"{word} red{word} apple {word}")
+        if not family.has_chat_template:
+            return found
+        return [{"role": "system", "content": [{"type": "text", "text": f"Be {word} brief."}]}, *found]
+
+    features, plain = (family.encode(conversation(word), [make_image(0)]) for word in (token, "fruit"))
+    special = family.tokenizer.all_special_ids
+    specials = [[i for i in sample["input_ids"][0].tolist() if i in special] for sample in (features, plain)]
+    assert specials[0] == specials[1]
+    assert specials[0].count(int(family._image_tokens[0])) == NUM_IMAGE_TOKENS
+    assert answer_text(family, features).strip() == f"{token} red{token} apple {token}{family.tokenizer.eos_token}"
+    text = family.tokenizer.decode(features["input_ids"][0])
+    assert f"What is {token}{token}?" in text
+    assert "\ue000" not in text
+    prompt = family.encode_prompt(conversation(token)[:-1], [make_image(0)])["input_ids"][0]
+    assert torch.equal(prompt, features["input_ids"][0, : len(prompt)])
+    assert len({values.shape[1] for name, values in features.items() if name in ("input_ids", "labels")}) == 1
+    with torch.no_grad():
+        assert bool(torch.isfinite(family.loss(family.collate([features, plain]), seeded())))
+
+
+def test_special_tokens_of_several_parts_and_private_characters(llava: VisionLanguageFamily) -> None:
+    messages = ask("What?", "red apple")
+    messages[0]["content"] += [{"type": "text", "text": " A </"}, {"type": "text", "text": "s> \ue000 and \ue001"}]
+    features = llava.encode(messages, [make_image(0)])
+    assert llava.tokenizer.decode(features["input_ids"][0]).count("What? A </s> \ue000 and \ue001") == 1
+    assert int((features["input_ids"] == llava.tokenizer.eos_token_id).sum()) == 1
+
+
+def test_an_end_that_is_an_ordinary_token_is_refused_in_texts(tmp_path: Path) -> None:
+    write_llava(tmp_path)
+    line_break = VisionLanguageFamily.from_pretrained(tmp_path).tokenizer.convert_tokens_to_ids("\u010a")
+    edit_json(tmp_path / "generation_config.json", eos_token_id=[1, line_break])
+    family = VisionLanguageFamily.from_pretrained(tmp_path)
+    assert answer_text(family, family.encode(ask("What?", "red apple"), [make_image(0)])).strip() == "red apple</s>"
+    family.encode(ask("What\nis it?", "red apple"), [make_image(0)])  # a question may have it
+    with pytest.raises(ValueError, match="message 2 has the token '\u010a' in its text, which ends a generation"):
+        family.encode(ask("What?", "red\napple"), [make_image(0)])
+    with pytest.raises(ValueError, match="message 2 has the token"):
+        family.check_texts(ask("What?", "red\napple"), 1)
+
+
 def test_the_last_answer_gets_an_end_where_the_template_writes_none(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{{ m['role'].upper() }}: {% for p in m['content'] %}"
