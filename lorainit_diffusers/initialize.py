@@ -20,6 +20,16 @@ from lorainit_diffusers.families.base import loss_weight
 from lorainit_diffusers.methods import METHODS, Initializer, Solution
 from lorainit_diffusers.methods.base import Observed
 from lorainit_diffusers.methods.kaiming import Kaiming
+from lorainit_diffusers.ranges import (
+    COUNT,
+    COUNT_OR_NONE,
+    FINITE,
+    POSITIVE,
+    SEED,
+    SHARE_BELOW_ONE,
+    Range,
+    check_keywords,
+)
 from lorainit_diffusers.ranks import allocate_ranks, check_rank_fits, uniform_ranks
 from lorainit_diffusers.report import InitReport, LayerReport
 from lorainit_diffusers.statistics import InputsAndGradient, InputsAndReference, SketchedSecondMoment, Statistic
@@ -31,6 +41,19 @@ if TYPE_CHECKING:  # families import diffusers' pipelines, which a user's own sc
 MAX_RANK_RATIO = 2
 # Bins of the timestep distribution when the number of batches is not known beforehand.
 DEFAULT_NUM_STRATA = 16
+# The numbers of `initialize`.
+RANGES: dict[str, Range] = {
+    "rank": COUNT,
+    "alpha": POSITIVE,
+    "num_batches": COUNT_OR_NONE,  # 0 is refused as no batches
+    "rank_budget": COUNT_OR_NONE,
+    "parameter_budget": COUNT_OR_NONE,
+    "min_rank": COUNT_OR_NONE,
+    "max_rank": COUNT_OR_NONE,
+    "seed": SEED,
+    "lora_dropout": SHARE_BELOW_ONE,
+    "memory_budget_gb": FINITE,  # `MemoryBudget` says what else
+}
 # What makes a method that starts elsewhere start from the base model, without an offset.
 ZERO_DELTA_OPTIONS: dict[str, dict[str, Any]] = {
     "cntlora": {"base": "down_only"},
@@ -140,13 +163,25 @@ def initialize(
         The report: ranks, scores and rows of every layer, and the cost.
 
     Raises:
-        ValueError: bad arguments, before anything is computed: unknown method, no matching layer, a rank that does not
-            fit, a wrapped or compiled module, an adapter that is no LoRA of linear layers or whose base PEFT has
-            changed, a part of the family that carries an adapter but is not adapted, DoRA with B A != 0, no batches,
-            reference batches missing or unused, mean
-            gradients that do not fit into the memory budget; or, in the pass, non-finite activations, or statistics
-            that do not fit in any form. Names the culprit.
+        ValueError: bad arguments, before anything is computed: numbers out of range, unknown method, no matching layer,
+            a rank that does not fit, a wrapped or compiled module, an adapter that is no LoRA of linear layers or whose
+            base PEFT has changed, a part of the family that carries an adapter but is not adapted, DoRA with B A != 0,
+            no batches, reference batches missing or unused, mean gradients that do not fit into the memory budget; or,
+            in the pass, non-finite activations, or statistics that do not fit in any form. Names the culprit.
     """
+    check_keywords(
+        RANGES,
+        rank=rank,
+        alpha=alpha,
+        num_batches=num_batches,
+        rank_budget=rank_budget,
+        parameter_budget=parameter_budget,
+        min_rank=min_rank,
+        max_rank=max_rank,
+        seed=seed,
+        lora_dropout=lora_dropout,
+        memory_budget_gb=memory_budget_gb,
+    )
     name, method = (method, make_method(method)) if isinstance(method, str) else (_name_of(method), method)
     family: ModelFamily | None = None
     modules: Mapping[str, nn.Module]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from common_options import check_positive, require_package
+from common_options import require_package
 
 from lorainit_diffusers.training.bundled import BUNDLED_CLASSES
 from lorainit_diffusers.training.choices import names_in
+from lorainit_diffusers.training.ranges import check_options
 
 if TYPE_CHECKING:
     from lorainit_diffusers.families.augment import Augmentation
@@ -76,15 +77,9 @@ def check_classification_arguments(args: argparse.Namespace) -> None:
     for name in ("dataset_config_name", "image_column", "label_column"):
         if args.dataset_name is None and getattr(args, name) is not None:
             raise ValueError(f"--{name} needs --dataset_name")
-    check_positive(args, "shots", "max_train_samples", "max_validation_samples", "resolution")
+    check_options(vars(args))
     if args.shots is not None and args.max_train_samples is not None:
         raise ValueError("--shots and --max_train_samples exclude each other: give one of them")
-    if args.validation_fraction is not None and not 0 < args.validation_fraction < 1:
-        raise ValueError(f"--validation_fraction {args.validation_fraction}: must lie between 0 and 1, such as 0.2")
-    if not 0 <= args.label_smoothing < 1:
-        raise ValueError(f"--label_smoothing {args.label_smoothing}: must be at least 0 and below 1, such as 0.1")
-    if args.mixup_alpha < 0:
-        raise ValueError(f"--mixup_alpha {args.mixup_alpha}: must not be negative (0 is off)")
     from lorainit_diffusers.families.classifier import check_base  # now that nothing light is wrong
 
     make_augmentation(args)

@@ -16,7 +16,6 @@ from common_options import (
     add_loss_arguments,
     add_optimizer_arguments,
     check_init_name,
-    check_positive,
     validate_adapter_arguments,
     validate_shared_arguments,
 )
@@ -152,26 +151,16 @@ def parse_comparison(description: str | None, argv: Sequence[str] | None) -> arg
         setattr(args, name, chosen)
     # weights are kept as a run is evaluated: what is to be sampled from at a step needs an evaluation there
     args.eval_steps = sorted({*args.eval_steps, *getattr(args, kept[0])})
-    check_positive(args, "init_num_batches", "num_workers")
     if kind is None:
-        check_positive(
-            args,
-            *("num_eval_prompts", "validation_inference_steps", "sample_batch_size"),
-            *("clip_skip", "max_sequence_length"),
-        )
         validate_shared_arguments(args)
     else:
         validate_adapter_arguments(args)
-        if kind.has_head and args.head_lr_ratio < 0:
-            raise ValueError(f"--head_lr_ratio {args.head_lr_ratio}: must not be negative")
     for label in args.inits:
         check_init_name(label.partition(":")[0], f"--inits {label!r}")
     for name in ("inits", "learning_rates", "seeds"):
         values = getattr(args, name)
         if len(set(values)) < len(values):
             raise ValueError(f"--{name} {' '.join(map(str, values))}: name each once")
-    if min(args.learning_rates) <= 0:
-        raise ValueError(f"--learning_rates {min(args.learning_rates)}: must be positive")
     return args
 
 

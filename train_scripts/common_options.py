@@ -20,6 +20,7 @@ from lorainit_diffusers.training.choices import (
     names_in,
 )
 from lorainit_diffusers.training.cli_parser import ScriptParser, closest, unknown_name
+from lorainit_diffusers.training.ranges import check_learning_rates, check_options, check_schedule
 
 # torch, diffusers and the library's core are imported where they are needed: a command line is read without them
 if TYPE_CHECKING:
@@ -295,15 +296,14 @@ def validate_arguments(args: argparse.Namespace) -> None:
     """
     validate_shared_arguments(args)
     validate_run_arguments(args)
-    check_positive(
-        args,
-        *("num_validation_images", "validation_inference_steps", "num_class_images", "clip_skip", "sample_batch_size"),
-    )
     if args.cache_latents and args.random_flip:
         raise ValueError("--cache_latents keeps one encoding of each image: leave out --random_flip")
     if args.pre_compute_text_embeddings and args.train_text_encoder:
         raise ValueError("--pre_compute_text_embeddings keeps the embeddings of now: leave out --train_text_encoder")
     _validate_prior_preservation(args)
+    if not (args.init_only or args.dry_run):
+        names = ("learning_rate", "text_encoder_lr") if args.train_text_encoder else ("learning_rate",)
+        check_learning_rates({name: getattr(args, name) for name in names})
     if args.optimizer == "prodigy" and args.train_text_encoder and args.text_encoder_lr not in (0, args.learning_rate):
         raise ValueError(
             f"--text_encoder_lr {args.text_encoder_lr}: prodigy finds one step size for all; leave it out or give 0"
@@ -322,19 +322,8 @@ def validate_run_arguments(args: argparse.Namespace) -> None:
         ValueError: naming the option, its value and the remedy.
     """
     check_init_name(args.init)
-    check_positive(
-        args,
-        *("init_num_batches", "init_batch_size", "gradient_accumulation_steps", "num_train_epochs", "validation_steps"),
-        *("rank_budget", "max_rank", "export_rank", "pad_rank", "checkpointing_steps", "checkpoints_total_limit"),
-    )
     if not args.variable_rank and (args.rank_budget is not None or args.max_rank is not None):
         raise ValueError("--rank_budget and --max_rank need --variable_rank")
-    if args.init_memory_budget_gb is not None and args.init_memory_budget_gb <= 0:
-        raise ValueError(
-            f"--init_memory_budget_gb {args.init_memory_budget_gb}: must be positive; leave it out for auto"
-        )
-    if not 0.0 <= args.ema_decay < 1.0:
-        raise ValueError(f"--ema_decay {args.ema_decay}: must be at least 0 and below 1, such as 0.999")
     if args.report_to == "wandb" and args.hub_token is not None:
         raise ValueError("--report_to wandb records the command line, --hub_token in it: use `hf auth login` instead")
     if args.report_to is not None:
@@ -357,8 +346,6 @@ def _validate_prior_preservation(args: argparse.Namespace) -> None:
         )
     if args.aspect_ratio_buckets is not None:
         raise ValueError("--with_prior_preservation makes square class images: leave out --aspect_ratio_buckets")
-    if args.prior_loss_weight < 0:
-        raise ValueError(f"--prior_loss_weight {args.prior_loss_weight}: must not be negative")
 
 
 def check_method(args: argparse.Namespace, method: Initializer) -> None:
@@ -412,29 +399,14 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """See that each of these options is at least 1 where it is given.
-
-    Raises:
-        ValueError: naming the option and its value.
-    """
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: must be at least 1")
-
-
 def validate_shared_arguments(args: argparse.Namespace) -> None:
     """The options on data, adapters and optimiser that all text-to-image scripts have.
 
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
-    check_positive(
-        args,
-        *("resolution", "max_train_samples", "repeats"),
-    )
     validate_adapter_arguments(args)
+    args.snr_gamma = args.snr_gamma or None  # 0 is off
     sources = ("train_data_dir", "instance_data_dir", "dataset_name")
     given = [f"--{name}" for name in sources if getattr(args, name) is not None]
     if len(given) > 1:
@@ -455,7 +427,9 @@ def validate_adapter_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
-    check_positive(args, "rank", "train_batch_size", "max_train_steps", "lr_num_cycles")
+    check_options(vars(args))
+    if getattr(args, "num_train_epochs", None) is None:  # else once the steps are known
+        check_schedule(args.lr_scheduler, args.lr_warmup_steps, args.max_train_steps)
     if args.lora_layers is not None and not layer_names(args.lora_layers):
         raise ValueError("--lora_layers is empty; name layers such as to_q,to_k")
     if args.optimizer == "prodigy":
@@ -491,13 +465,20 @@ def scale_learning_rates(args: argparse.Namespace, num_processes: int) -> None:
         for name in ("learning_rate", "text_encoder_lr", "head_lr"):
             if hasattr(args, name):
                 setattr(args, name, factor * getattr(args, name))
+        check_options(vars(args), ("learning_rate",))
 
 
 def resolve_epochs(args: argparse.Namespace, batches_per_epoch: int, num_processes: int) -> None:
-    """Turn `--num_train_epochs` into steps: as many as it takes to see every image that often."""
+    """Turn `--num_train_epochs` into steps: as many as it takes to see every image that often.
+
+    Raises:
+        ValueError: when the warm-up is longer than that.
+    """
     if args.num_train_epochs is not None:
         batches_per_step = args.gradient_accumulation_steps * num_processes
         args.max_train_steps = args.num_train_epochs * math.ceil(batches_per_epoch / batches_per_step)
+        check_options(vars(args), ("max_train_steps",))
+        check_schedule(args.lr_scheduler, args.lr_warmup_steps, args.max_train_steps)
 
 
 # What decides the steps of a run: a resumed run must have the same.

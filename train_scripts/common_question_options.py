@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common_options import check_positive, require_package
+from common_options import require_package
 
 from lorainit_diffusers.training.bundled import BUNDLED_QUESTIONS
 from lorainit_diffusers.training.choices import names_in
+from lorainit_diffusers.training.ranges import check_options
 
 
 def add_question_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,11 +57,7 @@ def resolve_question_options(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
-    check_positive(
-        args,
-        *("max_train_samples", "max_validation_samples", "max_length", "max_new_tokens", "eval_batch_size"),
-        "num_samples",
-    )
+    check_options(vars(args))
     if args.dataset_name is not None:
         for name in ("train_data_file", "validation_data_file", "image_dir"):
             if getattr(args, name) is not None:
@@ -73,8 +70,6 @@ def resolve_question_options(args: argparse.Namespace) -> None:
     if args.validation_fraction is not None:
         if args.validation_data_file is not None:
             raise ValueError("--validation_fraction and --validation_data_file exclude each other: give one of them")
-        if not 0 < args.validation_fraction < 1:
-            raise ValueError(f"--validation_fraction {args.validation_fraction}: must lie between 0 and 1")
     elif args.train_data_file is not None and args.validation_data_file is None:
         beside = Path(args.train_data_file).with_name("validation.jsonl")
         if Path(args.train_data_file).name == "train.jsonl" and beside.is_file():

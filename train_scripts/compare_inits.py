@@ -76,6 +76,7 @@ from lorainit_diffusers.evaluation import METRICS, Comparison, load_encoder, wri
 from lorainit_diffusers.families import family_class
 from lorainit_diffusers.initialize import initialize, needs_reference
 from lorainit_diffusers.methods import Initializer
+from lorainit_diffusers.ranges import COUNT, NOT_NEGATIVE
 
 # A killed comparison goes on only with the same of these; the grid itself may grow.
 FIXED_ARGUMENTS = (
@@ -145,16 +146,15 @@ class Init:
             init = cls(label, name, build_method(name, of_method), **of_run)
         except ValueError as error:
             raise ValueError(f"--inits {label!r}: {error}; options of the run are {', '.join(kinds)}") from None
-        if init.init_num_batches is not None and init.init_num_batches < 1:
-            raise ValueError(f"--inits {label!r}: init_num_batches={init.init_num_batches} must be at least 1")
+        for key, allowed in (("init_num_batches", COUNT), ("a_lr_ratio", NOT_NEGATIVE)):
+            if key in of_run:
+                allowed.check(f"--inits {label!r}: {key}", of_run[key], "{name}={value} {reason}")
         if init.variable_rank and init.method.observes == "nothing":
             solved = init.method.solve(torch.eye(8), None, 2, scaling=1.0, generator=torch.Generator())
             if solved.scores is None:
                 raise ValueError(f"--inits {label!r}: {name} gives no scores to allocate ranks by; drop variable_rank")
         if needs_reference(init.method):
             raise ValueError(f"--inits {label!r}: pretraining=measured needs class images, which a comparison has not")
-        if init.a_lr_ratio < 0:
-            raise ValueError(f"--inits {label!r}: a_lr_ratio={init.a_lr_ratio} must not be negative")
         return init
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common_classify_options import add_classification_arguments, check_classification_arguments
-from common_options import build_method, check_init_name, check_method, check_positive
+from common_options import build_method, check_init_name, check_method
 from common_task_options import make_task_parser, resolve_task_options
 
 from lorainit_diffusers.training.bundled import BUNDLED_BASES
@@ -120,10 +120,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_classification_arguments(args)
     for name, value in vars(own).items():
         setattr(args, name, value)
-    for rank in args.ranks:
-        check_positive(argparse.Namespace(ranks=rank), "ranks")
-    if any(rate <= 0 for rate in args.learning_rates):
-        raise ValueError(f"--learning_rates {args.learning_rates}: must be positive")
     for name in ("inits", "ranks", "learning_rates", "seeds", "tasks"):
         values = getattr(args, name)
         if values is not None and len(set(values)) < len(values):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import mode
 from typing import Any
 
@@ -15,6 +16,7 @@ from lorainit_diffusers.adapters import AdapterWeights, adapter_weights, trainab
 from lorainit_diffusers.finite import check_finite
 from lorainit_diffusers.linalg import SVD, product_svd
 from lorainit_diffusers.methods.base import LoraFactors
+from lorainit_diffusers.ranges import COUNT
 
 DIFFUSERS_METADATA_KEY = "lora_adapter_metadata"
 PROVENANCE_KEY = "lorainit_diffusers"
@@ -51,6 +53,8 @@ def exported_factors(
     """
     if export_rank is not None:
         _check_export_rank(export_rank)
+    if pad_rank is not None:
+        COUNT.check("pad_rank", pad_rank)
     exported: dict[str, LoraFactors] = {}
     for name, weights in adapter_weights(module, adapter_name).items():
         check_finite({f"{name}.{key}": value for key, value in weights.factors._asdict().items()}, "the LoRA")
@@ -154,8 +158,8 @@ def discarded_energy(
 
 
 def _check_export_rank(export_rank: int) -> None:
-    if export_rank < 1:
-        raise ValueError(f"export_rank {export_rank} must be at least 1; leave it out to save every rank in full")
+    remedy = "leave it out to save every rank in full"
+    replace(COUNT, remedy=remedy).check("export_rank", export_rank, "{name} {value} {reason}")
 
 
 def _exported_svd(factors: LoraFactors) -> SVD:

@@ -6,12 +6,18 @@ They are part of a family's `loss`, so that a collection pass sees what training
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorainit_diffusers.ranges import NOT_NEGATIVE, OF_FAMILY, SHARE, Range, check_fields
+
+# A crop of more is nearly all border.
+MAX_CROP_SCALE = 100.0
 # ITU-R BT.601, as image libraries turn colour into grey.
 _LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -33,6 +39,13 @@ class Augmentation:
         erase: probability that a rectangle of up to a third of the area is grey (Zhong et al. 2017, arXiv:1708.04896).
     """
 
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "crop_ratio": Range(0, 1, above=True),
+        "rotation": NOT_NEGATIVE,
+        **dict.fromkeys(("flip", "brightness", "contrast", "saturation"), SHARE),
+        **dict.fromkeys(("grayscale", "permute_channels", "invert", "erase"), SHARE),
+    }
+
     crop_scale: tuple[float, float] = (1.0, 1.0)
     crop_ratio: float = 1.0
     rotation: float = 0.0
@@ -47,24 +60,9 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
-        if not 0 < low <= high:
+        if not 0 < low <= high <= MAX_CROP_SCALE:
             raise ValueError(f"crop_scale must be two increasing shares above 0, got {self.crop_scale}")
-        if not 0 < self.crop_ratio <= 1:
-            raise ValueError(f"crop_ratio must lie in (0, 1], got {self.crop_ratio}")
-        if self.rotation < 0:
-            raise ValueError(f"rotation must not be negative, got {self.rotation}")
-        for name in (
-            "flip",
-            "brightness",
-            "contrast",
-            "saturation",
-            "grayscale",
-            "permute_channels",
-            "invert",
-            "erase",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        check_fields(self, OF_FAMILY)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Change every image of a batch in its own way.

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from lorainit_diffusers.families.augment import Augmentation, mixup
 from lorainit_diffusers.families.base import EvaluationMode, StepRecord
 from lorainit_diffusers.families.pretrained import autocast, check_transformers_folder, dtype_option
+from lorainit_diffusers.ranges import check_step
 
 COMPONENT = "model"
 HEADS = ("auto", "new", "keep")
@@ -199,10 +200,7 @@ class ClassifierFamily(EvaluationMode):
     step: StepRecord = field(default_factory=StepRecord)
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
-        if self.mixup_alpha < 0:
-            raise ValueError(f"mixup_alpha must not be negative (0 is off), got {self.mixup_alpha}")
+        check_step(self)
         outputs = match_labels(self.class_names, self.labels)
         if None in outputs:
             missing = [name for name, output in zip(self.class_names, outputs, strict=True) if output is None]

@@ -38,8 +38,6 @@ class DenoisingFamily(TextToImageFamily):
 
     def __post_init__(self) -> None:
         check_prediction_type(str(self.noise_scheduler.config["prediction_type"]))
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise ValueError(f"snr_gamma must be positive, got {self.snr_gamma}; leave it out for the plain loss")
         super().__post_init__()
 
     @classmethod

@@ -51,10 +51,6 @@ class FlowMatchingFamily(TextToImageFamily):
         self.weighting_scheme = self.weighting_scheme or self.WEIGHTING_SCHEME
         if self.weighting_scheme not in WEIGHTING_SCHEMES:
             raise ValueError(f"weighting_scheme {self.weighting_scheme!r} is not one of {', '.join(WEIGHTING_SCHEMES)}")
-        if self.logit_std <= 0:
-            raise ValueError(f"logit_std must be positive, got {self.logit_std}")
-        if self.max_sequence_length is not None and self.max_sequence_length < 1:
-            raise ValueError(f"max_sequence_length must be at least 1, got {self.max_sequence_length}")
 
     @classmethod
     def _load_scheduler(

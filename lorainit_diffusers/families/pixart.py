@@ -89,8 +89,6 @@ class PixArtFamily(DenoisingFamily):
         self._check_channels(int(self.transformer.config["in_channels"]))
         if self.max_sequence_length is None:
             self.max_sequence_length = MAX_SEQUENCE_LENGTH[self.pipeline_class]
-        if self.max_sequence_length < 1:
-            raise ValueError(f"max_sequence_length must be at least 1, got {self.max_sequence_length}")
 
     @classmethod
     def _from_index(cls, index: Mapping[str, Any]) -> dict[str, Any]:

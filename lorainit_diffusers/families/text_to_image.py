@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 
 from lorainit_diffusers.families.base import AdaptedModules, EvaluationMode, StepRecord, UniformDraws
 from lorainit_diffusers.families.pretrained import autocast, local_folder
+from lorainit_diffusers.ranges import check_step
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,10 +114,7 @@ class TextToImageFamily(_Parts, EvaluationMode, ABC):
     EXPORTS: ClassVar[tuple[str, ...]] = ("diffusers",)
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise ValueError(f"caption_dropout is a probability, got {self.caption_dropout}")
-        if self.prior_loss_weight < 0:
-            raise ValueError(f"prior_loss_weight must not be negative, got {self.prior_loss_weight}")
+        check_step(self)
         if self.train_text_encoder and not self.trainable_text_encoders:
             raise ValueError(f"{self.NAME} has no text encoder that can be trained; leave out train_text_encoder")
         self._uniform = UniformDraws()

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, get_args, get_origin
 import torch
 from torch import Tensor
 
+from lorainit_diffusers.ranges import check_fields
 from lorainit_diffusers.statistics import InputsAndGradient, InputsAndReference, InputStatistic, Statistic
 
 Observes = Literal["nothing", "inputs", "gradients", "inputs and gradients"]
@@ -90,12 +91,15 @@ class Initializer(Protocol):
         ...
 
 
-def check_choices(method: Initializer) -> None:
-    """Refuse a value that is none of those that a ``Literal`` field of this dataclass allows.
+def check_hyperparameters(method: Initializer) -> None:
+    """Refuse a value that is none of those that a field of this dataclass allows.
+
+    A ``Literal`` field has choices, and a numeric one a range in the class's ``RANGES``.
 
     Raises:
-        ValueError: naming the field, its value and the choices.
+        ValueError: naming the field, its value, and the choices or the range.
     """
+    check_fields(method)
     for name, hint in get_type_hints(type(method)).items():
         if get_origin(hint) is Literal and getattr(method, name) not in get_args(hint):
             choices = ", ".join(map(repr, get_args(hint)))

@@ -21,6 +21,7 @@ Everything is computed in the eigenbasis of S, where all of these but T are colu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -35,11 +36,12 @@ from lorainit_diffusers.methods.base import (
     Observes,
     Solution,
     StepZero,
-    check_choices,
+    check_hyperparameters,
     input_statistic,
     kaiming_input_power,
     one_if_zero,
 )
+from lorainit_diffusers.ranges import Range
 from lorainit_diffusers.statistics import InputsAndReference, InputStatistic, SecondMoment
 
 # Directions that the fine-tuning data never excites would otherwise dominate the inverse.
@@ -68,6 +70,7 @@ class CNTLoRA:
     """
 
     observes: ClassVar[Observes] = "inputs"
+    RANGES: ClassVar[Mapping[str, Range]] = {"ridge": Range(0, 10**6), "gamma": Range(-(10**6), 10**6)}
 
     constraint: Literal["alignment", "decorrelation"] = "decorrelation"
     ridge: float = 0.1
@@ -79,9 +82,7 @@ class CNTLoRA:
     pretraining: Literal["isotropic", "measured"] = "isotropic"
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if self.ridge < 0:
-            raise ValueError(f"ridge is {self.ridge}; it must not be negative")
+        check_hyperparameters(self)
         if self.pretraining == "measured" and self.constraint != "alignment":
             raise ValueError(
                 f"pretraining is 'measured', which constraint {self.constraint!r} does not use; "

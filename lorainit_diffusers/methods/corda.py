@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,9 +16,11 @@ from lorainit_diffusers.methods.base import (
     Observes,
     Solution,
     StepZero,
+    check_hyperparameters,
     input_statistic,
     one_if_zero,
 )
+from lorainit_diffusers.ranges import Range
 from lorainit_diffusers.statistics import SecondMoment, Statistic
 
 
@@ -31,12 +34,13 @@ class CorDA:
     """
 
     observes: ClassVar[Observes] = "inputs"
+    # CorDA inverts the second moment
+    RANGES: ClassVar[Mapping[str, Range]] = {"ridge": Range(0, 10**6, above=True)}
 
     ridge: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.ridge <= 0:
-            raise ValueError(f"ridge is {self.ridge}; CorDA inverts the second moment, so it must be positive")
+        check_hyperparameters(self)
 
     @property
     def step_zero(self) -> StepZero:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,12 +15,13 @@ from lorainit_diffusers.methods.base import (
     Observes,
     Solution,
     StepZero,
-    check_choices,
+    check_hyperparameters,
     input_statistic,
     kaiming_input_power,
     one_if_zero,
     zeros_of_output,
 )
+from lorainit_diffusers.ranges import COUNT, Range
 from lorainit_diffusers.statistics import SecondMoment, SketchedSecondMoment, Statistic
 
 
@@ -41,6 +43,7 @@ class EVA:
     """
 
     observes: ClassVar[Observes] = "inputs"
+    RANGES: ClassVar[Mapping[str, Range]] = {"sketch_columns": COUNT}
 
     centered: bool = True
     whiten: Literal["none", "singular_value", "variance_ratio"] = "none"
@@ -48,7 +51,7 @@ class EVA:
     sketch_columns: int | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_hyperparameters(self)
 
     @property
     def step_zero(self) -> StepZero:

@@ -14,6 +14,7 @@ by the same matrix.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -27,11 +28,12 @@ from lorainit_diffusers.methods.base import (
     Observes,
     Solution,
     StepZero,
-    check_choices,
+    check_hyperparameters,
     kaiming_input_power,
     one_if_zero,
     zeros_of_output,
 )
+from lorainit_diffusers.ranges import Range
 from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, SecondMoment
 
 
@@ -48,6 +50,8 @@ class GradientStep:
     """
 
     observes: ClassVar[Observes] = "inputs and gradients"
+    # a step of 0 starts from the base model; without a ridge, directions without data would be blown up
+    RANGES: ClassVar[Mapping[str, Range]] = {"step": Range(0, 100), "ridge": Range(0, 10**6, above=True)}
 
     directions: Literal["inputs", "gradient", "whitened_gradient"] = "gradient"
     step: float = 0.08
@@ -55,11 +59,7 @@ class GradientStep:
     ridge: float = 0.1
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if self.step < 0:
-            raise ValueError(f"step is {self.step}; it must not be negative: 0 starts from the base model")
-        if self.ridge <= 0:
-            raise ValueError(f"ridge is {self.ridge}; it must be positive, or directions without data are blown up")
+        check_hyperparameters(self)
 
     @property
     def step_zero(self) -> StepZero:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.linalg import top_svd
-from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, check_choices
+from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, check_hyperparameters
+from lorainit_diffusers.ranges import Range
 from lorainit_diffusers.statistics import GradientMean, Statistic
 
 
@@ -29,15 +31,14 @@ class LoraGA:
     """
 
     observes: ClassVar[Observes] = "gradients"
+    RANGES: ClassVar[Mapping[str, Range]] = {"gamma": Range(0, 10**6, above=True)}
 
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
     scale: Literal["stable", "gd", "unit"] = "stable"
     gamma: float = 4.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if self.gamma <= 0:
-            raise ValueError(f"gamma is {self.gamma}; it must be positive")
+        check_hyperparameters(self)
 
     @property
     def step_zero(self) -> StepZero:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from lorainit_diffusers.training.ranges import check_options, describe_ranges, numeric_options
+
 # What other trainers call an option, where the spelling does not lead to ours.
 _OTHER_NAMES = {
     "lr": "learning_rate",
@@ -92,6 +94,17 @@ class ScriptParser(argparse.ArgumentParser):
             dashed = [self._unknown_flag(text) for text in rest if _is_dashed(text)]
             self.error(" ".join(dashed or [_unused(rest[0])]))  # what follows an unknown option is its value
         return found
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As in `ArgumentParser`, every number within its range.
+
+        Raises:
+            ValueError: naming the first option that is out of its range, its value and the remedy.
+        """
+        describe_ranges(self)
+        found, rest = super().parse_known_args(args, namespace)
+        check_options(vars(found), numeric_options(self))
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong in one line, and end the script with exit code 2."""

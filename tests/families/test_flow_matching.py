@@ -436,7 +436,7 @@ def test_vae_that_does_not_fit(kind: str, base: Path, tmp_path: Path) -> None:
         ("weighting_scheme", "min_snr", "weighting_scheme 'min_snr' is not one of none, logit_normal, mode"),
         ("logit_std", 0.0, "logit_std must be positive, got 0.0"),
         ("max_sequence_length", 0, "max_sequence_length must be at least 1, got 0"),
-        ("caption_dropout", 1.5, "caption_dropout is a probability, got 1.5"),
+        ("caption_dropout", 1.5, "caption_dropout must lie in [[]0, 1], got 1.5"),
         ("prior_loss_weight", -1.0, "prior_loss_weight must not be negative, got -1.0"),
     ],
 )

@@ -374,7 +374,7 @@ def test_datasets_of_the_hub(base, tmp_path) -> None:
         ({"dataset_name": "x"}, "--train_data_dir and --dataset_name exclude each other"),
         ({"label_column": "x"}, "--label_column needs --dataset_name"),
         ({"crop_scale": [0.9, 0.5]}, "crop_scale must be two increasing .*see --crop_scale"),
-        ({"color_jitter": 2.0}, r"brightness must lie in \[0, 1\]"),
+        ({"color_jitter": 2.0}, r"--color_jitter 2.0: must lie in \[0, 1\]"),
         ({"max_rank": 4}, "--rank_budget and --max_rank need --variable_rank"),
     ],
 )

@@ -98,9 +98,9 @@ def test_a_misspelt_option_is_named_before_the_required_one_that_it_is(capsys):
 
 def test_right_options_are_read_as_argparse_reads_them():
     args = make_parser().parse_args(
-        ["--learning_rate=-1e-3", "--validation_prompt", "a cat", "--not a flag", "--no-random_flip", "--rank", "4"]
+        ["--learning_rate=1e-3", "--validation_prompt", "a cat", "--not a flag", "--no-random_flip", "--rank", "4"]
     )
-    assert (args.learning_rate, args.rank, args.random_flip) == (-1e-3, 4, False)
+    assert (args.learning_rate, args.rank, args.random_flip) == (1e-3, 4, False)
     assert args.validation_prompt == ["a cat", "--not a flag"]
 
 
