@@ -203,7 +203,7 @@ def test_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(adapter_file(out), {**exported(averages, 1.0), **heads})
 
 
-@pytest.mark.parametrize("accumulation", [1])
+@pytest.mark.parametrize("accumulation", [1, 4])
 def test_vision_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int) -> None:
     """Answers of different lengths: a step is what one batch of all its questions would be."""
     base = write_vlm_base(tmp_path / "base", "llava")
