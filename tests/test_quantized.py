@@ -109,6 +109,29 @@ def test_a_packed_layer_called_twice_gives_one_gradient_the_sum_and_no_hook_stay
     assert not layer(x).requires_grad or layer.bias.requires_grad
 
 
+@pytest.mark.parametrize("moment", ["forward", "backward", "between"])
+def test_no_hook_of_a_packed_layer_stays_after_an_exception(moment: str):
+    layer, seen = PackedLinear(nn.Linear(8, 8)), []
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    def run() -> None:
+        with observe_weight_gradients({"layer": layer}, fail if moment == "backward" else seen.append) as leaves:
+            output = layer(torch.randn(2, 8) if moment != "forward" else torch.randn(2, 7))
+            if moment == "between":
+                fail()
+            output.square().sum().backward(inputs=leaves)
+
+    with pytest.raises(RuntimeError, match="broken" if moment != "forward" else "shapes cannot be multiplied"):
+        run()
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
+    layer.bias.requires_grad_(False)
+    assert not layer(torch.randn(2, 8)).requires_grad
+    assert seen == []
+
+
 def test_another_kind_of_packed_layer_is_refused_by_name():
     packed, _ = packed_and_dense()
     with pytest.raises(ValueError, match=r"layer 'to_q' is a PackedLinear, whose packed weight cannot be read.*4 bits"):

@@ -1,0 +1,2 @@
+from breaks import Break
+BREAKS: tuple[Break, ...] = ()
