@@ -1,6 +1,7 @@
-"""What a deliberate break of the code is; the lists are in `breaks_core.py`, `breaks_families.py`, `breaks_training.py`.
+"""What a deliberate break of the code is.
 
-A plain module: `mutations.py` runs the breaks, `test_mutations.py` sees that the lists fit the code.
+The lists are in `breaks_core.py`, `breaks_families.py` and `breaks_training.py`; `mutations.py` runs the breaks, and
+`test_mutations.py` sees that the lists fit the code.
 """
 
 from __future__ import annotations

@@ -1,2 +1,3 @@
 from breaks import Break
+
 BREAKS: tuple[Break, ...] = ()

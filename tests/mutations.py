@@ -5,8 +5,8 @@
     python tests/mutations.py --jobs 4 --table breaks.md
 
 The checkout is copied to a temporary directory first, and stays untouched. Every test that a break names is run once
-without any break, so that one that fails anyway is not taken for a catch. Run it after every large change: what survives
-is a test that is missing.
+without any break, so that one that fails anyway is not taken for a catch. Run it after every large change: a break that
+survives is a test that is missing.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from vlm_fixtures import ask, make_image, write_lines
 
 Weights = dict[str, Tensor]
 
@@ -166,6 +168,35 @@ def folder_batches(family: Any, folder: Path, batch_size: int, seed: int) -> Cal
     return batch
 
 
+ANSWERS = ("no", "a red apple and a green pear", "pear", "yes it is", "this is a fruit", "red")
+QUESTION = "What is this?"
+
+
+def write_answers(folder: Path) -> Path:
+    """`train.jsonl` with answers of different lengths and a `validation.jsonl` beside it; returns the former."""
+    folder.mkdir(parents=True)
+    lines = [{"image": f"{i}.png", "question": QUESTION, "answer": answer} for i, answer in enumerate(ANSWERS)]
+    for index in range(len(lines) + 1):
+        make_image(index).save(folder / f"{index}.png")
+    write_lines(folder / "validation.jsonl", [{**lines[0], "image": f"{len(lines)}.png"}])
+    return write_lines(folder / "train.jsonl", lines)
+
+
+def answer_batches(family: Any, batch_size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
+    """Number -> batch of what `write_answers` wrote."""
+
+    def batch(number: int) -> dict[str, Tensor]:
+        chosen = [index for index, _ in data_order(len(ANSWERS), batch_size, seed, number)]
+        return family.collate([family.encode(ask(QUESTION, ANSWERS[i]), [make_image(i)]) for i in chosen])
+
+    return batch
+
+
+def num_answer_tokens(batch: Mapping[str, Any]) -> float:
+    """What the loss of a vision-language model is the mean over."""
+    return float((batch["labels"] != -100).sum())
+
+
 def _rate_of(name: str, plan: Plan) -> float:
     return next((rate for part, rate in plan.other_rates.items() if part in name), plan.learning_rate)
 
@@ -277,6 +308,17 @@ def exported(weights: Mapping[str, Tensor], scaling: float) -> Weights:
         for name, value in weights.items()
         if name.endswith(("lora_A", "lora_B"))
     }
+
+
+def adapter_file(directory: Path) -> dict[str, Tensor]:
+    """PEFT's file, without what PEFT puts before the names."""
+    tensors = load_file(directory / "adapter_model.safetensors")
+    return {name.replace("base_model.model.", "model."): value for name, value in tensors.items()}
+
+
+def without_endings(weights: Mapping[str, Tensor]) -> Weights:
+    """The factors in a file by the names that `add_lora` takes; of a file whose scaling is 1."""
+    return {name.removesuffix(".weight"): value for name, value in weights.items()}
 
 
 def column(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:

@@ -50,6 +50,15 @@ def test_a_rank_that_does_not_fit_names_the_smallest_layer_and_the_largest_rank(
         check_rank_fits({"small": (12, 40)}, 13, "max_rank")
 
 
+def test_no_layer_gets_more_ranks_than_it_has_scores():
+    """Not even as its least rank: there is no direction to fill it with."""
+    scores = {**random_scores(0), "k": torch.tensor([0.5, 0.4])}
+    for budget in ({"rank_budget": 14}, {"parameter_budget": 1000}):
+        ranks = allocate_ranks(scores, LAYERS, **budget, min_rank=3, max_rank=4)
+        assert ranks["k"] == 2
+        assert min(ranks.values()) == 2
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("budget", [4, 7, 11, 16])
 @pytest.mark.parametrize(("min_rank", "max_rank"), [(0, 4), (1, 4), (1, 3)])

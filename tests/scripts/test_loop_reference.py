@@ -21,18 +21,21 @@ from reference_loop import (
     Plan,
     Recorder,
     Trace,
+    adapter_file,
     add_lora,
+    answer_batches,
     assert_same,
     column,
     data_order,
     exported,
     folder_batches,
+    num_answer_tokens,
     plain_loop,
+    write_answers,
 )
 from safetensors.torch import load_file
 from script_fixtures import run_main, weights
 from sd_fixtures import write_images
-from vlm_fixtures import ask, make_image, write_lines
 from vlm_fixtures import write_base as write_vlm_base
 
 from lorainit_diffusers.families.augment import Augmentation
@@ -147,12 +150,6 @@ def test_flow_matching(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyP
     assert_same(weights(out), exported(trace.weights[10], 1.0))
 
 
-def adapter_file(directory: Path) -> dict[str, torch.Tensor]:
-    """PEFT's file, without what PEFT puts before the names."""
-    tensors = load_file(directory / "adapter_model.safetensors")
-    return {name.replace("base_model.model.", "model."): value for name, value in tensors.items()}
-
-
 def test_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A classifier whose head has a learning rate of its own, on augmented images."""
     base = write_classifier(tmp_path / "base")
@@ -207,40 +204,20 @@ def test_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_vision_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int) -> None:
     """Answers of different lengths: a step is what one batch of all its questions would be."""
     base = write_vlm_base(tmp_path / "base", "llava")
-    answers = ["no", "a red apple and a green pear", "pear", "yes it is", "this is a fruit", "red"]
-    (tmp_path / "data").mkdir()
-    lines = []
-    for index, answer in enumerate(answers):
-        make_image(index).save(tmp_path / "data" / f"{index}.png")
-        lines.append({"image": f"{index}.png", "question": "What is this?", "answer": answer})
-    write_lines(tmp_path / "data" / "train.jsonl", lines)
-    make_image(9).save(tmp_path / "data" / "9.png")
-    write_lines(tmp_path / "data" / "validation.jsonl", [{**lines[0], "image": "9.png"}])
     options: dict[str, Any] = {
-        **{"pretrained_model_name_or_path": base, "train_data_file": tmp_path / "data" / "train.jsonl"},
+        **{"pretrained_model_name_or_path": base, "train_data_file": write_answers(tmp_path / "data")},
         **{"init": "gaussian", "rank": 2, "seed": 7, "max_train_steps": 10, "train_batch_size": 1},
-        **{
-            "gradient_accumulation_steps": accumulation,
-            "learning_rate": 1e-3,
-            "lr_scheduler": "linear",
-            "max_new_tokens": 2,
-        },
-        **{"output_dir": tmp_path / "out"},
+        **{"gradient_accumulation_steps": accumulation, "learning_rate": 1e-3, "lr_scheduler": "linear"},
+        **{"output_dir": tmp_path / "out", "max_new_tokens": 2},
     }
     recorder = Recorder(monkeypatch, VisionLanguageFamily)
     out = run_main(train_vlm_lora, options)
 
     family = VisionLanguageFamily.from_pretrained(base)
     parameters = add_lora(family.adapted, recorder.start, alpha=2)
-
-    def batch(number: int) -> dict[str, torch.Tensor]:
-        chosen = [index for index, _ in data_order(len(answers), 1, 7, number)]
-        asked = [family.encode(ask("What is this?", answers[i]), [make_image(i)]) for i in chosen]
-        return dict(family.collate(asked))
-
     plan = Plan(learning_rate=1e-3, seed=7, accumulation=accumulation, schedule="linear")
     monkeypatch.undo()
-    trace = plain_loop(family, parameters, batch, plan, size_of=lambda one: float((one["labels"] != -100).sum()))
+    trace = plain_loop(family, parameters, answer_batches(family, 1, 7), plan, size_of=num_answer_tokens)
     assert_log(out, trace)
     assert_same(adapter_file(out), exported(trace.weights[10], 1.0))
 
