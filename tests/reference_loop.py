@@ -154,15 +154,25 @@ def plain_loop(
     return trace
 
 
-def folder_batches(family: Any, folder: Path, batch_size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
-    """Number -> batch of the captioned images of a folder, which have the resolution that is trained."""
+def folder_batches(
+    family: Any, folder: Path, batch_size: int, seed: int, prompt: str | None = None
+) -> Callable[[int], dict[str, Tensor]]:
+    """Number -> batch of the images of a folder, which have the resolution that is trained.
+
+    Args:
+        family: tokenizes the captions.
+        folder: images and `metadata.jsonl`.
+        batch_size: of a micro-step of one process.
+        seed: of the order.
+        prompt: instead of the captions.
+    """
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     images = [np.asarray(Image.open(folder / line["file_name"]), dtype=np.float32) for line in lines]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1.0
 
     def batch(number: int) -> dict[str, Tensor]:
         chosen = [index for index, _ in data_order(len(lines), batch_size, seed, number)]
-        captions = family.caption_inputs([lines[index]["text"] for index in chosen])
+        captions = family.caption_inputs([prompt or lines[index]["text"] for index in chosen])
         return {"pixel_values": pixels[chosen], **captions}
 
     return batch

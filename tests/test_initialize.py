@@ -87,6 +87,17 @@ def test_rank_and_alpha_can_be_changed(state):
         assert report.layers[name].alpha == 12.0
 
 
+@pytest.mark.parametrize("variable_rank", [False, True])
+def test_rslora_divides_by_the_root_of_the_rank_in_the_model_and_in_the_report(variable_rank):
+    module = tiny_attention()
+    report = run(module, "eva", rank=4, alpha=6.0, use_rslora=True, variable_rank=variable_rank)
+    for name, layer in lora_layers(module).items():
+        rank = report.layers[name].rank
+        assert layer.scaling["default"] == pytest.approx(6.0 / 4**0.5)
+        assert report.layers[name].alpha == pytest.approx(3.0 * rank**0.5)
+    assert (len({layer.rank for layer in report.layers.values()}) > 1) == variable_rank
+
+
 def test_every_state_gets_the_same_factors():
     results = []
     for state in PEFT_STATES:

@@ -31,6 +31,7 @@ from reference_loop import (
     folder_batches,
     num_answer_tokens,
     plain_loop,
+    seed_of,
     write_answers,
 )
 from safetensors.torch import load_file
@@ -147,6 +148,47 @@ def test_flow_matching(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyP
     trace = plain_loop(family, parameters, folder_batches(family, images / "train", 3, seed=3), plan)
     assert_log(out, trace)
     assert_validations(recorder, {step: trace.weights[step] for step in (0, 5, 10)})
+    assert_same(weights(out), exported(trace.weights[10], 1.0))
+
+
+def test_prior_preservation(random_sd: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch has as many images of the class, in an order of their own; their mean loss counts by its weight."""
+    subject, cats = images / "train", write_images(tmp_path / "cats", count=3, size=(SIDE, SIDE), seed=7)
+    recorder = Recorder(monkeypatch, StableDiffusionFamily)
+    options: dict[str, Any] = {
+        **{"pretrained_model_name_or_path": random_sd, "instance_data_dir": subject, "instance_prompt": "a sks cat"},
+        **{"with_prior_preservation": True, "class_prompt": "a cat", "class_data_dir": cats, "num_class_images": 3},
+        **{**COMMON, "output_dir": tmp_path / "out", "max_train_steps": 10, "train_batch_size": 2},
+        **{"gradient_accumulation_steps": 2, "learning_rate": 1e-3, "prior_loss_weight": 0.3},
+    }
+    out = run_main(train_sd_lora, options)
+    family = StableDiffusionFamily.from_pretrained(random_sd)
+    parameters = add_lora(family.adapted, recorder.start, alpha=2)
+    own = folder_batches(family, subject, 2, 3, prompt="a sks cat")
+    of_class = folder_batches(family, cats, 2, seed_of(3, "class"), prompt="a cat")
+
+    def pair(number: int) -> dict[str, torch.Tensor]:
+        ours, theirs = own(number), of_class(number)
+        return {
+            "is_class": torch.tensor([0, 0, 1, 1]),
+            **{name: torch.cat([ours[name], theirs[name]]) for name in ours},
+        }
+
+    class Weighted:
+        """The mean over the subject's images plus the weight times the mean over those of the class."""
+
+        @staticmethod
+        def loss(batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
+            halves: list[torch.Tensor] = []
+            for kind in (0, 1):  # the same noise twice, of which one kind counts each time
+                family.prior_loss_weight = float(kind)
+                both = family.loss(batch, torch.Generator().set_state(generator.get_state()))
+                halves.append(both if kind == 0 else both - halves[0])
+            return halves[0] + 0.3 * halves[1]
+
+    monkeypatch.undo()
+    trace = plain_loop(Weighted, parameters, pair, Plan(learning_rate=1e-3, seed=3, accumulation=2))
+    assert_log(out, trace)
     assert_same(weights(out), exported(trace.weights[10], 1.0))
 
 
