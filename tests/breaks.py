@@ -1,7 +1,6 @@
 """What a deliberate break of the code is.
 
-The lists are in `breaks_core.py`, `breaks_families.py` and `breaks_training.py`; `mutations.py` runs the breaks, and
-`test_mutations.py` sees that the lists fit the code.
+The lists are in `breaks_*.py`. `mutations.py` runs them, and `test_mutations.py` sees that they fit the code.
 """
 
 from __future__ import annotations

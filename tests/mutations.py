@@ -29,11 +29,14 @@ from queue import SimpleQueue
 import pytest
 from breaks import Break
 from breaks_core import BREAKS as CORE
+from breaks_data import BREAKS as DATA
+from breaks_evaluation import BREAKS as EVALUATION
 from breaks_families import BREAKS as FAMILIES
+from breaks_files import BREAKS as FILES
 from breaks_training import BREAKS as TRAINING
 
 ROOT = Path(__file__).resolve().parent.parent
-BREAKS: tuple[Break, ...] = (*CORE, *FAMILIES, *TRAINING)
+BREAKS: tuple[Break, ...] = (*TRAINING, *DATA, *FAMILIES, *CORE, *FILES, *EVALUATION)
 TIMEOUT_S = 600
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 _LEFT_OUT = shutil.ignore_patterns(".git", "__pycache__", ".pytest_cache", ".ruff_cache", ".venv", "outputs", "*.tmp")
