@@ -132,6 +132,19 @@ def test_caption_dropout_gives_what_the_pipeline_takes_for_no_caption(
             torch.testing.assert_close(seen["text_embeds"][row], expected[f"{prefix}pooled_prompt_embeds"][row])
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.15, 0.5, 1.0])
+def test_captions_are_dropped_at_their_rate(random_sd: Path, rate: float) -> None:
+    family = StableDiffusionFamily.from_pretrained(random_sd, caption_dropout=rate)
+    seen: list[Tensor] = []
+    family.text_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    count = 800
+    batch = {"latents": torch.zeros(count, 4, 2, 2), "input_ids": family.tokenize(["a cat"]).expand(count, -1)}
+    with torch.no_grad():
+        family.loss(batch, torch.Generator().manual_seed(0))
+    dropped = (seen[0] == family.tokenize([""])).all(dim=1).float().mean()
+    assert float(dropped) == pytest.approx(rate, abs=4 * (rate * (1 - rate) / count) ** 0.5)
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_captions_encoded_once_give_the_same_loss(base: Path, weight_dtype: torch.dtype) -> None:
     family = load(base, weight_dtype=weight_dtype)
