@@ -35,7 +35,7 @@ from reference_loop import (
     write_answers,
 )
 from safetensors.torch import load_file
-from script_fixtures import run_main, weights
+from script_fixtures import changes, run_main, weights
 from sd_fixtures import write_images
 from vlm_fixtures import write_base as write_vlm_base
 
@@ -72,13 +72,15 @@ def assert_log(directory: Path, trace: Trace) -> None:
     assert len(set(trace.losses)) == len(trace.losses)
 
 
-def assert_validations(recorder: Recorder, expected: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+def assert_validations(
+    recorder: Recorder, expected: Mapping[int, Mapping[str, torch.Tensor]], tolerance: float = 1e-6
+) -> None:
     """The first batch of every validation found these weights, by step."""
     calls = recorder.validations
     per_validation = len(calls) // len(expected)
     for index, found in enumerate(expected.values()):
         for call in calls[index * per_validation : (index + 1) * per_validation]:
-            assert_same({name: call.weights[name] for name in found}, found)
+            assert_same({name: call.weights[name] for name in found}, found, tolerance)
 
 
 def test_stable_diffusion(random_sd: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +151,38 @@ def test_flow_matching(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyP
     assert_log(out, trace)
     assert_validations(recorder, {step: trace.weights[step] for step in (0, 5, 10)})
     assert_same(weights(out), exported(trace.weights[10], 1.0))
+
+
+def test_offset(random_sd: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The initial factors are subtracted in every step, without the adapter's dropout, and are no part of the file."""
+    recorder = Recorder(monkeypatch, StableDiffusionFamily)
+    options: dict[str, Any] = {
+        **{"pretrained_model_name_or_path": random_sd, "train_data_dir": images, "output_dir": tmp_path / "out"},
+        **{**COMMON, "init": "pissa", "lora_alpha": 1, "lora_dropout": 0.2, "max_train_steps": 10},
+        **{"train_batch_size": 2, "learning_rate": 1e-3, "validation_steps": 5},
+    }
+    out = run_main(train_sd_lora, options)
+    family = StableDiffusionFamily.from_pretrained(random_sd)
+    parameters = add_lora(family.adapted, recorder.start, alpha=1, dropout=0.2)
+    initial = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def subtract(layer: str) -> Any:
+        product = 0.5 * initial[f"{layer}.lora_B"] @ initial[f"{layer}.lora_A"]
+        return lambda module, inputs, output: output - inputs[0] @ product.T
+
+    layers = sorted({name.rpartition(".")[0] for name in initial})
+    for layer in layers:
+        family.unet.get_submodule(layer.removeprefix("unet.")).register_forward_hook(subtract(layer))
+    monkeypatch.undo()
+    trace = plain_loop(family, parameters, folder_batches(family, images / "train", 2, 3), Plan(1e-3, seed=3))
+    assert_log(out, trace)
+    assert_validations(recorder, {step: trace.weights[step] for step in (0, 5, 10)}, tolerance=5e-6)
+    saved = changes(out)
+    assert saved.keys() == set(layers)
+    for layer in layers:
+        products = [0.5 * now[f"{layer}.lora_B"] @ now[f"{layer}.lora_A"] for now in (trace.weights[10], initial)]
+        torch.testing.assert_close(saved[layer], products[0] - products[1], rtol=0.0, atol=5e-6)
+        assert (products[0] - products[1]).abs().max() > 1e-3
 
 
 def test_prior_preservation(random_sd: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
