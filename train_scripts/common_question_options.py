@@ -46,7 +46,11 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
         default=["answer", "image"],
         help="rows of the language model that the initialisation sees (default: answer image)",
     )
-    add("--max_new_tokens", type=int, default=32, help="of a generated answer (default 32)")
+    add(
+        "--max_new_tokens",
+        type=int,
+        help="where a generated answer is cut (default: what the longest answer of the data needs, from 32 to 512)",
+    )
     add("--eval_batch_size", type=int, help="questions answered at once (default: 4 x train_batch_size)")
     add("--num_samples", type=int, default=12, help="questions with their answers in the report (default 12)")
 

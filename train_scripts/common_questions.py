@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,16 +37,19 @@ from tqdm.auto import tqdm
 from lorainit_diffusers.evaluation.answers import exact_match, token_f1
 from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
 from lorainit_diffusers.families.base import ModelFamily
-from lorainit_diffusers.families.vlm import COMPONENT, VisionLanguageFamily
+from lorainit_diffusers.families.vlm import COMPONENT, IGNORED, TooLongError, VisionLanguageFamily
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out
 from lorainit_diffusers.training.data.splits import validation_split
 
 PLACEHOLDER = "<image>"
+_IMAGES_FIRST = re.compile(rf"^(\s*{PLACEHOLDER}\s*)+")
 # LLaVA's names of those who speak, and those of chat messages.
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # Of all encoded samples together; what does not fit is encoded again whenever it is needed.
 CACHE_BYTES = 4_000_000_000
 VALIDATION_FRACTION = 0.1
+# Tokens that a generated answer may have when the user does not say: what the data need, within these limits.
+NEW_TOKENS = (32, 512)
 # Training batches that one evaluation batch, which keeps no activations, is worth.
 EVALUATION_RATIO = 4
 
@@ -189,11 +195,15 @@ def _record(
     if "messages" in line or "conversations" in line:
         messages = _messages(line, where, names)
     elif question_column in line and answer_column in line:
-        question = " ".join(_answers(line[question_column])).replace(PLACEHOLDER, "").strip()
-        if not question:
+        question = " ".join(_answers(line[question_column], f"{where}: the question"))
+        text = question.replace(PLACEHOLDER, "").strip()
+        if not text:
             raise ValueError(f"{where}: the question is empty; fill it in or remove the line")
-        answers = _answers(line[answer_column])
-        content: list[dict[str, Any]] = [*({"type": "image"} for _ in names), {"type": "text", "text": question}]
+        answers = _answers(line[answer_column], f"{where}: the answer")
+        content: list[dict[str, Any]] = [*({"type": "image"} for _ in names), {"type": "text", "text": text}]
+        among_words = len(names) > 1 and PLACEHOLDER in _IMAGES_FIRST.sub("", question)
+        if among_words or question.count(PLACEHOLDER) not in (0, len(names)):  # a wrong number is found below
+            content = _split_placeholders(question)
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answers[0] if answers else ""}]})
     else:
@@ -228,10 +238,20 @@ def text_of(message: Mapping[str, Any]) -> str:
     return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def _answers(value: Any) -> list[str]:
-    """One answer, or several that count as right; numbers become text."""
+def _answers(value: Any, what: str) -> list[str]:
+    """One answer, or several that count as right; numbers become text.
+
+    Raises:
+        ValueError: for what is neither text nor a number; `what` begins the message.
+    """
     values = value if isinstance(value, (list, tuple)) else [value]
-    texts = [str(each).strip() for each in cast("Sequence[Any]", values) if each is not None]
+    texts: list[str] = []
+    for each in cast("Sequence[Any]", values):
+        if each is None:
+            continue
+        if not isinstance(each, (str, int, float)) or (isinstance(each, float) and not math.isfinite(each)):
+            raise ValueError(f"{what} is {each!r}; give a text or a number")
+        texts.append(str(each).strip())
     return [text for text in texts if text]
 
 
@@ -264,6 +284,9 @@ def _messages(line: Mapping[str, Any], where: str, names: list[Any]) -> list[dic
                     f"{where}: message {number} has the content {part!r}; give a text, or parts of the types text "
                     "and image"
                 )
+        if ROLES[role] == "assistant" and all(part["type"] == "text" for part in parts):
+            # one text, as it is trained on and compared with, however a chat template would join its parts
+            parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
         messages.append({"role": ROLES[role], "content": parts})
     return messages
 
@@ -438,13 +461,30 @@ class EncodedQuestions:
     def fill(self, description: str) -> None:
         """Encode as many as fit, so that one that cannot be is found before anything expensive starts.
 
+        Of the others the texts are checked, but not the length.
+
         Raises:
-            ValueError: naming the line of the first that cannot be encoded.
+            ValueError: naming the line of the first that cannot be encoded, and how many others are too long.
         """
+        too_long: list[TooLongError] = []
         for index in tqdm(range(len(self)), desc=description, disable=len(self) < 2000, leave=False):
-            if self.bytes_left <= 0:
-                return
-            self.sample(index)
+            try:
+                if self.bytes_left > 0:
+                    self.sample(index)
+                else:
+                    record = self.records[index]
+                    with _named(record):
+                        self.family.check_texts(record.messages, len(record.images))
+            except TooLongError as error:
+                too_long.append(error)
+        if len(too_long) > 1:
+            longest = max(error.num_tokens for error in too_long)
+            raise ValueError(
+                f"{too_long[0]}. {len(too_long)} of {len(self)} conversations are too long; the longest has {longest} "
+                "tokens"
+            ) from too_long[0]
+        if too_long:
+            raise too_long[0]
 
     def sample(self, index: int, *, prompt: bool = False) -> dict[str, Tensor]:
         """One sample with its labels, or its prompt alone, without the answer.
@@ -456,13 +496,11 @@ class EncodedQuestions:
             return self._kept[index, prompt]
         record = self.records[index]
         images = [load_image(image) for image in record.images]
-        try:
+        with _named(record):
             if prompt:
                 features = self.family.encode_prompt(record.messages[:-1], images)
             else:
                 features = self.family.encode(record.messages, images, max_length=self.max_length)
-        except ValueError as error:
-            raise ValueError(f"{record.where}: {error}") from error
         dtype = self.family.weight_dtype
         known = self._images.get(record.images, {})
         added = 0
@@ -485,6 +523,44 @@ class EncodedQuestions:
         if (index, prompt) not in self._lengths:
             self.sample(index, prompt=prompt)
         return self._lengths[index, prompt]
+
+
+@contextmanager
+def _named(record: QuestionRecord) -> Generator[None, None, None]:
+    """What is wrong with a record inside the block is said with its file and line."""
+    try:
+        yield
+    except TooLongError as error:
+        raise TooLongError(f"{record.where}: {error}", error.num_tokens) from error
+    except ValueError as error:
+        raise ValueError(f"{record.where}: {error}") from error
+
+
+def settle_answer_length(
+    given: int | None,
+    count_tokens: Callable[[str], int],
+    records: Sequence[QuestionRecord],
+    validation: Sequence[QuestionRecord],
+) -> int:
+    """Where generated answers are cut; says how many validation answers are longer, as these can never match.
+
+    Args:
+        given: `--max_new_tokens`, where the user gave it.
+        count_tokens: of an answer with its end.
+        records: the training questions.
+        validation: the validation questions, of which one of several right answers must fit.
+    """
+    needed = [min(map(count_tokens, record.answers)) for record in validation]
+    longest = max(max(needed), max(count_tokens(record.answers[0]) for record in records))
+    limit = given if given is not None else min(max(longest, NEW_TOKENS[0]), NEW_TOKENS[1])
+    longer = [number for number in needed if number > limit]
+    if longer:
+        print_once(
+            f"warning: the right answers to {len(longer)} of {len(validation)} validation questions are longer than "
+            f"the {limit} tokens that are generated (the longest: {max(longer)}), so they cannot match; raise "
+            "--max_new_tokens"
+        )
+    return limit
 
 
 class QuestionAnsweringTask:
@@ -525,6 +601,7 @@ class QuestionAnsweringTask:
         self.train = EncodedQuestions(base, records, args.max_length)
         self.validation = EncodedQuestions(base, validation, args.max_length)
         self.num_train, self.num_validation = len(records), len(validation)
+        args.max_new_tokens = settle_answer_length(args.max_new_tokens, base.num_answer_tokens, records, validation)
         self.eval_batch_size = args.eval_batch_size or EVALUATION_RATIO * args.train_batch_size
         self.train.fill("encoding training questions")
         self.validation.fill("encoding validation questions")
@@ -539,22 +616,24 @@ class QuestionAnsweringTask:
         """`exact_match` and `validation_loss` from one pass over the validation questions.
 
         An answer matches when each of its tokens, the end included, is the likeliest one after those before it: greedy
-        decoding would give exactly this answer.
+        decoding would give exactly this answer. Of a conversation it is the last one, as it is that is generated.
         """
         loss, num_tokens, num_wrong = 0.0, 0, 0
         with evaluating(self.family.adapted.values()):
             for chosen in self._chunks(prompt=False):
-                batch = self.base.collate([self.validation.sample(index) for index in chosen])
-                answers = self.base.answer_logits(batch)
+                samples = [self.validation.sample(index) for index in chosen]
+                answers = self.base.answer_logits(self.base.collate(samples))
                 loss += float(F.cross_entropy(answers.logits, answers.tokens, reduction="sum"))
                 num_tokens += answers.tokens.numel()
-                num_wrong += answers.samples[answers.logits.argmax(dim=1) != answers.tokens].unique().numel()
+                wrong = answers.logits.argmax(dim=1) != answers.tokens
+                for number, sample in enumerate(samples):
+                    num_wrong += int(wrong[answers.samples == number][-_last_answer_tokens(sample) :].any())
         return {"exact_match": 1 - num_wrong / self.num_validation, "validation_loss": loss / num_tokens}
 
     def evaluate(self) -> dict[str, float]:
         """`exact_match` and `token_f1` of the generated answers, over all validation questions and by type.
 
-        They are those of SQuAD, where case, punctuation and articles do not count.
+        They are close to SQuAD's: see `lorainit_diffusers/evaluation/answers.py` for what does not count.
         """
         predictions = [""] * self.num_validation
         with evaluating(self.family.adapted.values()):
@@ -615,8 +694,15 @@ class QuestionAnsweringTask:
             f"Answers that match exactly: {found}.",
             f"{args.init}, rank {args.rank}, learning rate {args.learning_rate:g}, {args.max_train_steps} steps of "
             f"{args.train_batch_size} questions, seed {args.seed}; {self.num_train} training and {self.num_validation} "
-            "validation questions. Case, punctuation and articles do not count.",
+            "validation questions. Case, articles and punctuation around words do not count.",
         ]
+
+
+def _last_answer_tokens(sample: Mapping[str, Tensor]) -> int:
+    """How many tokens the last answer of a conversation has, its end included."""
+    trained = (sample["labels"][0, 1:] != IGNORED).nonzero().flatten()
+    breaks = (trained.diff() > 1).nonzero().flatten()
+    return trained.numel() - (int(breaks[-1]) + 1 if breaks.numel() else 0)
 
 
 # --------------------------------------------------------------------------------------------------------------- report

@@ -85,6 +85,18 @@ _PROCESSOR_FILES = (
 )
 
 
+class TooLongError(ValueError):
+    """A conversation has more tokens than it may have.
+
+    Attributes:
+        num_tokens: that it has.
+    """
+
+    def __init__(self, message: str, num_tokens: int) -> None:
+        super().__init__(message)
+        self.num_tokens = num_tokens
+
+
 class AnswerLogits(NamedTuple):
     """What the model says where an answer's token comes next.
 
@@ -387,7 +399,9 @@ class VisionLanguageFamily:
         """
         inputs = self._to_device(self.collate(prompts, padding_side="left"))
         inputs.pop("labels", None)
+        # a base's own settings (Qwen-VL's penalty on repetition) would give another text than the likeliest tokens
         greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        greedy |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "eos_token_id": sorted(self._end_tokens)}
         with torch.no_grad(), autocast(self.device, self.weight_dtype):
             tokens = cast(Any, self.model).generate(
                 **inputs, max_new_tokens=max_new_tokens, pad_token_id=self._pad_token, **greedy
@@ -425,8 +439,9 @@ class VisionLanguageFamily:
             Tensors of one sample: (1, tokens) of tokens, and whatever the model takes for images.
 
         Raises:
-            ValueError: when roles, contents or the number of images are wrong, an answer is empty, the conversation is
-                too long, or the template does not write a conversation as the continuation of its beginning.
+            TooLongError: when the conversation is too long.
+            ValueError: when roles, contents or the number of images are wrong, an answer is empty, or the template does
+                not write a conversation as the continuation of its beginning.
         """
         conversation = _typed(messages, len(images))
         turns = [index for index, message in enumerate(conversation) if message["role"] == "assistant"]
@@ -456,9 +471,10 @@ class VisionLanguageFamily:
         length = features["input_ids"].shape[1]
         limit = min((number for number in (max_length, self.max_tokens) if number is not None), default=length)
         if length > limit:
-            raise ValueError(
+            raise TooLongError(
                 f"the conversation has {length} tokens, more than {limit}, and is never cut: raise max_length as far "
-                "as the model has positions, shorten the text, or let the processor make fewer tokens of an image"
+                "as the model has positions, shorten the text, or let the processor make fewer tokens of an image",
+                length,
             )
         if not bool((features["labels"][:, 1:] != IGNORED).any()):
             raise ValueError(

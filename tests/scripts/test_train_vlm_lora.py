@@ -14,6 +14,7 @@ import pytest
 import torch
 import train_vlm_lora
 from common_questions import (
+    NEW_TOKENS,
     EncodedQuestions,
     QuestionAnsweringTask,
     QuestionRecord,
@@ -21,6 +22,7 @@ from common_questions import (
     read_question_data,
     read_questions,
     resolve_question_options,
+    settle_answer_length,
 )
 from peft import PeftModel
 from PIL import Image
@@ -28,7 +30,7 @@ from safetensors.torch import load_file
 from script_fixtures import losses, read_json, run_main
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
-from vlm_fixtures import ask, make_image, write_base, write_lines, write_questions
+from vlm_fixtures import ask, edit_json, make_image, write_base, write_lines, write_questions
 
 from lorainit_diffusers.families.vlm import VisionLanguageFamily
 
@@ -193,6 +195,17 @@ def test_the_bundled_questions_are_the_default() -> None:
     [
         (LINE, ["user: <image>What is this?", "assistant: red apple"], ("red apple",)),
         ({**LINE, "question": "<image>\nWhat is this?"}, ["user: <image>What is this?", "assistant: red apple"], None),
+        ({**LINE, "question": "What is <image> ?"}, ["user: <image>What is  ?", "assistant: red apple"], None),
+        (
+            {"images": ["images/0.png", "images/1.png"], "question": "<image> <image>\nSame?", "answer": "no"},
+            ["user: <image><image>Same?", "assistant: no"],
+            None,
+        ),
+        (
+            {"images": ["images/0.png", "images/1.png"], "question": "Is <image> <image> or none red?", "answer": 0},
+            ["user: Is <image> <image> or none red?", "assistant: 0"],
+            ("0",),
+        ),
         ({**LINE, "answer": ["red apple", "apple", 3]}, None, ("red apple", "apple", "3")),
         ({**LINE, "answer": 3}, ["user: <image>What is this?", "assistant: 3"], ("3",)),
         (
@@ -271,6 +284,7 @@ def test_other_columns_types_system_prompts_and_files(questions: Path, tmp_path:
     assert record.where.endswith("line 2")
 
 
+CHAT_TEXT = {"role": "user", "content": "What?"}
 CHAT = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "fruit"}]
 
 
@@ -280,6 +294,11 @@ CHAT = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "cont
         ("{", r"line 2: not JSON .*; write one object a line"),
         (3, "line 2: not an object but int"),
         ({"image": "images/0.png"}, "line 2: has image; give question and answer, or messages, or conversations"),
+        ({**LINE, "answer": float("nan")}, "line 2: the answer is nan; give a text or a number"),
+        ({**LINE, "answer": {"text": "a"}}, r"line 2: the answer is \{'text': 'a'\}; give a text or a number"),
+        ({**LINE, "question": ["What?", ["Which?"]]}, r"line 2: the question is \['Which\?'\]; give a text"),
+        ({**LINE, "question": "<image> and <image>?"}, "line 2: 1 images, but 2 image placeholders"),
+        ({"question": "What is <image>?", "answer": "a"}, "line 2: 0 images, but 1 image placeholders"),
         ({**LINE, "answer": " "}, "line 2: the answer is empty; fill it in or remove the line"),
         ({**LINE, "answer": None}, "line 2: the answer is empty"),
         ({**LINE, "question": ""}, "line 2: the question is empty"),
@@ -337,6 +356,14 @@ def test_files_that_cannot_be_understood(questions: Path, tmp_path: Path) -> Non
     )
     with pytest.raises(ValueError, match=r"cannot read the image '.*broken\.png'"):
         read_question_data(arguments(train_data_file=tmp_path / "b.jsonl"))
+
+
+def test_an_answer_of_several_parts_is_one_text(questions: Path, tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "red"}, {"type": "text", "text": " apple"}]
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": [CHAT_TEXT, {"role": "assistant", "content": parts}]}])
+    (record,) = read_questions(path, flag="--train_data_file")
+    assert record.messages[-1]["content"] == [{"type": "text", "text": "red apple"}]
+    assert record.answers == ("red apple",)
 
 
 def test_a_part_of_the_images_is_held_out_with_all_of_their_questions(questions: Path, tmp_path: Path) -> None:
@@ -549,3 +576,153 @@ def test_evaluation_does_not_depend_on_the_size_of_its_batches(base: Path, quest
     assert one["validation_loss"] == pytest.approx(six["validation_loss"], rel=1e-5)
     assert scores[0].evaluate() == scores[1].evaluate()
     assert scores[0]._results == scores[1]._results
+
+
+# ----------------------------------------------------------------------------------------------- answers and their ends
+
+
+def write_answers(folder: Path, answers: Sequence[str | list[str]], name: str = "train.jsonl") -> Path:
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for index in range(len(answers)):
+        make_image(index).save(folder / "images" / f"{name}{index}.png")
+    rows = [
+        {"image": f"images/{name}{index}.png", "question": "What?", "answer": answer}
+        for index, answer in enumerate(answers)
+    ]
+    return write_lines(folder / name, rows)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "given", "limit", "warned"),
+    [
+        (["red"], ["no"], None, 32, 0),
+        (["red apple " * 60], ["no"], None, 120, 0),
+        (["red"], ["red apple " * 60, "no"], None, 120, 0),
+        (["red"], ["fruit " * 900, "no"], None, 512, 1),
+        (["red"], ["red apple " * 60, "no", "green pear " * 60], 20, 20, 2),
+        (["red"], [["red apple " * 60, "red"], "no"], 20, 20, 0),  # one right answer that fits is enough
+    ],
+)
+def test_generated_answers_are_as_long_as_the_data_need(
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    train: list[str],
+    validation: list[Any],
+    given: int | None,
+    limit: int,
+    warned: int,
+) -> None:
+    def records(answers: Sequence[str | list[str]], name: str) -> list[QuestionRecord]:
+        return read_questions(write_answers(tmp_path, answers, name), flag="f")
+
+    family = VisionLanguageFamily.from_pretrained(base)
+    trained, asked = records(train, "train.jsonl"), records(validation, "validation.jsonl")
+    found = settle_answer_length(given, family.num_answer_tokens, trained, asked)
+    if given is None and limit not in NEW_TOKENS:
+        # what the answers are encoded as needs no more, and little less
+        encoded = [
+            int((family.encode(r.messages, [common_questions.load_image(r.images[0])])["labels"] != -100).sum())
+            for r in (*trained, *asked)
+        ]
+        assert max(encoded) <= found <= max(encoded) + 3
+    else:
+        assert found == limit
+    printed = capsys.readouterr().out
+    assert ("--max_new_tokens" in printed) == bool(warned)
+    if warned:
+        assert f"the right answers to {warned} of {len(validation)} validation questions are longer than" in printed
+
+
+def test_long_answers_that_are_learnt_match(base: Path, tmp_path: Path, run: Run) -> None:
+    """They are longer than 32 tokens, and generated in whole by default."""
+    answer = "What kind of thing is this? " * 5
+    path = write_answers(tmp_path / "long", [answer, answer])
+    out = run(
+        **{"train_data_file": path, "validation_data_file": path, "max_new_tokens": None, "rank": 8},
+        **{"max_train_steps": 40, "validation_steps": 40, "learning_rate": 1e-2, "init": "orthonormal"},
+    )
+    assert read_json(out / "config.json")["arguments"]["max_new_tokens"] > 32
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["exact_match"] for line in lines if "validation_loss" in line][-1] == 1.0
+    assert [line["exact_match"] for line in lines if line.get("stage") == "end"] == [1.0]
+
+
+def test_all_that_are_too_long_are_counted(base: Path, tmp_path: Path) -> None:
+    path = write_answers(tmp_path, ["red", "fruit " * 60, "no", "fruit " * 90])
+    with pytest.raises(ValueError, match=r"line 2: the conversation has \d+ tokens, more than 50") as caught:
+        make_task(base, tmp_path, validation_data_file=path, max_length=50)
+    assert "2 of 4 conversations are too long; the longest has" in str(caught.value)
+
+
+def test_texts_beyond_the_memory_are_checked_too(base: Path, tmp_path: Path) -> None:
+    family = VisionLanguageFamily.from_pretrained(base)
+    family._plain_text._end_ids.add(family.tokenizer.convert_tokens_to_ids("\u010a"))
+    records = read_questions(write_answers(tmp_path, ["red", "red\napple"]), flag="f")
+    encoded = EncodedQuestions(family, records, None, num_bytes=0)
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: message 2 has the token"):
+        encoded.fill("nothing fits")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ([], 1.0),
+        ([(0, 0)], 1.0),
+        ([(0, 0), (1, 0)], 1.0),
+        ([(0, -1)], 0.5),
+        ([(1, -2)], 0.5),
+        ([(0, -1), (1, -1)], 0.0),
+    ],
+)
+def test_one_pass_scores_the_last_answer_of_a_conversation(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: list[tuple[int, int]], expected: float
+) -> None:
+    """As the generated answers do: what comes before is given, right or wrong."""
+    make_image(0).save(tmp_path / "a.png")
+    chats = [
+        [
+            *({"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": first}),
+            *({"role": "user", "content": "Which?"}, {"role": "assistant", "content": last}),
+        ]
+        for first, last in (("fruit green apple", "pear"), ("no", "red apple fruit"))
+    ]
+    write_lines(tmp_path / "train.jsonl", [{"image": "a.png", "messages": chat} for chat in chats])
+    task = make_task(base, tmp_path, validation_data_file=tmp_path / "train.jsonl", eval_batch_size=2)
+    order = next(iter(task._chunks(prompt=False)))
+    answer_logits = task.base.answer_logits
+
+    def logits_of(batch: Mapping[str, Tensor]) -> Any:
+        """Sure of every token but those that shall be wrong: (question, place among its tokens)."""
+        found = answer_logits(batch)
+        logits = torch.nn.functional.one_hot(found.tokens, found.logits.shape[1]).float()
+        for question, place in wrong:
+            row = int((found.samples == order.index(question)).nonzero().flatten()[place])
+            logits[row] = logits[row].roll(1)
+        return found._replace(logits=logits)
+
+    monkeypatch.setattr(task.base, "answer_logits", logits_of)
+    assert task.validate()["exact_match"] == expected
+
+
+def test_generation_is_greedy_and_ends_where_training_does(tmp_path: Path) -> None:
+    """The base's own settings neither penalise a token nor leave out the end that the tokenizer knows."""
+    folder = write_base(tmp_path, "llava")
+    plain = VisionLanguageFamily.from_pretrained(folder)
+    prompt = plain.encode_prompt(ask("What is this?"), [make_image(1)])
+    with torch.no_grad():
+        tokens = plain.model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert len(set(tokens.tolist())) < len(tokens)  # some come again
+    expected = plain.tokenizer.decode(tokens).strip()
+    for setting in ({"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}):
+        edit_json(
+            folder / "generation_config.json", **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, **setting}
+        )
+        assert VisionLanguageFamily.from_pretrained(folder).generate([prompt], 12) == [expected], setting
+
+    edit_json(folder / "generation_config.json", eos_token_id=[3])
+    other = VisionLanguageFamily.from_pretrained(folder)
+    other.tokenizer.eos_token = other.tokenizer.convert_ids_to_tokens(int(tokens[4]))
+    other = VisionLanguageFamily(other.model, other.processor)
+    # an end that is an ordinary token is part of the text
+    assert other.generate([prompt], 12) == [plain.tokenizer.decode(tokens[:5]).strip()]
