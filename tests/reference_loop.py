@@ -148,7 +148,9 @@ def plain_loop(
         trace.weights.append(now)
         if plan.ema_decay is not None:
             # the first update takes the weights as they are; the k-th after it has a decay of (1 + k) / (10 + k)
-            decay = min(plan.ema_decay, step / (9 + step)) if step > 1 else 0.0
+            updates = step - num_skipped
+            decay = min(plan.ema_decay, updates / (9 + updates)) if updates > 1 else 0.0
+            decay = 1.0 if step in plan.skipped else decay
             average = {name: decay * average[name] + (1 - decay) * value for name, value in now.items()}
             trace.averages.append(average)
     return trace

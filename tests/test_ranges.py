@@ -29,7 +29,6 @@ from lorainit_diffusers.ranges import COUNT, LARGEST, SEED, STEP_RANGES, Range, 
 from lorainit_diffusers.training.cli_parser import ScriptParser
 from lorainit_diffusers.training.ranges import (
     OPTION_RANGES,
-    check_learning_rates,
     check_options,
     check_schedule,
     numeric_options,
@@ -297,12 +296,6 @@ def test_a_warm_up_ends_within_the_run_and_has_an_effect() -> None:
         check_schedule("cosine", 10, 10)
     with pytest.raises(ValueError, match=r"--lr_warmup_steps 5 has no effect with --lr_scheduler constant"):
         check_schedule("constant", 5, 10)
-
-
-def test_something_is_trained() -> None:
-    check_learning_rates({"learning_rate": 0.0, "head_lr": 1e-4})
-    with pytest.raises(ValueError, match=r"--learning_rate 0 and --head_lr 0: nothing would be trained"):
-        check_learning_rates({"learning_rate": 0.0, "head_lr": -0.0})
 
 
 def test_ends_that_nobody_means_are_those_of_float32() -> None:

@@ -20,7 +20,7 @@ from lorainit_diffusers.training.choices import (
     names_in,
 )
 from lorainit_diffusers.training.cli_parser import ScriptParser, closest, unknown_name
-from lorainit_diffusers.training.ranges import check_learning_rates, check_options, check_schedule
+from lorainit_diffusers.training.ranges import check_options, check_schedule
 
 # torch, diffusers and the library's core are imported where they are needed: a command line is read without them
 if TYPE_CHECKING:
@@ -301,9 +301,6 @@ def validate_arguments(args: argparse.Namespace) -> None:
     if args.pre_compute_text_embeddings and args.train_text_encoder:
         raise ValueError("--pre_compute_text_embeddings keeps the embeddings of now: leave out --train_text_encoder")
     _validate_prior_preservation(args)
-    if not (args.init_only or args.dry_run):
-        names = ("learning_rate", "text_encoder_lr") if args.train_text_encoder else ("learning_rate",)
-        check_learning_rates({name: getattr(args, name) for name in names})
     if args.optimizer == "prodigy" and args.train_text_encoder and args.text_encoder_lr not in (0, args.learning_rate):
         raise ValueError(
             f"--text_encoder_lr {args.text_encoder_lr}: prodigy finds one step size for all; leave it out or give 0"

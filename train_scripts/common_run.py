@@ -54,6 +54,7 @@ from lorainit_diffusers.families.base import ModelFamily, loss_weight
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
 from lorainit_diffusers.initialize import initialize, make_method, needs_reference
 from lorainit_diffusers.methods import Initializer
+from lorainit_diffusers.training.gradients import clip_gradients, gradient_error, weight_at_fault
 from lorainit_diffusers.training.weighting import micro_batch_shares
 
 # --------------------------------------------------------------------------------------------------------------- start
@@ -492,8 +493,12 @@ def backward_step(
     is a mean over. Every random draw comes from (seed, step, micro-step, process), so a resumed run needs the step
     number only.
 
+    Returns:
+        The mean loss, and the norm of the gradients before they are clipped. It is not finite only where a scaler of
+        gradients (float16) will skip the step.
+
     Raises:
-        ValueError: when the loss is no longer finite.
+        ValueError: when the loss or a gradient is no longer finite; nothing has been changed then.
     """
     micro_batches = [next(batches) for _ in range(args.gradient_accumulation_steps)]
     shares = micro_batch_shares([loss_weight(family, batch) for batch in micro_batches], accelerator)
@@ -509,7 +514,20 @@ def backward_step(
     if not np.isfinite(mean_loss):
         raise ValueError(f"the loss is {mean_loss} at step {step}; lower --learning_rate {args.learning_rate}")
     average_gradients(accelerator, parameters)
-    return mean_loss, float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm) or 0.0)
+    accelerator.unscale_gradients()
+    norm = clip_gradients(parameters, args.max_grad_norm)
+    error = gradient_error(
+        family.adapted,
+        parameters,
+        norm,
+        step=step,
+        loss=mean_loss,
+        remedy=f"lower --learning_rate {args.learning_rate}",
+        scale=accelerator.scaler.get_scale() if accelerator.scaler is not None else None,
+    )
+    if error is not None:
+        raise error
+    return mean_loss, norm
 
 
 class WeightAverage:
@@ -544,7 +562,7 @@ class WeightAverage:
         return {f"ema.{index}": value for index, value in enumerate(self.average.shadow_params)}
 
     def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Inverse of `state`, after `step` updates."""
+        """Inverse of `state`, after `step` updates: as many as the schedule has steps."""
         if self.average is not None:
             for index, value in enumerate(self.average.shadow_params):
                 value.copy_(tensors[f"ema.{index}"])
@@ -592,17 +610,29 @@ class Optimization:
         self.average = WeightAverage(self.parameters, args.ema_decay if args.use_ema else None)
         if state is not None:
             state.restore(self.optimizer.optimizer, self.lr_scheduler)
-            self.average.load(state.tensors, state.step)
+            # a step that the scaler skipped moved neither
+            self.average.load(state.tensors, int(self.lr_scheduler.last_epoch))
             if accelerator.scaler is not None and state.extra["scaler"] is not None:
                 accelerator.scaler.load_state_dict(state.extra["scaler"])
 
-    def step(self) -> None:
-        """Use the gradients, and clear them."""
+    def step(self) -> bool:
+        """Use the gradients, and clear them; whether the scaler let them be used: or else nothing moves.
+
+        Raises:
+            ValueError: when a weight is not finite afterwards; names it.
+        """
         self.optimizer.step()
-        if not self.optimizer.step_was_skipped:
-            self.lr_scheduler.step()
+        used = not self.optimizer.step_was_skipped
         self.optimizer.zero_grad()
+        if not used:
+            return False
+        name = weight_at_fault(self.family.adapted, self.parameters)
+        if name is not None:
+            rates = ", ".join(f"{group['lr']:g}" for group in self.optimizer.param_groups)
+            raise ValueError(f"the weight {name} is not finite after a step with the learning rate {rates}; lower it")
+        self.lr_scheduler.step()
         self.average.update()
+        return True
 
     def save(self, step: int, init_report: Mapping[str, Any]) -> None:
         """Write a checkpoint, the oldest making room before it; one always stays, whenever the run is killed."""
@@ -646,6 +676,23 @@ def write_start(
     return config
 
 
+@contextmanager
+def last_good_named(output_dir: str) -> Generator[None, None, None]:
+    """Add to an error inside the block which checkpoint the run can go on from.
+
+    Raises:
+        ValueError: the one from inside.
+    """
+    try:
+        yield
+    except ValueError as error:
+        known = checkpoints.list_checkpoints(output_dir)
+        if not known:
+            raise
+        last = f"the last good state is {known[-1].name} (--resume_from_checkpoint latest)"
+        raise ValueError(f"{error}; {last}") from error
+
+
 def train_steps(
     args: argparse.Namespace,
     family: ModelFamily,
@@ -667,11 +714,14 @@ def train_steps(
     progress = tqdm(desc="training", initial=first_step, total=args.max_train_steps, disable=not is_main)
     for step in range(first_step + 1, args.max_train_steps + 1):
         step_started = time.perf_counter()
-        loss, grad_norm = backward_step(args, family, batches, accelerator, optimization.parameters, step)
-        learning_rate = float(optimization.lr_scheduler.get_last_lr()[0])
-        optimization.step()
+        with last_good_named(args.output_dir):
+            loss, grad_norm = backward_step(args, family, batches, accelerator, optimization.parameters, step)
+            learning_rate = float(optimization.lr_scheduler.get_last_lr()[0])
+            used = optimization.step()
         step_s = round(time.perf_counter() - step_started, 4)
-        log.write({"step": step, "loss": loss, "lr": learning_rate, "grad_norm": grad_norm, "step_s": step_s})
+        # a norm that is not finite is no number of JSON
+        of_gradients = {"grad_norm": grad_norm} if used else {"skipped": True}
+        log.write({"step": step, "loss": loss, "lr": learning_rate, **of_gradients, "step_s": step_s})
         progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
         progress.update()
         if step % args.validation_steps == 0 or step == args.max_train_steps:

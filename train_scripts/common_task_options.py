@@ -16,7 +16,6 @@ from common_options import (
 )
 
 from lorainit_diffusers.training.cli_parser import ScriptParser
-from lorainit_diffusers.training.ranges import check_learning_rates
 
 
 def make_task_parser(
@@ -53,5 +52,3 @@ def resolve_task_options(args: argparse.Namespace, script: str) -> None:
     args.output_dir = f"outputs/{script}-{args.init}" if args.output_dir is None else args.output_dir
     validate_adapter_arguments(args)
     validate_run_arguments(args)
-    if not (args.init_only or args.dry_run):
-        check_learning_rates({"learning_rate": args.learning_rate, "head_lr": args.head_lr})

@@ -77,6 +77,7 @@ from lorainit_diffusers.families import family_class
 from lorainit_diffusers.initialize import initialize, needs_reference
 from lorainit_diffusers.methods import Initializer
 from lorainit_diffusers.ranges import COUNT, NOT_NEGATIVE
+from lorainit_diffusers.training.gradients import clip_gradients, weight_at_fault
 
 # A killed comparison goes on only with the same of these; the grid itself may grow.
 FIXED_ARGUMENTS = (
@@ -323,7 +324,7 @@ def train(
     init_s: float,
     bar: tqdm[Any],
 ) -> None:
-    """Train one run from the adapters as they are; a loss that is no longer finite ends it and counts as the worst."""
+    """Train one run from the adapters as they are; numbers that are no longer finite end it and count as the worst."""
     (directory / "snapshots").mkdir(parents=True, exist_ok=True)
     progress_path = directory / "progress.jsonl"
     progress_path.write_text("", encoding="utf-8")
@@ -337,6 +338,7 @@ def train(
     ]
     if head_parameters:
         groups.append({"params": head_parameters, "lr": run.learning_rate * args.head_lr_ratio})
+    trained = [*parameters, *head_parameters]
     optimizer = make_optimizer(args, groups)
     scheduler = get_scheduler(
         args.lr_scheduler,
@@ -377,11 +379,13 @@ def train(
             torch.manual_seed(seeded_generator(*parts).initial_seed())  # for the dropout of the adapters
             loss = task.family.loss(batch, seeded_generator(*parts))
             loss.backward()
-            torch.nn.utils.clip_grad_norm_([*parameters, *head_parameters], args.max_grad_norm)
-            optimizer.step()
+            norm = clip_gradients(trained, args.max_grad_norm)
+            diverged = not (math.isfinite(float(loss.detach())) and math.isfinite(norm))
+            if not diverged:
+                optimizer.step()
+                scheduler.step()
+                diverged = weight_at_fault(modules, trained) is not None
             optimizer.zero_grad()
-            scheduler.step()
-            diverged = not math.isfinite(float(loss.detach()))
         train_s += time.perf_counter() - start
         if step in args.eval_steps:
             evaluate(step)

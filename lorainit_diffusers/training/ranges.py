@@ -153,17 +153,3 @@ def check_schedule(lr_scheduler: str, lr_warmup_steps: int, max_train_steps: int
             f"--lr_warmup_steps {lr_warmup_steps}: the run ends after {max_train_steps} steps, before the learning "
             "rate is reached; lower it, or raise --max_train_steps"
         )
-
-
-def check_learning_rates(rates: Mapping[str, float]) -> None:
-    """See that something is trained: a rate of 0 freezes what it is for.
-
-    Args:
-        rates: of everything that the run trains, by option.
-
-    Raises:
-        ValueError: when all are 0.
-    """
-    if not any(rates.values()):
-        flags = " and ".join(f"--{name} 0" for name in rates)
-        raise ValueError(f"{flags}: nothing would be trained; give a positive one, or --init_only")
