@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from common import load_checkpoint, save_checkpoint
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -328,6 +329,16 @@ def encode(vae: Model, pixels: Tensor, device: torch.device) -> tuple[Tensor, Te
     return torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
 
 
+def rename_weights(path: Path, pattern: str, replacement: str) -> None:
+    """Give the tensors of a file the names that they have in published checkpoints, which transformers 4 needs.
+
+    transformers 5 writes some without a prefix that it understands with and without; 4 would leave out what they hold,
+    and fill the model with random numbers instead.
+    """
+    state = {re.sub(pattern, replacement, name): tensor for name, tensor in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+
+
 def save_pipeline(pipeline: Model, directory: Path, tokenizer_dir: Path) -> None:
     """Writes the pipeline in half precision, with the tokenizer files of old and new transformers, over `directory`."""
     scratch = directory.with_name(directory.name + ".tmp")
@@ -343,11 +354,21 @@ def save_pipeline(pipeline: Model, directory: Path, tokenizer_dir: Path) -> None
             # transformers 5 loads in the type that the config names, diffusers in float32 unless told otherwise:
             # without this, a plain `from_pretrained` would mix the two.
             config["dtype"] = "float32"
+            if config["architectures"] == ["CLIPTextModel"]:
+                rename_weights(config_path.parent / "model.safetensors", r"^(?!text_model\.)", "text_model.")
         config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for component in ("tokenizer", "tokenizer_2"):
         for name in ("vocab.json", "merges.txt"):
             if (scratch / component).is_dir():
                 shutil.copyfile(tokenizer_dir / name, scratch / component / name)
+    for path in scratch.glob("*/tokenizer_config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("extra_special_tokens", None)  # a list, which transformers 4 does not know
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    index = scratch / "model_index.json"
+    text = index.read_text(encoding="utf-8")
+    # transformers 4 has another class for T5's tokenizer without a SentencePiece file
+    index.write_text(text.replace('"T5Tokenizer"', '"T5TokenizerFast"'), encoding="utf-8")
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(scratch, directory)
 

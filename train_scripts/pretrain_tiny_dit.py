@@ -80,7 +80,6 @@ from common_pretrain import (
 )
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -88,9 +87,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
+    T5TokenizerFast,
 )
 
 # Text tokens that the pipeline adds in the place of T5's, which are zeros: its own default of 256, the 77 of diffusers'
@@ -255,11 +254,10 @@ def build_silent_t5(width: int) -> tuple[Model, Model]:
     """
     t5: Model = T5EncoderModel(T5Config(vocab_size=3, d_model=width, d_kv=32, d_ff=8, num_layers=1, num_heads=1))
     nn.init.zeros_(t5.encoder.final_layer_norm.weight)
-    words: Model = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return t5, PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=MAX_TOKENS, **special)
+    # the class that the stock scripts open it with, which insists on this kind of vocabulary
+    words: list[tuple[str, float]] = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -1.0)]
+    tokenizer: Model = T5TokenizerFast
+    return t5, tokenizer(vocab=words, extra_ids=0, model_max_length=MAX_TOKENS)
 
 
 def make_pipeline(vae: Model, tokenizer: Model, denoiser: Denoiser) -> Model:

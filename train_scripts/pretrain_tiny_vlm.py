@@ -51,6 +51,7 @@ from common_pretrain import (
     card_fields,
     load_styles,
     load_trained,
+    rename_weights,
     save_half,
     start_process,
     train,
@@ -260,6 +261,13 @@ def save_processor(directory: Path, tokenizer: Model, patch_size: int) -> None:
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {"image_token": IMAGE_TOKEN}}
     config.pop("image_token", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # 4 finds the image processor in a file of its own, and trips over it in the processor's; and it reads no .jinja
+    path = directory / "processor_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("image_processor", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    template = json.dumps({"chat_template": CHAT_TEMPLATE}, indent=2)
+    (directory / "chat_template.json").write_text(template + "\n", encoding="utf-8")
 
 
 MODEL_CARD = """# tiny-vlm
@@ -366,7 +374,13 @@ def main(argv: list[str] | None = None) -> None:
     if "export" in args.phases and rank == 0:
         load_trained(args, "vlm", model)
         patch_size = model.config.vision_config.patch_size
-        save_half(model.cpu(), args.output_dir, lambda path: save_processor(path, tokenizer, patch_size))
+
+        def save_rest(path: Path) -> None:
+            save_processor(path, tokenizer, patch_size)
+            weights, prefix = path / "model.safetensors", "vision_tower.vision_model."
+            rename_weights(weights, r"^vision_tower\.(?!vision_model\.)", prefix)
+
+        save_half(model.cpu(), args.output_dir, save_rest)
         saved: Model = LlavaForConditionalGeneration.from_pretrained(args.output_dir)  # as saved: in half precision
         figures = {
             style: accuracy(saved.eval(), conversations, images[style], own, subgroups) for style, own in names.items()
