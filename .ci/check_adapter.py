@@ -20,12 +20,16 @@ def load(base: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     image = Image.new("RGB", (64, 64), (200, 30, 30))
     architecture = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     if "ImageClassification" in architecture:
-        processor = AutoImageProcessor.from_pretrained(base, use_fast=False)
-        return AutoModelForImageClassification.from_pretrained(base), processor(image, return_tensors="pt")
-    processor = AutoProcessor.from_pretrained(base)
+        processor = AutoImageProcessor.from_pretrained(base, use_fast=False, trust_remote_code=False)
+        return AutoModelForImageClassification.from_pretrained(base, trust_remote_code=False), processor(
+            image, return_tensors="pt"
+        )
+    processor = AutoProcessor.from_pretrained(base, trust_remote_code=False)
     content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return AutoModelForImageTextToText.from_pretrained(base), processor(text=text, images=image, return_tensors="pt")
+    return AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=False), processor(
+        text=text, images=image, return_tensors="pt"
+    )
 
 
 @torch.no_grad()

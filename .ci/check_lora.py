@@ -12,7 +12,9 @@ def main() -> None:
     output_dir = Path(sys.argv[1])
     config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
     base = config["arguments"]["pretrained_model_name_or_path"]
-    pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32, use_safetensors=True)
+    pipeline = DiffusionPipeline.from_pretrained(
+        base, torch_dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
     pipeline.set_progress_bar_config(disable=True)
 
     def draw() -> torch.Tensor:

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     def load() -> UNet2DConditionModel:
         if args.model == "tiny-sd":
             return UNet2DConditionModel.from_pretrained(
-                args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32
+                args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32, trust_remote_code=False
             )
         torch.manual_seed(args.seed)
         return UNet2DConditionModel(**SD15_CONFIG)

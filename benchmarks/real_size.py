@@ -99,7 +99,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def build(model: str, dtype: torch.dtype, train_text_encoder: bool, device: str) -> LatentDiffusionFamily:
     """The family, frozen, with random weights."""
-    tokenizer = CLIPTokenizer.from_pretrained(str(TOKENIZER), model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(str(TOKENIZER), model_max_length=77, trust_remote_code=False)
     tokens = {
         "vocab_size": 49408,
         "max_position_embeddings": 77,

@@ -806,7 +806,7 @@ def main(argv: list[str] | None = None) -> None:
     images = load_file(args.work_dir / "images.safetensors")
     data = json.loads((args.work_dir / "records.json").read_text(encoding="utf-8"))
     check_disjoint(data["train"], held_out_concepts(args.data_dir))
-    tokenizer = CLIPTokenizer.from_pretrained(args.tokenizer_dir)
+    tokenizer = CLIPTokenizer.from_pretrained(args.tokenizer_dir, trust_remote_code=False)
     model = build_model(tokenizer).to(device)
     if device.type == "cpu":
         # The fused attention's backward pass is slow for few tokens on a CPU: plain attention trains 1.3x as fast.
@@ -820,7 +820,9 @@ def main(argv: list[str] | None = None) -> None:
         tensors, _ = load_checkpoint(checkpoint)
         model.load_state_dict({name: tensors[f"ema.{name}"] for name, _ in model.named_parameters()}, strict=False)
         save_model(model, args.output_dir, args.tokenizer_dir)
-        model = CLIPModel.from_pretrained(args.output_dir)  # as saved: the weights went through half precision
+        model = CLIPModel.from_pretrained(
+            args.output_dir, trust_remote_code=False
+        )  # as saved: the weights went through half precision
         results = evaluate(model, tokenizer, images["heldout"], data["heldout"])
         (args.work_dir / "figures.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print(json.dumps(results, indent=2))

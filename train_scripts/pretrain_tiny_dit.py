@@ -385,11 +385,11 @@ def main(argv: list[str] | None = None) -> None:
         emoji.render_training_set(args.work_dir, args.cache_dir, IMAGE_SIZE, num_line_icons=0, seed=args.seed)
     if world_size > 1:
         dist.barrier()
-    tokenizer = CLIPTokenizer.from_pretrained(args.base / "tokenizer")
-    vae: Model = AutoencoderKL.from_pretrained(args.base / "vae", torch_dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(args.base / "tokenizer", trust_remote_code=False)
+    vae: Model = AutoencoderKL.from_pretrained(args.base / "vae", torch_dtype=torch.float32, trust_remote_code=False)
     vae.to(device)
     vae.register_to_config(shift_factor=0.0)  # SD3's pipeline subtracts it
-    first_encoder = CLIPTextModel.from_pretrained(args.base / "text_encoder").float()
+    first_encoder = CLIPTextModel.from_pretrained(args.base / "text_encoder", trust_remote_code=False).float()
     denoiser = Denoiser(first_encoder).to(device)
 
     if "transformer" in args.phases:

@@ -119,7 +119,7 @@ def build_tokenizer(corpus: Iterable[str], directory: Path, vocab_size: int = 30
     (directory / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     merges_text = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
     (directory / "merges.txt").write_text(merges_text, encoding="utf-8")
-    tokenizer = CLIPTokenizer.from_pretrained(directory, model_max_length=MAX_TOKENS)
+    tokenizer = CLIPTokenizer.from_pretrained(directory, model_max_length=MAX_TOKENS, trust_remote_code=False)
     tokenizer.save_pretrained(directory)
     return tokenizer
 
@@ -450,7 +450,7 @@ def main(argv: list[str] | None = None) -> None:
         dist.barrier()
     images = load_file(args.work_dir / "images.safetensors")
     records = json.loads((args.work_dir / "captions.json").read_text())["records"]
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False)
 
     vae = build_vae().to(device)
     vae_path = args.work_dir / "vae" / "final.safetensors"

@@ -263,7 +263,9 @@ def main(argv: list[str] | None = None) -> None:
     if "export" in args.phases and rank == 0:
         load_trained(args, "vit", recipe)
         save_half(recipe.model, args.output_dir, save_processor)
-        model = ViTForImageClassification.from_pretrained(args.output_dir)  # as saved: in half precision
+        model = ViTForImageClassification.from_pretrained(
+            args.output_dir, trust_remote_code=False
+        )  # as saved: in half precision
         figures = {
             style: accuracy(model, images[style], class_indices(own, subgroups, classes))
             for style, own in names.items()

@@ -125,7 +125,7 @@ def make_tokenizer(names: Sequence[str], subgroups: Mapping[str, str], vocab_siz
 
 def build_model(tokenizer: Model, clip_dir: Path) -> Model:
     """LlavaForConditionalGeneration with the vision tower of a CLIP and a new, small decoder."""
-    clip = CLIPModel.from_pretrained(clip_dir, dtype=torch.float32)
+    clip = CLIPModel.from_pretrained(clip_dir, dtype=torch.float32, trust_remote_code=False)
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -381,7 +381,9 @@ def main(argv: list[str] | None = None) -> None:
             rename_weights(weights, r"^vision_tower\.(?!vision_model\.)", prefix)
 
         save_half(model.cpu(), args.output_dir, save_rest)
-        saved: Model = LlavaForConditionalGeneration.from_pretrained(args.output_dir)  # as saved: in half precision
+        saved: Model = LlavaForConditionalGeneration.from_pretrained(
+            args.output_dir, trust_remote_code=False
+        )  # as saved: in half precision
         figures = {
             style: accuracy(saved.eval(), conversations, images[style], own, subgroups) for style, own in names.items()
         }

@@ -12,7 +12,6 @@ depend on what else is in the environment.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from lorainit_diffusers.loading.errors import first_line, loading_errors
+from lorainit_diffusers.loading.files import check_config, check_own_code, check_weights
+from lorainit_diffusers.loading.hub import hub_options
+from lorainit_diffusers.loading.weights import check_complete, check_finite, load_model
 
 DEFAULT_IMAGE_ENCODER = "facebook/dinov2-small"
 DEFAULT_TEXT_ENCODER = "openai/clip-vit-base-patch32"
 
 _NUM_PATCH_LAYERS = 4
+_REMEDY = "give a folder in the transformers layout with safetensors weights, or a hub name"
 
 
 @runtime_checkable
@@ -184,38 +189,34 @@ def load_encoder(
     source = os.fspath(path_or_name)
     _check_folder(source)
     name = Path(source).resolve().name if Path(source).is_dir() else source
-    try:
-        config: Any = AutoConfig.from_pretrained(source, revision=revision)
-    except OSError as error:
-        raise _missing(source, error) from error
-    except ValueError as error:
-        raise ValueError(f"encoder {source!r} is not a model of transformers: {_first_line(error)}") from error
+    hub = {"revision": revision, **hub_options("encoder", source, "config.json", revision=revision)}
+    with loading_errors("encoder", source, _REMEDY):
+        try:
+            config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise
+            raise ValueError(f"encoder {source!r} is not a model of transformers: {first_line(error)}") from error
     is_clip = config.model_type == "clip"
     if is_clip and Path(source).is_dir():
         _check_tokenizer(Path(source))
     # DINO checkpoints of ViT come without a pooler, or with one that was never trained
     options: dict[str, Any] = {"add_pooling_layer": False} if config.model_type == "vit" else {}
-    try:
-        model, loading = cast(
-            tuple[Any, dict[str, Any]],
-            AutoModel.from_pretrained(
-                source, config=config, revision=revision, use_safetensors=True, output_loading_info=True, **options
-            ),
+    model, problems = load_model(
+        AutoModel, source, what="encoder", remedy=_REMEDY, same_class=not options, config=config, **hub, **options
+    )
+    with loading_errors("encoder", source, _REMEDY):
+        image_processor = AutoImageProcessor.from_pretrained(
+            source, trust_remote_code=False, **hub, **_without_torchvision()
         )
-        image_processor = AutoImageProcessor.from_pretrained(source, revision=revision, **_without_torchvision())
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision) if is_clip else None
-    except OSError as error:
-        raise _missing(source, error) from error
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub) if is_clip else None
     if not is_clip and model.main_input_name != "pixel_values":
         raise ValueError(
             f"encoder {source!r} is of type {config.model_type!r}, which does not take images alone; give a CLIP model "
             f"(such as {DEFAULT_TEXT_ENCODER}) or a vision backbone (such as {DEFAULT_IMAGE_ENCODER})"
         )
-    if loading["missing_keys"]:  # transformers fills them with random numbers and only logs it
-        raise ValueError(
-            f"the checkpoint of encoder {source!r} lacks {len(loading['missing_keys'])} weights of its "
-            f"{type(model).__name__}, such as {min(loading['missing_keys'])!r}; its features would be random"
-        )
+    check_complete(problems, model, f"the checkpoint of encoder {source!r}")
+    check_finite(model, f"the checkpoint of encoder {source!r}")
     model.to(device=device, dtype=torch.float32).requires_grad_(False)
     if not is_clip:
         return VisionEncoder(name, model, image_processor, batch_size)
@@ -297,14 +298,12 @@ def _check_folder(source: str) -> None:
             )
         return
     _check_any(folder, ("config.json",), "its configuration; a folder in the transformers layout is needed")
+    config = check_config(folder, f"encoder {source!r}")
     # without it transformers 4 guesses the type from the name of the folder
-    if "model_type" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    if "model_type" not in config:
         raise ValueError(f"encoder {source!r} is not a model of transformers: its config.json names no model_type")
-    _check_any(
-        folder,
-        ("model.safetensors", "model.safetensors.index.json"),
-        "its weights; convert pickled ones with save_pretrained(..., safe_serialization=True)",
-    )
+    check_own_code(config, config["model_type"] in CONFIG_MAPPING, "encoder", source)
+    check_weights(folder, f"encoder {source!r}", "model")
     _check_any(
         folder,
         ("preprocessor_config.json", "processor_config.json"),
@@ -319,14 +318,3 @@ def _check_tokenizer(folder: Path) -> None:
 def _check_any(folder: Path, files: Sequence[str], meaning: str) -> None:
     if not any((folder / file).is_file() for file in files):
         raise FileNotFoundError(f"encoder {str(folder)!r} has no {' or '.join(files)}: {meaning}")
-
-
-def _missing(source: str, error: Exception) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"cannot load the encoder {source!r}: {_first_line(error)} "
-        "(give a folder in the transformers layout with safetensors weights, or a hub name)"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -24,7 +24,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from lorainit_diffusers.families.augment import Augmentation, mixup
 from lorainit_diffusers.families.base import EvaluationMode, StepRecord
-from lorainit_diffusers.families.pretrained import autocast, check_transformers_folder, dtype_option
+from lorainit_diffusers.families.pretrained import autocast, dtype_option
+from lorainit_diffusers.loading.errors import BrokenModelError, loading_errors
+from lorainit_diffusers.loading.files import check_transformers_folder
+from lorainit_diffusers.loading.hub import hub_options
+from lorainit_diffusers.loading.weights import check_complete, check_finite, load_model
 from lorainit_diffusers.ranges import check_step
 
 COMPONENT = "model"
@@ -91,12 +95,21 @@ class ImagePreparation:
             ValueError: when its pictures are not square or have no size.
         """
         name = os.fspath(path)
-        check_base(name)
+        check_transformers_folder(name, bare_names=True, weights=False)
         # The processors on Pillow and numpy: torchvision is not needed. transformers 5 has renamed the option.
         renamed = importlib.util.find_spec("transformers.image_processing_backends") is not None
         options: dict[str, Any] = {"backend": "pil"} if renamed else {"use_fast": False}
-        with _named_errors("image processor of the base model", name, "save the image processor into the folder"):
-            processor: Any = AutoImageProcessor.from_pretrained(name, revision=revision, cache_dir=cache_dir, **options)
+        source: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+        source |= hub_options("base model", name, "config.json", **source)
+        what = "image processor of the base model"
+        with loading_errors(what, name, "save the image processor into the folder"):
+            processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **source, **options)
+        with loading_errors(what, name, "correct its preprocessor_config.json, or copy it again"):
+            return cls._of_processor(name, processor, resolution)
+
+    @classmethod
+    def _of_processor(cls, name: str, processor: Any, resolution: int | None) -> ImagePreparation:
+        """The recipe of an image processor."""
         settings: dict[str, Any] = processor.to_dict()
         size = _as_sides(settings.get("size"))
         crop = _as_sides(settings.get("crop_size")) if settings.get("do_center_crop") else {}
@@ -160,7 +173,7 @@ def _side(name: str, size: Mapping[str, int]) -> int:
     """The side of a square, or the shorter one that pictures are resized to."""
     sides = {value for key in ("height", "width", "shortest_edge") if (value := size.get(key))}
     if len(sides) != 1:
-        raise ValueError(
+        raise BrokenModelError(
             f"the image processor of base model {name!r} gives images a size of {dict(size)}; only squares are "
             "supported: set height and width to the same number in its preprocessor_config.json"
         )
@@ -265,9 +278,10 @@ class ClassifierFamily(EvaluationMode):
         if preparation is None:
             preparation = ImagePreparation.from_pretrained(name, revision=revision, cache_dir=cache_dir)
         source: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+        source |= hub_options("base model", name, "config.json", **source)
         remedy = "give a folder that save_pretrained wrote, with safetensors weights, or a hub name"
-        with _named_errors("base model", name, remedy):
-            config: Any = AutoConfig.from_pretrained(name, **source)
+        with loading_errors("base model", name, remedy):
+            config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
         keep = head != "new" and None not in match_labels(class_names, _labels(config))
         if head == "keep" and not keep:
             labels = _labels(config)
@@ -279,29 +293,17 @@ class ClassifierFamily(EvaluationMode):
         if not keep:
             source["id2label"] = dict(enumerate(class_names))
             source["label2id"] = {class_name: output for output, class_name in enumerate(class_names)}
-        with _named_errors("base model", name, remedy), _class_errors(name, config):
-            loaded: Any = AutoModelForImageClassification.from_pretrained(
-                name,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **source,
-                **dtype_option(weight_dtype),
+        kind = AutoModelForImageClassification
+        with _class_errors(name, config):
+            model, problems = load_model(
+                kind, name, what="base model", remedy=remedy, **source, **dtype_option(weight_dtype)
             )
-        model, loading = cast("tuple[Any, dict[str, Any]]", loaded)
         _check_inputs(name, model)
         heads = head_layers(model)
-        own = {parameter for parameter, _ in model.named_parameters()}
-        # mismatched keys come with their shapes
-        absent = {str(key if isinstance(key, str) else key[0]) for key in loading["missing_keys"]}
-        absent |= {str(key if isinstance(key, str) else key[0]) for key in loading["mismatched_keys"]}
-        without = sorted(key for key in absent & own if key.rpartition(".")[0] not in heads)
-        if without:  # transformers fills them with random numbers and only logs it
-            raise ValueError(
-                f"base model {name!r} lacks {len(without)} weights of its {type(model).__name__}, such as "
-                f"{without[0]!r}; give a complete checkpoint"
-            )
-        if keep and absent & own:
+        in_heads = {key: {k for k in keys if k.rpartition(".")[0] in heads} for key, keys in problems.items()}
+        in_body = {key: keys - in_heads[key] for key, keys in problems.items()}
+        check_complete(in_body, model, f"the base model {name!r}")
+        if keep and (in_heads["missing"] or in_heads["mismatched"]):
             raise ValueError(
                 f"base model {name!r} names the classes but has no trained head for them; make a new one "
                 "(head='new', --head new)"
@@ -313,6 +315,7 @@ class ClassifierFamily(EvaluationMode):
                 linear.weight.data = NEW_HEAD_STD * torch.randn(linear.weight.shape, generator=generator)
                 if linear.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
                     linear.bias.data.zero_()
+        check_finite(model, f"the base model {name!r}")
         return cls(
             model.requires_grad_(False).eval().to(device),
             preparation,
@@ -535,16 +538,6 @@ def _class_errors(name: str, config: Any) -> Generator[None, None, None]:
             f"base model {name!r} is of type {config.model_type!r}, for which transformers has no image classifier; "
             "give a ViT, DeiT, BEiT, DINOv2, Swin, ConvNeXt, CLIP or SigLIP (whole, not its vision part alone)"
         ) from error
-
-
-@contextmanager
-def _named_errors(what: str, name: str, remedy: str) -> Generator[None, None, None]:
-    """Turn the loaders' errors into one line that names what was loaded."""
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"cannot load the {what} {name!r}: {reason} ({remedy})") from error
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:

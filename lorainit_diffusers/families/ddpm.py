@@ -41,18 +41,19 @@ class DenoisingFamily(TextToImageFamily):
         super().__post_init__()
 
     @classmethod
-    def _load_scheduler(cls, name: str, source: Mapping[str, Any], options: dict[str, Any]) -> DDPMScheduler:
+    def _load_scheduler(cls, config: Mapping[str, Any], options: dict[str, Any]) -> DDPMScheduler:
         """The base's schedule; the option `prediction_type` overrules what its configuration says."""
         prediction_type = options.pop("prediction_type", None)
         if prediction_type is not None:
             check_prediction_type(prediction_type)
-        noise_scheduler = cast(DDPMScheduler, DDPMScheduler.from_pretrained(name, subfolder="scheduler", **source))
+        noise_scheduler = cast(DDPMScheduler, DDPMScheduler.from_config(dict(config)))
         if prediction_type is not None:
             noise_scheduler.register_to_config(prediction_type=prediction_type)
         return noise_scheduler
 
     @classmethod
-    def _check_scheduler_class(cls, name: str, scheduler: str) -> None:
+    def check_scheduler_class(cls, name: str, scheduler: str) -> None:
+        """Refuse the scheduler of another kind of noise."""
         if scheduler.startswith(("EDM", "FlowMatch")):
             raise ValueError(
                 f"base model {name!r} samples with {scheduler}: its training noise is not that of a DDPM, which the "

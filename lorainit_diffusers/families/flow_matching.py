@@ -53,14 +53,12 @@ class FlowMatchingFamily(TextToImageFamily):
             raise ValueError(f"weighting_scheme {self.weighting_scheme!r} is not one of {', '.join(WEIGHTING_SCHEMES)}")
 
     @classmethod
-    def _load_scheduler(
-        cls, name: str, source: Mapping[str, Any], options: dict[str, Any]
-    ) -> FlowMatchEulerDiscreteScheduler:
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(name, subfolder="scheduler", **source)
-        return cast(FlowMatchEulerDiscreteScheduler, scheduler)
+    def _load_scheduler(cls, config: Mapping[str, Any], options: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler:
+        return cast(FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler.from_config(dict(config)))
 
     @classmethod
-    def _check_scheduler_class(cls, name: str, scheduler: str) -> None:
+    def check_scheduler_class(cls, name: str, scheduler: str) -> None:
+        """Refuse the scheduler of another kind of noise."""
         if not scheduler.startswith("FlowMatch"):
             raise ValueError(
                 f"base model {name!r} samples with {scheduler}: {cls.NAME} is trained with flow matching, and its "

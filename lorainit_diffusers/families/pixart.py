@@ -73,6 +73,7 @@ class PixArtFamily(DenoisingFamily):
     PIPELINES: ClassVar[tuple[type[DiffusionPipeline], ...]] = (PixArtAlphaPipeline, PixArtSigmaPipeline)
     DENOISER: ClassVar[str] = "transformer"
     DENOISER_CLASS: ClassVar[type[nn.Module]] = PixArtTransformer2DModel
+    FORMER_NAMES: ClassVar[tuple[str, ...]] = ("Transformer2DModel",)
     TARGETS: ClassVar[tuple[str, ...]] = (
         *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
         *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
@@ -184,6 +185,7 @@ class DiTFamily(DenoisingFamily):
     PIPELINES: ClassVar[tuple[type[DiffusionPipeline], ...]] = (DiTPipeline,)
     DENOISER: ClassVar[str] = "transformer"
     DENOISER_CLASS: ClassVar[type[nn.Module]] = DiTTransformer2DModel
+    FORMER_NAMES: ClassVar[tuple[str, ...]] = ("Transformer2DModel",)
     TARGETS: ClassVar[tuple[str, ...]] = (
         *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
         *("ff.net.0.proj", "ff.net.2"),

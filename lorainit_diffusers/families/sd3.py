@@ -79,6 +79,7 @@ class StableDiffusion3Family(FlowMatchingFamily):
         "text_encoder_2": CLIPTextModelWithProjection,
         "text_encoder_3": T5EncoderModel,
     }
+    OPTIONAL_ENCODERS: ClassVar[frozenset[str]] = frozenset({"text_encoder_3"})
     EMBEDS: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     OPTIONS: ClassVar[tuple[str, ...]] = (*FlowMatchingFamily.OPTIONS, "clip_skip")
 

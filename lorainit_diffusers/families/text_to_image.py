@@ -8,7 +8,6 @@ how the denoiser is called (`_predict`).
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -21,28 +20,18 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lorainit_diffusers.families.base import AdaptedModules, EvaluationMode, StepRecord, UniformDraws
-from lorainit_diffusers.families.pretrained import autocast, local_folder
+from lorainit_diffusers.families.pipelines import CLIP_ENCODERS, SCRIPTS, check_base, load_base
+from lorainit_diffusers.families.pretrained import autocast
 from lorainit_diffusers.ranges import check_step
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+__all__ = ["CLIP_ENCODERS", "SCRIPTS", "NoisyLatents", "TextToImageFamily", "hidden_state", "replace", "token_mask"]
+
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-CLIP_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
-# The script that trains each kind of pipeline, for the error that meets a base of another family.
-SCRIPTS = {
-    "StableDiffusionPipeline": "train_sd_lora.py (compare_inits.py: --family sd)",
-    "StableDiffusionXLPipeline": "train_sdxl_lora.py (compare_inits.py: --family sdxl)",
-    "StableDiffusion3Pipeline": "train_dit_lora.py --family sd3",
-    "FluxPipeline": "train_dit_lora.py --family flux",
-    "PixArtAlphaPipeline": "train_dit_lora.py --family pixart",
-    "PixArtSigmaPipeline": "train_dit_lora.py --family pixart",
-    "DiTPipeline": "train_dit_lora.py --family dit",
-    "Lumina2Pipeline": "train_dit_lora.py --family lumina2",
-}
 
 
 @dataclass
@@ -103,6 +92,10 @@ class TextToImageFamily(_Parts, EvaluationMode, ABC):
     # Field name -> class of the text encoders; their tokenizers and token ids have the same suffix. Only those of CLIP
     # are ever trained.
     TEXT_ENCODERS: ClassVar[Mapping[str, type[nn.Module]]]
+    # Text encoders that a base may do without.
+    OPTIONAL_ENCODERS: ClassVar[frozenset[str]] = frozenset()
+    # What the denoiser's class was called when older bases were saved.
+    FORMER_NAMES: ClassVar[tuple[str, ...]] = ()
     # Encoders whose attention mask is a column of the batch, too.
     MASKED_ENCODERS: ClassVar[frozenset[str]] = frozenset()
     # Columns of a batch that stand for the captions once they are encoded.
@@ -142,13 +135,13 @@ class TextToImageFamily(_Parts, EvaluationMode, ABC):
         offload: bool = False,
         **options: Any,
     ) -> Self:
-        """Load a base from a local folder or a hub name, frozen; only safetensors weights are read.
+        """Load a base from a local folder, a hub name or a single file, frozen; only safetensors weights are read.
 
         Args:
-            path: folder in the diffusers layout, or the name of a hub repository.
+            path: folder in the diffusers layout, the name of a hub repository, or one `.safetensors` file.
             revision: hub revision of the base.
             variant: weight variant in the base's file names, such as `fp16`.
-            vae_path: folder or hub name of another VAE to use with the base.
+            vae_path: folder, hub name or single file of another VAE to use with the base.
             cache_dir: where downloads are kept; Hugging Face's own place by default.
             weight_dtype: dtype of the denoiser and the text encoders. The VAE is in float32 whatever it is: SDXL's
                 overflows to black images in half precision.
@@ -161,55 +154,37 @@ class TextToImageFamily(_Parts, EvaluationMode, ABC):
             **options: the family's own attributes, such as `snr_gamma`.
 
         Raises:
-            FileNotFoundError: when there is no such base or VAE, or it has no safetensors weights.
-            ValueError: when the base is of another family, or an option is out of its range.
+            FileNotFoundError: when there is no such base or VAE, it has no safetensors weights, or the hub cannot be
+                reached.
+            ValueError: when the base is of another family or broken (weights that are missing, left over, of another
+                shape or not finite), or an option is out of its range.
         """
-        name = os.fspath(path)
-        cls.check_base(name)
-        source: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-        weights: dict[str, Any] = {**source, "use_safetensors": True, "variant": variant}
-        with _named_errors("base model", name):
-            index: dict[str, Any] = dict(cast(Any, cls.PIPELINES[0].load_config(name, **source)))
-            cls.check_index(name, index)
-            noise_scheduler = cls._load_scheduler(name, source, options)
-            parts: dict[str, Any] = {}
-            for component, kind in cls.TEXT_ENCODERS.items():
-                tokenizer = component.replace("text_encoder", "tokenizer")
-                if (index.get(component) or (None, None))[1] is None:  # SD3 without T5
-                    parts[tokenizer] = parts[component] = None
-                    continue
-                tokenizer_class: Any = CLIPTokenizer if kind in CLIP_ENCODERS else AutoTokenizer
-                parts[tokenizer] = tokenizer_class.from_pretrained(name, subfolder=tokenizer, **source)
-                # transformers has renamed `torch_dtype` to `dtype`; both are understood by the versions supported, so
-                # the text encoders are loaded as they are and cast below.
-                parts[component] = cast(Any, kind).from_pretrained(name, subfolder=component, **weights)
-                parts[component].to(dtype=weight_dtype)
-            quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
-            denoiser = cast(Any, cls.DENOISER_CLASS).from_pretrained(
-                name, subfolder=cls.DENOISER, torch_dtype=weight_dtype, **weights, **quantized
-            )
-        # revision and variant are the base's: another repository does not have them
-        vae_source = (
-            {**weights, "subfolder": "vae"} if vae_path is None else {**weights, "revision": None, "variant": None}
+        base = load_base(
+            cls,
+            os.fspath(path),
+            revision=revision,
+            variant=variant,
+            vae_path=vae_path,
+            cache_dir=cache_dir,
+            weight_dtype=weight_dtype,
+            quantization_config=quantization_config,
         )
-        vae_name = name if vae_path is None else os.fspath(vae_path)
-        with _named_errors("VAE", vae_name):
-            vae = cls.VAE_CLASS.from_pretrained(vae_name, torch_dtype=torch.float32, **vae_source)
-        for component, module in {cls.DENOISER: denoiser, "vae": vae, **parts}.items():
+        noise_scheduler = cls._load_scheduler(base.scheduler, options)
+        for component, module in {cls.DENOISER: base.denoiser, "vae": base.vae, **base.parts}.items():
             if isinstance(module, nn.Module):
                 trained = train_text_encoder and isinstance(module, CLIP_ENCODERS)
                 offloaded = offload and component != cls.DENOISER and not trained
                 cast(nn.Module, module).requires_grad_(False).eval().to("cpu" if offloaded else device)
         return cast(Any, cls)(
-            **parts,
-            **{cls.DENOISER: denoiser},
-            vae=vae,
+            **base.parts,
+            **{cls.DENOISER: base.denoiser},
+            vae=base.vae,
             noise_scheduler=noise_scheduler,
             train_text_encoder=train_text_encoder,
             caption_dropout=caption_dropout,
             prior_loss_weight=prior_loss_weight,
             offload=offload,
-            **cls._from_index(index),
+            **cls._from_index(base.index),
             **options,
         )
 
@@ -220,48 +195,25 @@ class TextToImageFamily(_Parts, EvaluationMode, ABC):
 
     @classmethod
     @abstractmethod
-    def _load_scheduler(cls, name: str, source: Mapping[str, Any], options: dict[str, Any]) -> Any:
-        """The noise schedule of training; may take its own from `options`."""
+    def _load_scheduler(cls, config: Mapping[str, Any], options: dict[str, Any]) -> Any:
+        """The noise schedule of training, of the base's configuration; may take its own from `options`."""
 
     @classmethod
     def check_base(cls, name: str) -> None:
-        """See that a base given as a local folder exists and holds a pipeline of this family.
+        """See that a base given as a local folder or file exists, is whole, and is one of this family.
 
-        A name that can only be a hub repository is left to the loader.
-
-        Raises:
-            FileNotFoundError: when the folder is missing or is not in the diffusers layout.
-            ValueError: when it holds another kind of pipeline.
-        """
-        folder = local_folder(name, "a folder in the diffusers layout")
-        if folder is None:
-            return
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise FileNotFoundError(
-                f"base model folder {name!r} has no model_index.json; "
-                "convert single-file checkpoints to the diffusers layout"
-            )
-        cls.check_index(name, json.loads(index.read_text(encoding="utf-8")))
-
-    @classmethod
-    def check_index(cls, name: str, index: Mapping[str, Any]) -> None:
-        """See that `model_index.json` names a pipeline of this family and a scheduler of its kind of noise.
+        A name that can only be a hub repository's is left to the loader.
 
         Raises:
-            ValueError: when it names another class (the message says which script is for it) or another kind of noise.
+            FileNotFoundError: when the folder, or a file that it needs, is missing.
+            ValueError: when it holds another kind of pipeline (the message says which script is for it), or a file is
+                broken.
         """
-        known = [pipeline.__name__ for pipeline in cls.PIPELINES]
-        found = str(index.get("_class_name"))
-        if found not in known:
-            wanted = " or ".join(known)
-            remedy = f"use {SCRIPTS[found]} for it" if found in SCRIPTS else f"this family takes a {wanted}"
-            raise ValueError(f"base model {name!r} is a {found}, not a {wanted}; {remedy}")
-        cls._check_scheduler_class(name, str((index.get("scheduler") or ("", ""))[1]))
+        check_base(cls, name)
 
     @classmethod
     @abstractmethod
-    def _check_scheduler_class(cls, name: str, scheduler: str) -> None:
+    def check_scheduler_class(cls, name: str, scheduler: str) -> None:
         """Refuse the scheduler of another kind of noise."""
 
     # ---- what a family adds
@@ -784,16 +736,3 @@ def replace(embeds: Mapping[str, Tensor], dropped: Tensor, other: Mapping[str, T
         name: torch.where(dropped.view(-1, *(1,) * (values.ndim - 1)), other[name], values)
         for name, values in embeds.items()
     }
-
-
-@contextmanager
-def _named_errors(what: str, name: str) -> Generator[None, None, None]:
-    """Turn the loaders' errors into one line that names what was loaded."""
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"cannot load the {what} {name!r}: {reason} (give a folder in the diffusers layout with safetensors "
-            "weights, or a hub name)"
-        ) from error

@@ -48,7 +48,11 @@ from transformers.utils.hub import cached_file
 
 from lorainit_diffusers.families.base import StepRecord
 from lorainit_diffusers.families.plain_text import PlainText
-from lorainit_diffusers.families.pretrained import autocast, check_transformers_folder, dtype_option
+from lorainit_diffusers.families.pretrained import autocast, dtype_option
+from lorainit_diffusers.loading.errors import loading_errors
+from lorainit_diffusers.loading.files import check_transformers_folder
+from lorainit_diffusers.loading.hub import hub_options
+from lorainit_diffusers.loading.weights import check_vocabulary, load_whole
 
 COMPONENT = "model"
 # The parts of a model, and the rows of its language model.
@@ -78,6 +82,7 @@ _TOKEN_COLUMNS = _TOKEN_TYPES | {"input_ids", "attention_mask", "labels", "cross
 _SAMPLE_WISE = frozenset({"pixel_attention_mask", "aspect_ratio_ids"})
 IGNORED = -100
 _NO_ANSWER = "the batch has no answer tokens: all labels are -100; encode conversations with answers"
+REMEDY = "give a folder with safetensors weights and the processor's files, or a hub name"
 # Files of a processor beside the tokenizer's, for one that cannot be saved whole.
 _PROCESSOR_FILES = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
@@ -207,21 +212,20 @@ class VisionLanguageFamily:
         _check_choice("statistics_tokens", statistics_tokens, ROWS)
         cls.check_base(name)
         source: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-        try:
-            config = AutoConfig.from_pretrained(name, **source)
-            if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-                raise ValueError(
-                    f"base model {name!r} is a {config.model_type!r}, which is no vision-language model that "
-                    f"transformers {transformers.__version__} knows (AutoModelForImageTextToText)"
-                )
-            processor = load_processor(name, **source)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                name, use_safetensors=True, **source, **dtype_option(weight_dtype)
+        offline = hub_options("base model", name, "config.json", **source)
+        with loading_errors("base model", name, REMEDY):
+            config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False, **source, **offline)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ValueError(
+                f"base model {name!r} is a {config.model_type!r}, which is no vision-language model that "
+                f"transformers {transformers.__version__} knows (AutoModelForImageTextToText)"
             )
-        except OSError as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise _not_found(name, error) from error
+        processor = load_processor(name, **source)
+        model: Any = load_whole(
+            *(AutoModelForImageTextToText, name),
+            **{"what": "base model", "remedy": REMEDY, **source, **offline, **dtype_option(weight_dtype)},
+        )
+        check_vocabulary(processor.tokenizer, model, f"base model {name!r}", "tokenizer", "language model")
         return cls(
             model.requires_grad_(False).eval().to(device),
             processor,
@@ -698,29 +702,27 @@ def load_processor(name: str, *, revision: str | None = None, cache_dir: str | o
         ValueError: when it needs a package that is missing.
     """
     source: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-    try:
+    source |= hub_options("base model", name, "config.json", **source)
+    with loading_errors("processor of the base model", name, REMEDY):
         try:
-            return AutoProcessor.from_pretrained(name, **source)
+            return AutoProcessor.from_pretrained(name, trust_remote_code=False, **source)
         except (ImportError, TypeError) as error:
             # transformers 4 looks for the class of the video part, and finds None in its place
             missing = importlib.util.find_spec("torchvision") is None
             if not missing or not (isinstance(error, TypeError) or "torchvision" in str(error).lower()):
                 raise
-            return _load_images_only(name, source)
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"the processor of {name!r} needs a package that is not installed ({reason[:300]}); install it; where none "
-            "is named it is torchvision, which transformers 5 does not need"
-        ) from error
-    except OSError as error:
-        raise _not_found(name, error) from error
+            try:
+                return _load_images_only(name, source)
+            except ImportError as unknown:
+                raise ImportError(
+                    f"{unknown}; without a name, torchvision, which transformers 5 does not need"
+                ) from error
 
 
 def _load_images_only(name: str, source: Mapping[str, Any]) -> Any:
     """Build the processor of a base without the part that reads videos."""
     names: Any = importlib.import_module("transformers.models.auto.processing_auto").PROCESSOR_MAPPING_NAMES
-    model_type = str(AutoConfig.from_pretrained(name, **source).model_type)
+    model_type = str(AutoConfig.from_pretrained(name, trust_remote_code=False, **source).model_type)
     if model_type not in names:
         raise ImportError(f"torchvision: transformers {transformers.__version__} has no processor for {model_type!r}")
     found = names[model_type]
@@ -733,7 +735,10 @@ def _load_images_only(name: str, source: Mapping[str, Any]) -> Any:
         raise ImportError(f"torchvision, for the parts of {processor_class.__name__} beside {unknown[0]}")
 
     def load_parts(cls: Any, *_: Any, **__: Any) -> list[Any]:
-        return [loaders[part].from_pretrained(name, **source) if part in loaders else _NoVideos() for part in parts]
+        return [
+            loaders[part].from_pretrained(name, trust_remote_code=False, **source) if part in loaders else _NoVideos()
+            for part in parts
+        ]
 
     def check_part(self: Any, part: str, value: Any) -> Any:
         return (
@@ -749,15 +754,8 @@ def _load_images_only(name: str, source: Mapping[str, Any]) -> Any:
         "__doc__": processor_class.__doc__,
         "__init__": processor_class.__init__,
     }
-    return type(processor_class.__name__, (processor_class,), overridden).from_pretrained(name, **source)
-
-
-def _not_found(name: str, error: OSError) -> FileNotFoundError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return FileNotFoundError(
-        f"cannot load the base model {name!r}: {reason} (give a folder with safetensors weights and the processor's "
-        "files, or a hub name)"
-    )
+    images_only: Any = type(processor_class.__name__, (processor_class,), overridden)
+    return images_only.from_pretrained(name, trust_remote_code=False, **source)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers

@@ -280,6 +280,7 @@ def test_no_such_repository(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no connection\nto the hub")
 
     monkeypatch.setattr(encoders.AutoConfig, "from_pretrained", offline)
+    monkeypatch.setattr(encoders, "hub_options", lambda *_, **__: {})
     with pytest.raises(FileNotFoundError, match=r"'owner/name': no connection \(give a folder"):
         load_encoder("owner/name")
 

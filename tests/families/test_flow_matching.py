@@ -388,8 +388,9 @@ def test_base_of_another_family_names_the_script_for_it(kind: str, found: str, t
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     family = family_class(kind)
     wanted = family.PIPELINES[0].__name__
-    if found == wanted:
-        family.check_base(str(tmp_path))
+    if found == wanted:  # of this family; that its parts are missing is the next thing to say
+        with pytest.raises(FileNotFoundError, match=r"its model_index\.json names no "):
+            family.check_base(str(tmp_path))
         return
     with pytest.raises(ValueError, match=rf"is a {found}, not a {wanted}; use {re.escape(SCRIPTS[found])} for it"):
         family.check_base(str(tmp_path))
