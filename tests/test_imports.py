@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "families",
             "files",
             "finite",
+            "loading",
             "methods",
             "ranges",
             "report",

@@ -275,6 +275,7 @@ class ClassifierFamily(EvaluationMode):
         if head not in HEADS:
             raise ValueError(f"head {head!r} is none of {', '.join(HEADS)}")
         _check_class_names(class_names)
+        check_base(name)
         if preparation is None:
             preparation = ImagePreparation.from_pretrained(name, revision=revision, cache_dir=cache_dir)
         source: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}

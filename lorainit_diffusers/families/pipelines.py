@@ -196,7 +196,7 @@ def is_absent(family: Family, index: Mapping[str, Any], component: str) -> bool:
     """Whether the base does without a text encoder that it may do without (SD3's T5), or that one's tokenizer."""
     encoder = component.replace("tokenizer", "text_encoder")
     entry = index.get(encoder)
-    return encoder in family.OPTIONAL_ENCODERS and (entry is None or list(entry) == [None, None])
+    return encoder in family.OPTIONAL_ENCODERS and (entry is None or entry in ([None, None], (None, None)))
 
 
 def tokenizer_of(text_encoder: str) -> str:

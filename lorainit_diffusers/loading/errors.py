@@ -68,7 +68,7 @@ def loading_errors(what: str, name: str, remedy: str) -> Generator[None, None, N
         if (shapes := _SHAPES.search(str(error))) is not None:
             key, wanted, found = (group.strip(" ,") for group in shapes.groups())
             raise BrokenModelError(
-                f"the {what} {name!r} has weights of another shape than its configuration says: {key} is ({found}), "
+                f"the {what} {name!r} has weights of another shape than its configuration says: {key!r} is ({found}), "
                 f"not ({wanted}); {remedy}"
             ) from error
         kind = MissingModelError if isinstance(error, OSError) else BrokenModelError

@@ -11,6 +11,7 @@ encoder out of a whole CLIP, a backbone with the head of another task), told by 
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lorainit_diffusers.loading.errors import BrokenModelError, loading_errors
@@ -109,11 +111,35 @@ def check_complete(problems: Mapping[str, Iterable[str]], model: nn.Module, what
         ("missing", f"lacks {{}} weights of its {kind}, such as {{}}: they would be random numbers"),
         ("unexpected", f"has {{}} unexpected weights, such as {{}}: its {kind} has no place for them"),
     ):
-        keys = sorted(problems[problem])
+        keys = names_in_file(model, sorted(problems[problem]))
         if keys:
             raise BrokenModelError(
                 f"{what} {meaning.format(len(keys), _some(keys))}; give a complete checkpoint with its own config.json"
             )
+
+
+def names_in_file(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """What weights are called in the model's files: transformers 5 renames many as it loads them.
+
+    Args:
+        model: just loaded.
+        keys: names in the model.
+
+    Returns:
+        The names in the files, where the library can tell; the others as they are.
+    """
+    try:
+        revert: Any = importlib.import_module("transformers.core_model_loading").revert_weight_conversion
+    except (ImportError, AttributeError):  # transformers 4 calls them as its files do
+        return list(keys)
+    state = cast("Mapping[str, Tensor]", model.state_dict())
+    names: list[str] = []
+    for key in keys:
+        try:
+            names += revert(model, {key: state[key]}) if isinstance(model, PreTrainedModel) else [key]
+        except Exception:  # some are made of several, or are none of the model's
+            names.append(key)
+    return names
 
 
 def on_no_device(model: nn.Module) -> set[str]:
@@ -127,13 +153,12 @@ def check_finite(model: nn.Module, what: str) -> None:
     Raises:
         BrokenModelError: naming the first that are not.
     """
-    bad = [key for key, tensor in _stored(model) if not _is_finite(tensor)]
+    bad = {key: tensor.dtype for key, tensor in _stored(model) if not _is_finite(tensor)}
     if bad:
-        dtypes = {tensor.dtype for key, tensor in _stored(model) if key == bad[0]}
         half = " as float16; load it in bfloat16 or float32 if the file has larger numbers than float16 holds, or"
         raise BrokenModelError(
-            f"{what} has NaN or infinity in {len(bad)} weights ({_some(bad)})"
-            f"{half if torch.float16 in dtypes else ';'} give a checkpoint that was not damaged"
+            f"{what} has NaN or infinity in {len(bad)} weights ({_some(names_in_file(model, list(bad)))})"
+            f"{half if torch.float16 in bad.values() else ';'} give a checkpoint that was not damaged"
         )
 
 

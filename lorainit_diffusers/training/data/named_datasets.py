@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from lorainit_diffusers.loading.hub import datasets_without_retries
 from lorainit_diffusers.training.data.captions import clean_caption
 from lorainit_diffusers.training.data.images import DatasetImage, ImageRecord
 from lorainit_diffusers.training.data.notes import DataNotes, some
@@ -26,7 +27,8 @@ def load_splits(name: str, config_name: str | None, cache_dir: str | None) -> tu
             f'{flag} needs the package datasets ({error}); pip install "lorainit-diffusers[datasets]"'
         ) from error
     try:
-        splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+        with datasets_without_retries(name):
+            splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
     except Exception as error:  # it raises what its many readers and its HTTP client raise
         raise ValueError(
             f"{flag} cannot be loaded ({type(error).__name__}: {error}); check the name, --dataset_config_name "
