@@ -63,7 +63,7 @@ _FILES = {
     "checkpoint_hooks": ("register_checkpoint_hooks",),
     "export": (
         *("discarded_energy", "load_lora"),
-        *("save_diffusers_lora", "save_kohya_lora", "save_merged", "save_peft_lora"),
+        *("save_diffusers_lora", "save_kohya_lora", "save_lora", "save_merged", "save_peft_lora"),
     ),
     "initialize": ("initialize", "make_method"),
     "methods": ("METHODS", "Initializer", "LoraFactors"),

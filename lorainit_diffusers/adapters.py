@@ -540,7 +540,7 @@ def adapter_weights(module: nn.Module, adapter_name: str = "default") -> dict[st
 def trained_tensors(module: nn.Module, adapter_name: str = "default") -> list[TrainedTensor]:
     """What PEFT trains beside an adapter's factors: ``modules_to_save``, biases of the base, rows of an embedding."""
     config = config_of(module, adapter_name)
-    bias = "none" if config is None else str(config.bias)
+    bias = str(getattr(config, "bias", "none"))  # not every method of PEFT's has it
     return trained_beside(unwrap(module), adapter_name, bias, lora_layers(module, adapter_name))
 
 

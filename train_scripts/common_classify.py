@@ -30,7 +30,7 @@ from common_data import (
     load_splits,
 )
 from common_run import lora_targets
-from common_tasks import STAGES, stages
+from common_tasks import STAGES, stage_label, stages
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -504,10 +504,13 @@ class ClassificationTask:
         by_stage, confusions = stages(lines), self._confusions(output_dir)
         classes, metric = self.data.class_names, self.primary_metric
         values = {stage: float(line[metric]) for stage, line in by_stage.items()}
-        named = ", ".join(f"{stage.replace('-', ' ')} {value:.3f}" for stage, value in values.items())
+        named = ", ".join(f"{stage_label(self.family, s).replace('-', ' ')} {value:.3f}" for s, value in values.items())
         lead = f"Accuracy on {self.num_validation} validation images of {len(classes)} classes: {named}."
         columns = [key for key in next(iter(by_stage.values()), {}) if key not in ("step", "stage")]
-        rows = [[Cell(stage), *(Cell(f"{line[key]:.4f}") for key in columns)] for stage, line in by_stage.items()]
+        rows = [
+            [Cell(stage_label(self.family, stage)), *(Cell(f"{line[key]:.4f}") for key in columns)]
+            for stage, line in by_stage.items()
+        ]
         base = values.get("base")
         curve = plot_accuracy(lines, output_dir / "accuracy.png", name=metric, base=base)
         blocks: list[Block] = [

@@ -123,6 +123,8 @@ def write_card(
     losses = [line["validation_loss"] for line in metrics if "validation_loss" in line]
     outcome = f"Validation loss (held-out images, fixed noise): {losses[0]:.4f} -> {losses[-1]:.4f}." if losses else ""
     base = args.pretrained_model_name_or_path
+    drawn = (Path(args.output_dir) / "samples.png").is_file()  # not with --init_only
+    picture = "![base, step 0 and end](samples.png)" if drawn else "Initialised, not trained (`--init_only`)."
     rows = describe_training(args, init_report)
     rows["data"] = f"`{args.instance_data_dir or args.train_data_dir or args.dataset_name}`"
     if args.with_prior_preservation:
@@ -136,7 +138,7 @@ def write_card(
     body = f"""
 LoRA for `{base}`, initialised with **{args.init}** (step 0: {init_report["step_zero"]}).
 
-![base, step 0 and end](samples.png)
+{picture}
 
 {markdown_rows(rows)}
 

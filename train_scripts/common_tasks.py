@@ -136,7 +136,9 @@ def train_task(
         metrics = task.evaluate()
         log.write({"step": step, "stage": stage, **metrics})
         task.write_results(output_dir, stage)
-        accelerator.print(f"{stage:7s} {', '.join(f'{key} {value:.4f}' for key, value in metrics.items())}")
+        accelerator.print(
+            f"{stage_label(family, stage):7s} {', '.join(f'{key} {value:.4f}' for key, value in metrics.items())}"
+        )
 
     def validate(step: int) -> None:
         if is_main:
@@ -161,6 +163,7 @@ def train_task(
     if args.init_only:
         if is_main:
             save_adapter(args, task, config, accelerator)
+            write_card(args, task, init_report, log.lines, tags, usage)
             accelerator.print(f"wrote the initialised LoRA to {output_dir}")
         accelerator.wait_for_everyone()
         return output_dir
@@ -201,10 +204,16 @@ def stages(lines: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     return {stage: found[stage] for stage in STAGES if stage in found}
 
 
+def stage_label(family: ModelFamily, stage: str) -> str:
+    """A stage as it is shown: a head that is new and random scores what chance does, whatever the base can."""
+    untrained = stage in ("base", "step-0") and getattr(family, "has_new_head", False)
+    return f"{stage} (new random head)" if untrained else stage
+
+
 def summary(task: Task, lines: Sequence[Mapping[str, Any]]) -> str:
     """The primary metric of base, step 0 and end, in one line."""
     values = {stage: float(line[task.primary_metric]) for stage, line in stages(lines).items()}
-    named = [f"{stage} {value:.3f}" for stage, value in values.items()]
+    named = [f"{stage_label(task.family, stage)} {value:.3f}" for stage, value in values.items()]
     return f"{task.primary_metric.replace('_', ' ')}: {', '.join(named)}"
 
 
@@ -239,10 +248,11 @@ def write_card(
 ) -> None:
     """Write the model card: what it is, how it was made and how to use it."""
     by_stage = stages(lines)
-    columns = [key for key in next(iter(by_stage.values())) if key not in ("step", "stage")]
-    table = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    columns = [key for key in next(iter(by_stage.values()), {}) if key not in ("step", "stage")]
+    table = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)] if by_stage else []
     for stage, line in by_stage.items():
-        table.append(f"| {stage} | {' | '.join(f'{line[key]:.4f}' if key in line else '' for key in columns)} |")
+        cells = " | ".join(f"{line[key]:.4f}" if key in line else "" for key in columns)
+        table.append(f"| {stage_label(task.family, stage)} | {cells} |")
     base = args.pretrained_model_name_or_path
     code = [*usage, f"model = PeftModel.from_pretrained(model, {args.hub_model_id or args.output_dir!r})"]
     rows = describe_training(args, init_report)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import prepare_output_dir
 from common_data import read_data
-from common_export import check_export, open_hub_repository, save_lora, save_result, upload
+from common_export import check_export, open_hub_repository, save_lora, save_result, upload, write_card
 from common_options import build_method, check_family_options, check_method, resolve_epochs
 from common_plan import print_plan
 from common_run import (
@@ -92,6 +92,7 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
     if args.init_only:
         if is_main:
             save_lora(args, family, config, accelerator)
+            write_card(args, family, init_report, log.lines, [tag])
             accelerator.print(f"wrote the initialised LoRA to {output_dir}")
         accelerator.wait_for_everyone()
         return output_dir

@@ -79,9 +79,10 @@ def save_merged(
             bias = state[f"{name}.bias"]
             state[f"{name}.bias"] = (bias.detach().float() + adapter.scaling * adapter.bias.float()).to(bias).cpu()
     for item in trained_tensors(module, adapter_name):
-        rows = item.field == "trainable_token_indices"
-        value = merged_rows(inner, item.base_name, adapter_name) if rows else item.value
-        state[item.base_name] = value.detach().cpu().contiguous()
+        if item.field != "bias":  # which PEFT trains in place
+            rows = item.field == "trainable_token_indices"
+            value = merged_rows(inner, item.base_name, adapter_name) if rows else item.value
+            state[item.base_name] = value.detach().cpu().contiguous()
     changed = {
         name: state[name] for adapted in merged for name in (f"{adapted}.weight", f"{adapted}.bias") if name in state
     }

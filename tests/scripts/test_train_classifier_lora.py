@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from script_fixtures import argv_of, losses, read_json, run_main
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from lorainit_diffusers import METHODS
+from lorainit_diffusers import METHODS, load_lora
 
 FAST: dict[str, Any] = {
     "init": "cntlora",
@@ -173,10 +173,27 @@ def test_init_only_and_dry_run(base, data, tmp_path, capsys) -> None:
     output = run(base, data, tmp_path / "init", init_only=True)
     assert (output / "adapter_model.safetensors").is_file()
     assert not (output / "report.html").exists()
+    assert "PeftModel.from_pretrained(model" in (output / "README.md").read_text(encoding="utf-8")
     run(base, data, tmp_path / "dry", dry_run=True)
     printed = capsys.readouterr().out
     assert "model.classifier" in printed
     assert not (tmp_path / "dry").exists()
+
+
+def test_a_new_head_is_named_as_such_and_its_labels_travel_with_the_adapter(base, data, tmp_path, capsys) -> None:
+    output = run(base, data, tmp_path / "run", head="new", max_train_steps=2)
+    names = json.loads((output / "label_names.json").read_text(encoding="utf-8"))
+    assert names["id2label"] == {str(number): name for number, name in enumerate(CLASSES)}
+    assert names["label2id"] == {name: number for number, name in enumerate(CLASSES)}
+    other = AutoModelForImageClassification.from_pretrained(base)
+    other.config.id2label = {0: "apple", 1: "pear", 2: "plum"}
+    load_lora(other, output)
+    assert other.config.id2label == dict(enumerate(CLASSES))
+    assert other.config.label2id == {name: number for number, name in enumerate(CLASSES)}
+    printed = capsys.readouterr().out
+    assert "accuracy: base (new random head) 0." in printed
+    assert "| base (new random head) |" in (output / "README.md").read_text(encoding="utf-8")
+    assert "base (new random head)" in (output / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_bundled_base_and_data_are_the_default() -> None:

@@ -152,8 +152,11 @@ def test_init_only_stops_after_the_initialisation(run: Run) -> None:
     out = run(init="eva", init_only=True)
     assert {path.name for path in out.iterdir()} == {
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"),
-        *("init_report.json", "config.json"),
+        *("init_report.json", "config.json", "README.md"),
     }
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "not trained" in card
+    assert "samples.png" not in card
     assert not any(tensor.any() for name, tensor in weights(out).items() if "lora_B" in name)
 
 
