@@ -67,7 +67,7 @@ def content_keys(pictures: Sequence[PictureT], decode: Callable[[PictureT], Imag
 def picture_key(image: Image.Image) -> str:
     """A digest of the size and the RGB pixels of an image."""
     digest = hashlib.blake2b(f"{image.width}x{image.height}:".encode(), digest_size=16)
-    digest.update(image.convert("RGB").tobytes())
+    digest.update((image if image.mode == "RGB" else image.convert("RGB")).tobytes())
     return digest.hexdigest()
 
 
@@ -135,7 +135,7 @@ def hold_out(samples: Sequence[Collection[str]], fraction: float) -> HeldOut:
         distinct = {frozenset(sample) for sample in samples if sample}
         # first those that tear the fewest samples apart
         for sample in sorted(distinct, key=lambda keys: (sum(uses[key] for key in keys), _digest(keys))):
-            if not held or len(held | sample) <= target:
+            if not held or len(held) + len(sample - held) <= target:
                 held |= sample
     sides: tuple[list[int], list[int], list[int]] = ([], [], [])
     for index, sample in enumerate(samples):
