@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from common import evaluating, print_once, seeded_generator
+from common_banner import data_source, header_sizes
 from common_classify_options import DEFAULT_VALIDATION_FRACTION as DEFAULT_VALIDATION_FRACTION
 from common_classify_options import LABEL_COLUMNS, check_classification_arguments, make_augmentation
 from common_classify_options import add_classification_arguments as add_classification_arguments
@@ -50,6 +51,7 @@ from lorainit_diffusers.evaluation.classification import (
 from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.classifier import COMPONENT, ClassifierFamily, ImagePreparation
+from lorainit_diffusers.training.banner import Line, class_lines, count_line, size_lines
 from lorainit_diffusers.training.data.files import child_folders, list_folder
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out_of_classes, picture_key
 from lorainit_diffusers.training.data.notes import DataNotes, some
@@ -396,6 +398,19 @@ class ClassificationTask:
         for name in adapters.target_layers(self.classifier.model, self.targets[COMPONENT]):
             if f"{COMPONENT}.{name}" in self.family.heads:
                 raise ValueError(f"--lora_layers names {name!r}, the head, which is trained in full; leave it out")
+
+    def data_lines(self) -> list[Line]:
+        """For the banner: images, classes, sizes, and what was left out."""
+        parts = {"training": self.data.train, "validation": self.data.validation}
+        labels = {name: [record.caption for record in records] for name, records in parts.items()}
+        sizes = header_sizes([*self.data.train, *self.data.validation])
+        side = self.preparation.resolution
+        return [
+            count_line({name: len(records) for name, records in parts.items()}, data_source(self.args)),
+            *class_lines(labels, self.data.class_names),
+            *size_lines(sizes, [(side, side)] * len(sizes)),
+            *self.data.notes.lines(),
+        ]
 
     # ---- training
 

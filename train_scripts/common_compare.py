@@ -12,11 +12,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from common import BUNDLED_BASES, ROOT, derive_seed, evaluating
+from common import BUNDLED_BASES, ROOT, derive_seed, evaluating, print_once
+from common_banner import data_source
 from common_compare_options import TASKS as TASKS
 from common_compare_options import TaskKind as TaskKind
 from common_data import (
     CaptionedImages,
+    DataNotes,
     DataOrder,
     ImageRecord,
     caption_columns,
@@ -36,6 +38,7 @@ from lorainit_diffusers.evaluation import fixed_noise_loss, metrics
 from lorainit_diffusers.evaluation.encoders import ImageEncoder, ImageTextEncoder, load_encoder
 from lorainit_diffusers.families import family_class
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
+from lorainit_diffusers.training.banner import Line, caption_line, count_line, cut_lines, size_lines
 
 BUNDLED_ENCODER = ROOT / "assets" / "models" / "tiny-clip"
 HUB_ENCODERS = ("facebook/dinov2-small", "openai/clip-vit-base-patch32")
@@ -83,13 +86,15 @@ def make_task(args: argparse.Namespace, device: torch.device) -> TextToImageTask
     return kind.load(kind.task)(args, device, weight_dtype(args.mixed_precision))
 
 
-def split_records(args: argparse.Namespace) -> tuple[list[ImageRecord], list[ImageRecord]]:
+def split_records(
+    args: argparse.Namespace, notes: DataNotes | None = None
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Training and held-out images; where the data has no `heldout` split, every fourth image is held out.
 
     Raises:
         ValueError: when there are too few images to hold any out.
     """
-    records, heldout = read_data(args)
+    records, heldout = read_data(args, notes)
     if heldout:
         return records, heldout
     unique = list(dict.fromkeys(records))  # a repeated image must not be on both sides
@@ -120,6 +125,8 @@ class TextToImageTask:
         self.family = load_family(args, device, weight_dtype(args.mixed_precision))
         if args.image_metrics != "none":
             check_drift_prompts(args, self.family)
+        for label, text in captions_cut(self.family, [*self.records, *self.heldout]):
+            print_once(f"{label}: {text}")
         resolution = args.resolution or self.family.resolution
         if resolution % self.family.resolution_multiple:
             raise ValueError(f"--resolution {resolution} is not a multiple of {self.family.resolution_multiple}")
@@ -243,6 +250,33 @@ class ImageScorer:
                 guidance_scale=self.args.validation_guidance_scale,
             )
         return images
+
+
+def image_comparison_lines(args: argparse.Namespace, notes: DataNotes, *, captions: bool) -> tuple[list[Line], int]:
+    """For the banner: what images and captions are compared on, and how many are trained on.
+
+    Args:
+        args: the options.
+        notes: gets what reading left out.
+        captions: load the base to see which captions it cuts; otherwise `TextToImageTask` says it.
+    """
+    records, heldout = split_records(args, notes)
+    sizes = [size for part in notes.sizes.values() for size in part]
+    lines = [
+        count_line({"training": len(records), "held out": len(heldout)}, data_source(args)),
+        caption_line([record.caption for record in records]),
+        *size_lines(sizes, None if args.resolution is None else [(args.resolution, args.resolution)] * len(sizes)),
+    ]
+    if captions:
+        family = load_family(args, torch.device("cpu"), weight_dtype(args.mixed_precision))
+        lines += captions_cut(family, [*records, *heldout])
+    return lines, len(records)
+
+
+def captions_cut(family: TextToImageFamily, records: Sequence[ImageRecord]) -> list[Line]:
+    """The captions that a base cannot take whole, for the banner."""
+    names = {record.caption: record.path.name for record in records}
+    return cut_lines(list(names.values()), family.caption_lengths(list(names)))
 
 
 def is_bundled(args: argparse.Namespace) -> bool:

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
 from lorainit_diffusers.training.choices import INTERPOLATIONS
+from lorainit_diffusers.training.data.captions import is_metadata
 from lorainit_diffusers.training.data.files import list_folder
 from lorainit_diffusers.training.data.folders import read_image_folder
 from lorainit_diffusers.training.data.images import (
@@ -30,9 +31,10 @@ from lorainit_diffusers.training.data.images import (
     decoded_sizes,
     image_size,
     load_image,
+    shared_files,
 )
 from lorainit_diffusers.training.data.named_datasets import cast_images, encoded_images, load_splits, read_dataset
-from lorainit_diffusers.training.data.notes import DataNotes
+from lorainit_diffusers.training.data.notes import DataNotes, some
 from lorainit_diffusers.training.data.splits import find_image_splits
 
 # The reading itself is the package's; scripts and tests know it by these names.
@@ -61,6 +63,7 @@ __all__ = [
     "read_data",
     "read_dataset",
     "read_image_folder",
+    "warn_of_shared_files",
 ]
 
 
@@ -116,11 +119,25 @@ def read_data(args: argparse.Namespace, notes: DataNotes | None = None) -> tuple
         read = partial(
             read_image_folder, flag=flag, prompt=args.instance_prompt, notes=notes, root=splits.root, **columns
         )
+        parts = [splits.train, *([] if splits.heldout is None else [splits.heldout])]
+        if directory not in parts:
+            around = list_folder(directory, skip=[*parts, *splits.skip])
+            around.report(directory, notes, used=[path for path in around.others if is_metadata(path)])
         records = read(splits.train, skip=splits.skip)[: args.max_train_samples]
         heldout = [] if splits.heldout is None else read(splits.heldout)
+    warn_of_shared_files(records, heldout, "held-out images are also trained on, so that their loss says little", notes)
     sizes = decoded_sizes([*records, *heldout])
     notes.sizes |= {"training": sizes[: len(records)], "held out": sizes[len(records) :]}
     return records * args.repeats, heldout
+
+
+def warn_of_shared_files(
+    first: Sequence[ImageRecord], second: Sequence[ImageRecord], what: str, notes: DataNotes
+) -> None:
+    """Note images of the second that are the same files as some of the first; `what` says what is wrong with it."""
+    shared = shared_files(first, second)
+    if shared:
+        notes.warn(f"{len(shared):,d} {what}: {some([str(record.path) for record in shared])}")
 
 
 def check_class_folder_apart(directory: Path, flag: str, args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from common import evaluating, print_once
+from common_banner import data_source, header_sizes
 from common_data import (
     DataOrder,
     DatasetImage,
@@ -38,7 +39,10 @@ from lorainit_diffusers.evaluation.answers import exact_match, token_f1
 from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.vlm import COMPONENT, IGNORED, TooLongError, VisionLanguageFamily
+from lorainit_diffusers.training.banner import Line, caption_line, count_line, size_lines
+from lorainit_diffusers.training.data.files import find_file
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out
+from lorainit_diffusers.training.data.rows import json_entries
 from lorainit_diffusers.training.data.splits import validation_split
 
 PLACEHOLDER = "<image>"
@@ -146,35 +150,18 @@ def read_questions(
     def find_image(name: Any, where: str) -> ImageRecord:
         if not isinstance(name, str) or not name:
             raise ValueError(f"{where}: the image is {name!r}; give the name of a file")
-        found = folder / name
-        if not found.is_file():
-            raise FileNotFoundError(f"{where}: there is no image {str(found)!r}; put it there, or set --image_dir")
+        found = find_file(folder, name)
+        if found is None:
+            raise FileNotFoundError(
+                f"{where}: there is no image {str(folder / name)!r}; put it there, or set --image_dir"
+            )
         return ImageRecord(found, "")
 
-    records = [_record(row, where, find_image, columns or {}, system_prompt) for where, row in _rows(file)]
+    entries = json_entries(file, label=str(file), what="conversations")
+    records = [_record(row, where, find_image, columns or {}, system_prompt) for where, row in entries]
     if not records:
         raise ValueError(f"{flag} {str(path)!r} has no lines in it; give a file with questions")
     return records
-
-
-def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    text = file.read_text(encoding="utf-8-sig")
-    if file.suffix == ".json":
-        try:
-            entries = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{str(file)!r} is not JSON ({error}); give JSONL with the suffix .jsonl") from error
-        if not isinstance(entries, list):
-            raise ValueError(f"{str(file)!r} is no list of conversations; give a list, or JSONL")
-        yield from ((f"{file}, entry {number}", row) for number, row in enumerate(cast("list[Any]", entries), start=1))
-        return
-    # not splitlines: a text may have other line breaks in it than those of JSONL
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"{file}, line {number}", json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: not JSON ({error}); write one object a line") from error
 
 
 def _record(
@@ -606,6 +593,21 @@ class QuestionAnsweringTask:
         self.train.fill("encoding training questions")
         self.validation.fill("encoding validation questions")
         self._results: list[dict[str, Any]] = []
+
+    def data_lines(self) -> list[Line]:
+        """For the banner: questions, images, answers and sizes."""
+        parts = {"training": self.train.records, "validation": self.validation.records}
+        images = {
+            name: list(dict.fromkeys(image for record in records for image in record.images))
+            for name, records in parts.items()
+        }
+        lines = [
+            count_line({name: len(records) for name, records in parts.items()}, data_source(self.args), "questions"),
+            count_line({name: len(some) for name, some in images.items()}, "in the questions"),
+            caption_line([record.answers[0] for record in self.train.records], "answers"),
+        ]
+        everything = [*images["training"], *images["validation"]]
+        return [*lines, *size_lines(header_sizes(everything))] if everything else lines
 
     def batches(self, seed: int, batch_size: int, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
         """The training batches of these numbers; batch k is a function of (seed, k)."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from common import prepare_output_dir, write_json, write_model_card
+from common_banner import run_schedule, task_banner
 from common_export import (
     check_export,
     describe_training,
@@ -128,6 +129,9 @@ def train_task(
     resolve_epochs(args, -(-task.num_train // args.train_batch_size), count)
     first_step = state.step if state is not None else 0
     log = RunLog(args, accelerator, name, state)
+
+    if is_main:
+        print(task_banner(args, method, task, run_schedule(args, count, task.num_train, first_step)), flush=True)
 
     def evaluate(stage: str, step: int) -> None:
         """Thoroughly, in the main process: the others wait at the next exchange."""

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from common import prepare_output_dir
-from common_data import read_data
+from common_banner import image_banner, run_schedule
+from common_data import DataNotes, read_data, warn_of_shared_files
 from common_export import check_export, open_hub_repository, save_lora, save_result, upload, write_card
 from common_options import build_method, check_family_options, check_method, resolve_epochs
 from common_plan import print_plan
@@ -54,7 +55,8 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
     family_class.check_base(args.pretrained_model_name_or_path)
     output_dir = Path(args.output_dir) if args.dry_run else prepare_output_dir(args.output_dir)
     state = find_state(args, output_dir)
-    records, heldout = read_data(args)
+    notes = DataNotes()
+    records, heldout = read_data(args, notes)
     repository = open_hub_repository(args)
 
     # ---- load
@@ -65,11 +67,16 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
     )
     settle_options(args, family, accelerator, state)
     classes = class_images(args, family, accelerator)
+    warn_of_shared_files(records, classes, "images of the class are also images of the subject", notes)
     data = TrainingData(args, family, records, heldout, classes, progress=is_main)
     resolve_epochs(args, data.batches_per_epoch, accelerator.num_processes)
     first_step = state.step if state is not None else 0
     log = RunLog(args, accelerator, name, state)
     pictures = Pictures(args, family, records, heldout, accelerator, state)
+    if is_main:
+        parts = {"training": data.train, "held out": data.heldout, "of the class": data.classes}
+        length = run_schedule(args, accelerator.num_processes, len(records), first_step)
+        print(image_banner(args, method, family, parts, notes, list(pictures.prompts.values()), length), flush=True)
     if args.pre_compute_text_embeddings:
         family.release_text_encoders(pictures.prompts.values())
     pictures.add("base")

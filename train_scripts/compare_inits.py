@@ -63,7 +63,16 @@ from common import (
     versions,
     write_json,
 )
-from common_compare import ImageScorer, TextToImageTask, encoder_names, make_task, split_records
+from common_banner import comparison_banner, task_lines
+from common_compare import (
+    ImageScorer,
+    TextToImageTask,
+    encoder_names,
+    image_comparison_lines,
+    make_task,
+    split_records,
+)
+from common_data import DataNotes
 from common_options import FAMILY_OPTIONS, build_method, check_family_options, make_optimizer
 from common_run import head_state_dict, load_heads
 from common_tasks import Task
@@ -220,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             task = cast(Task, make_task(args, accelerator.device))
         data = describe_data(args, task)
         write_config(output_dir, args, arguments, argv, str(accelerator.device), data)
+        print(describe_comparison(args, task, captions=workers > 1), flush=True)
         if workers > 1:
             task = None  # each worker has its own
     accelerator.wait_for_everyone()
@@ -556,6 +566,16 @@ def write_results(output_dir: Path, runs: Sequence[Run], args: argparse.Namespac
             writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(table)
+
+
+def describe_comparison(args: argparse.Namespace, task: Task | None, *, captions: bool) -> str:
+    """The banner; `captions` looks for those that are cut although no task of this process does."""
+    notes = DataNotes()
+    if task is None:
+        lines, num_train = image_comparison_lines(args, notes, captions=captions)
+    else:
+        lines, num_train = task_lines(task), task.num_train
+    return comparison_banner(args, args.inits, lines, num_train, notes)
 
 
 def describe_data(args: argparse.Namespace, task: Task | None) -> dict[str, Any]:

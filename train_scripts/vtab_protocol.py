@@ -33,11 +33,11 @@ from common_task_options import make_task_parser, resolve_task_options
 from lorainit_diffusers.training.bundled import BUNDLED_BASES
 from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
 
-# The parts of a task by their names, as folders and as lists.
-PARTS = {
-    "train": ("train", "train800.txt", "train.txt"),
-    "val": ("val", "validation", "val200.txt", "val.txt"),
-    "test": ("test", "test.txt"),
+# The parts of a task: the kind of split that a folder is called as, and the names of a list.
+PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "train": ("train", ("train800.txt", "train.txt")),
+    "val": ("validation", ("val200.txt", "val.txt")),
+    "test": ("test", ("test.txt",)),
 }
 # What this script decides: these options of the training script have no meaning here.
 DECIDED = (
@@ -170,6 +170,9 @@ from tqdm.auto import tqdm
 
 from lorainit_diffusers.evaluation.comparison import bootstrap
 from lorainit_diffusers.initialize import initialize
+from lorainit_diffusers.training.data.files import find_file
+from lorainit_diffusers.training.data.splits import split_kinds
+from lorainit_diffusers.training.data.text import read_text, split_lines
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -221,10 +224,17 @@ def read_task(folder: Path) -> TaskParts:
         ValueError: when a list has a line that is not "path label", or a part has no images.
     """
     parts: dict[str, list[ImageRecord]] = {}
-    for part, names in PARTS.items():
-        found = next((folder / name for name in names if (folder / name).exists()), None)
+    by_name = {path.name: path for path in class_folders(folder)}
+    kinds = split_kinds(by_name)
+    for part, (kind, lists) in PARTS.items():
+        folders = [by_name[name] for name in kinds if kinds[name] == kind]
+        if len(folders) > 1:
+            names = ", ".join(path.name for path in folders)
+            raise ValueError(f"task {str(folder)!r} has several {part} parts ({names}); keep one of them")
+        found = next(iter([*folders, *(folder / name for name in lists if (folder / name).exists())]), None)
         if found is None:
-            raise FileNotFoundError(f"task {str(folder)!r} has no {part} part; add one of {', '.join(names)}")
+            names = ", ".join([part, *(["validation"] if part == "val" else []), *lists])
+            raise FileNotFoundError(f"task {str(folder)!r} has no {part} part; add one of {names}")
         parts[part] = read_class_images(found, f"task {str(folder)!r}") if found.is_dir() else _read_list(found)
         if not parts[part]:
             raise ValueError(f"the {part} part of the task, {str(found)!r}, has no images; add some")
@@ -232,19 +242,25 @@ def read_task(folder: Path) -> TaskParts:
 
 
 def _read_list(file: Path) -> list[ImageRecord]:
-    records: list[ImageRecord] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    records: dict[Path, ImageRecord] = {}
+    for number, line in enumerate(split_lines(read_text(file)), start=1):
         if not line.strip():
             continue
         place = f"{str(file)!r}, line {number}"
         parts = line.strip().rsplit(maxsplit=1)
         if len(parts) != 2:
             raise ValueError(f"{place}: {line.strip()!r} is not a path and a label, such as images/00001.jpg 3")
-        image = file.parent / parts[0]
-        if not image.is_file():
-            raise FileNotFoundError(f"{place}: there is no image {str(image)!r}; paths are relative to the list")
-        records.append(ImageRecord(image, parts[1]))
-    return records
+        image = find_file(file.parent, parts[0])
+        if image is None:
+            raise FileNotFoundError(
+                f"{place}: there is no image {str(file.parent / parts[0])!r}; paths are relative to the list"
+            )
+        if records.setdefault(image, ImageRecord(image, parts[1])).caption != parts[1]:
+            raise ValueError(
+                f"{place}: {parts[0]} has the label {parts[1]} here and {records[image].caption} in a line before; "
+                "keep one of them"
+            )
+    return list(records.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

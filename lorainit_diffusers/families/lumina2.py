@@ -98,19 +98,15 @@ class Lumina2Family(FlowMatchingFamily):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def caption_inputs(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """The columns of a batch that hold the captions: `input_ids` and `attention_mask`, (captions, tokens).
-
-        The pipeline's system prompt is put before each caption here, and nowhere else; they are padded and cut as the
-        pipeline does.
-        """
-        return super().caption_inputs([PROMPT_PREFIX + caption for caption in captions])
+    def _tokenized_texts(self, captions: Sequence[str]) -> list[str]:
+        # the system prompt is put before each caption here, and nowhere else
+        return [PROMPT_PREFIX + caption for caption in captions]
 
     def _max_tokens(self, component: str) -> int:
         return int(self.max_sequence_length or 0)
 
     def _no_caption_inputs(self, count: int) -> dict[str, Tensor]:
-        return super().caption_inputs([""] * count)
+        return self._tokenize([""] * count)
 
     def _encode(self, columns: Mapping[str, Tensor], unskipped: Tensor | None) -> dict[str, Tensor]:
         mask = columns["attention_mask"]

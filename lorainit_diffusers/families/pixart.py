@@ -111,12 +111,10 @@ class PixArtFamily(DenoisingFamily):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def caption_inputs(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Token ids and attention mask, each (captions, tokens); cleaned, padded and cut as the pipeline does."""
+    def _tokenized_texts(self, captions: Sequence[str]) -> list[str]:
         # the pipeline cleans as thoroughly as the packages that are there allow, and warns where we do not
         thoroughly = is_bs4_available() and is_ftfy_available()
-        cleaned = cast(Any, self.pipeline())._text_preprocessing(list(captions), clean_caption=thoroughly)
-        return super().caption_inputs(cleaned)
+        return cast(Any, self.pipeline())._text_preprocessing(list(captions), clean_caption=thoroughly)
 
     def _max_tokens(self, component: str) -> int:
         return int(self.max_sequence_length or 0)

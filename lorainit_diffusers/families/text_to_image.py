@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,18 @@ class NoisyLatents:
     timesteps: Tensor
     target: Tensor
     weights: Tensor | None = None
+
+
+class TokenCounts(NamedTuple):
+    """How long captions are for a text encoder.
+
+    Attributes:
+        counts: tokens of each caption.
+        limit: how many tokens the encoder gets; what is beyond is cut.
+    """
+
+    counts: list[int]
+    limit: int
 
 
 class _Parts:
@@ -399,10 +411,13 @@ class TextToImageFamily(_Parts, EvaluationMode, ABC):
 
         They are padded and cut as the pipeline does.
         """
+        return self._tokenize(self._tokenized_texts(captions))
+
+    def _tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         columns: dict[str, Tensor] = {}
         for component, tokenizer in self.tokenizers.items():
             tokens = tokenizer(
-                list(captions),
+                list(texts),
                 padding="max_length",
                 truncation=True,
                 max_length=self._max_tokens(component),
@@ -413,6 +428,22 @@ class TextToImageFamily(_Parts, EvaluationMode, ABC):
             if component in self.MASKED_ENCODERS:
                 columns[f"attention_mask{suffix}"] = tokens["attention_mask"]
         return columns
+
+    def caption_lengths(self, captions: Sequence[str]) -> dict[str, TokenCounts]:
+        """Tokens of each caption for each text encoder, before `caption_inputs` cuts them.
+
+        The encoder's own tokens (start, end) count, as they do for the limit.
+        """
+        found: dict[str, TokenCounts] = {}
+        for component, tokenizer in self.tokenizers.items():
+            tokens = tokenizer(self._tokenized_texts(captions), padding=False, truncation=False, verbose=False)
+            counts = [len(ids) for ids in tokens["input_ids"]]
+            found[component] = TokenCounts(counts, self._max_tokens(component))
+        return found
+
+    def _tokenized_texts(self, captions: Sequence[str]) -> list[str]:
+        """The texts that the tokenizers get for captions, as the pipeline prepares them."""
+        return list(captions)
 
     @torch.no_grad()
     def embed_captions(self, captions: Sequence[str], batch_size: int = 16) -> dict[str, Tensor]:

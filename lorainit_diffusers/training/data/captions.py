@@ -65,7 +65,7 @@ def read_captions(
         ValueError: when a file or a row cannot be understood, or two captions of an image differ.
     """
     found = FolderCaptions()
-    files = [path for path in listing.others if _is_metadata(path)]
+    files = [path for path in listing.others if is_metadata(path)]
     above: list[Path] = []
     if root is not None and folder != root and folder.is_relative_to(root):
         parents = [parent for parent in folder.parents if parent.is_relative_to(root)]
@@ -170,12 +170,13 @@ class _Names:
         return Path(close[0]).name if close else None
 
 
-def _is_metadata(path: Path) -> bool:
+def is_metadata(path: Path) -> bool:
+    """Whether a file has the captions of a folder, by its name."""
     return path.stem.lower() == "metadata" and path.suffix.lower() in METADATA_SUFFIXES
 
 
 def _metadata_of(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.is_file() and _is_metadata(path))
+    return sorted(path for path in directory.iterdir() if path.is_file() and is_metadata(path))
 
 
 def _rows(path: Path, image_column: str, caption_column: str) -> list[Row]:

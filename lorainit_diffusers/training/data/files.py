@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,19 @@ def has_image_signature(start: bytes) -> bool:
         and start[6:10] == bytes(4)
         and start[14:18] in (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0")
     )
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """The file that a name in a list means: as it is, with Windows' separators, or in another form of Unicode."""
+    spellings = [name, name.strip(), name.strip().replace("\\", "/")]
+    spellings += [unicodedata.normalize(form, spellings[-1]) for form in ("NFC", "NFD")]
+    for spelling in dict.fromkeys(spellings):
+        try:
+            if spelling and (folder / spelling).is_file():
+                return folder / spelling
+        except (OSError, ValueError):  # too long for a name, or with a NUL in it
+            continue
+    return None
 
 
 def below(path: Path, folder: Path) -> str:

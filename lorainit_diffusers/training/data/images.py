@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -91,6 +92,19 @@ def decoded_sizes(records: Sequence[ImageRecord]) -> list[tuple[int, int]]:
     with ThreadPoolExecutor() as pool:
         checks = pool.map(decoded_size, records)
         return list(tqdm(checks, total=len(records), desc="reading images", disable=len(records) < 1000))
+
+
+def shared_files(first: Sequence[ImageRecord], second: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """Those of the second that are files with the same bytes as one of the first; only files of equal size are read."""
+    sides = [[record for record in dict.fromkeys(records) if record.image is None] for records in (first, second)]
+    lengths = [{record: record.path.stat().st_size for record in records} for records in sides]
+    common = set(lengths[0].values()) & set(lengths[1].values())
+
+    def digest(record: ImageRecord) -> bytes:
+        return hashlib.blake2b(record.path.read_bytes(), digest_size=16).digest()
+
+    known = {digest(record) for record, length in lengths[0].items() if length in common}
+    return [record for record, length in lengths[1].items() if length in common and digest(record) in known]
 
 
 def load_image(source: ImageRecord | str | os.PathLike[str] | bytes) -> Image.Image:

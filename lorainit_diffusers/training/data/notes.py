@@ -23,10 +23,9 @@ class DataNotes:
 
     def leave_out(self, reason: str, names: Iterable[str | Path]) -> None:
         """Note what is not used and why, such as "files that are no images"."""
-        known = self.left_out.setdefault(reason, [])
-        known += [text for name in names if (text := printable(str(name))) not in known]
-        if not known:
-            del self.left_out[reason]
+        known = [*self.left_out.get(reason, []), *(printable(str(name)) for name in names)]
+        if known:
+            self.left_out[reason] = list(dict.fromkeys(known))
 
     def warn(self, text: str) -> None:
         """Note something odd; the same sentence counts once."""

@@ -56,36 +56,36 @@ def read_rows(path: Path, *, columns: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def json_entries(path: Path) -> list[tuple[str, Any]]:
+def json_entries(path: Path, *, label: str | None = None, what: str = "objects") -> list[tuple[str, Any]]:
     """The values of a JSONL file, or of a JSON file that is a list, whatever its suffix is: (file and line, value).
+
+    Args:
+        path: the file.
+        label: how messages name it.
+        what: the values are, for messages.
 
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: when it is not JSON; names the file and the line.
     """
-    text = read_text(path)
+    text, label = read_text(path), label or repr(str(path))
     if path.suffix.lower() == ".json" or text.lstrip().startswith("["):
         try:
             entries = json.loads(text, object_pairs_hook=_without_repetition)
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{str(path)!r} is not JSON ({error}); write JSONL, one object a line, with the suffix .jsonl"
-            ) from error
+            raise ValueError(f"{label} is not JSON ({error}); give JSONL with the suffix .jsonl") from error
         if not isinstance(entries, list):
-            raise ValueError(f"{str(path)!r} is no list of objects but {_kind(entries)}; write a list, or JSONL")
-        return [
-            (f"{str(path)!r}, entry {number}", entry)
-            for number, entry in enumerate(cast("list[Any]", entries), start=1)
-        ]
+            raise ValueError(f"{label} is no list of {what} but {_kind(entries)}; give a list, or JSONL")
+        return [(f"{label}, entry {number}", entry) for number, entry in enumerate(cast("list[Any]", entries), start=1)]
     found: list[tuple[str, Any]] = []
     for number, line in enumerate(split_lines(text), start=1):
         if not line.strip("\ufeff \t"):
             continue
-        where = f"{str(path)!r}, line {number}"
+        where = f"{label}, line {number}"
         try:
             found.append((where, json.loads(line.strip("\ufeff \t"), object_pairs_hook=_without_repetition)))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not a JSON object ({error}); write one object a line") from error
+            raise ValueError(f"{where}: not JSON ({error}); write one object a line") from error
     return found
 
 

@@ -120,7 +120,7 @@ def test_a_column_that_comes_twice_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1}\n{"a": \n', r"m\.jsonl', line 2: not a JSON object"),
+        ('{"a": 1}\n{"a": \n', r"m\.jsonl', line 2: not JSON"),
         ('{"a": 1}\n["a", "b"]\n', r"m\.jsonl', line 2: not a JSON object but a list"),
         ('{"a": 1}\n7\n', r"m\.jsonl', line 2: not a JSON object but a number"),
         ('[["a", "b"]]', r"m\.jsonl', entry 1: not a JSON object but a list"),
