@@ -27,10 +27,13 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.eigenbasis import Eigenbasis
-from lorainit_diffusers.linalg import Eigen, eigh_descending, solve_dtype
+from lorainit_diffusers.linalg import Eigen, eigh_descending, leading_eigenpairs, solve_dtype
+from lorainit_diffusers.ridged import CholeskyRidged, RidgedMoment, ThinRidged
 
 # Updates that are summed in float32 before they are added to a float64 scatter.
 UPDATES_PER_FLUSH = 8
+# Rows of a float32 scatter that are widened to float64 at once.
+CHUNK_ROWS = 512
 
 SumAcrossProcesses = Callable[[Tensor], None]
 
@@ -97,6 +100,22 @@ class InputStatistic(Statistic, Protocol):
         """The whole eigenbasis of the same; a sketch spreads what it does not resolve evenly over the complement."""
         ...
 
+    def leading(self, count: int, *, centered: bool) -> Eigen:
+        """The leading ``count`` eigenpairs of the same (or all that a sketch resolves), without the others."""
+        ...
+
+    def times(self, block: Tensor) -> Tensor:
+        """The second moment X'X/n times (features, n) columns, in the dtype of :meth:`like`."""
+        ...
+
+    def ridged(self, share: float) -> RidgedMoment:
+        """The second moment plus ``share`` > 0 of its mean eigenvalue (of 1, where all rows were zero)."""
+        ...
+
+    def like(self) -> Tensor:
+        """An empty tensor with the dtype and device in which products with the moment are taken."""
+        ...
+
 
 @contextmanager
 def _full_float32(device: torch.device) -> Generator[None, None, None]:
@@ -125,7 +144,16 @@ class _MeanAndCount(ABC):
         self._num_rows = 0
         self._mean: Tensor | None = None
         self._device: torch.device | None = None  # of the accumulators; the rows' when None
+        # What was computed from the rows so far; layers that share inputs share it.
         self._eigen: dict[bool, Eigen] = {}
+        self._leading: dict[bool, Eigen] = {}
+        self._ridged: dict[float, RidgedMoment] = {}
+
+    def _forget(self) -> None:
+        """Drop what was computed from fewer rows."""
+        self._eigen.clear()
+        self._leading.clear()
+        self._ridged.clear()
 
     @property
     def features(self) -> int:
@@ -158,6 +186,21 @@ class _MeanAndCount(ABC):
         if centered not in self._eigen:
             self._eigen[centered] = self._decompose(centered)
         return self._eigen[centered]
+
+    def ridged(self, share: float) -> RidgedMoment:
+        """The second moment plus ``share`` > 0 of its mean eigenvalue; kept like :meth:`eigh`."""
+        if share not in self._ridged:
+            mean_eigenvalue = self.trace(centered=False) / self._features
+            self._ridged[share] = self._add_ridge(share * (mean_eigenvalue if mean_eigenvalue > 0 else 1.0))
+        return self._ridged[share]
+
+    @abstractmethod
+    def trace(self, *, centered: bool) -> float:
+        """Total variance (centred) or mean squared norm of a row (uncentred)."""
+
+    @abstractmethod
+    def _add_ridge(self, ridge: float) -> RidgedMoment:
+        """The second moment plus this much."""
 
     @abstractmethod
     def _decompose(self, centered: bool) -> Eigen:
@@ -235,7 +278,7 @@ class SecondMoment(_MeanAndCount):
         self._check(rows)
         if rows.shape[0] == 0:
             return
-        self._eigen.clear()
+        self._forget()
         with full_float32(rows.device):
             rows = rows.detach().float()
             batch_mean, step, weight = self._fold(rows)
@@ -268,7 +311,7 @@ class SecondMoment(_MeanAndCount):
         if self._mean is None or self._scatter is None:
             self.load_state_dict(other.state_dict())
             return
-        self._eigen.clear()
+        self._forget()
         total = self._num_rows + other._num_rows
         step = other._mean - self._mean
         self._scatter += other._scatter + torch.outer(step, step) * (self._num_rows * other._num_rows / total)
@@ -277,7 +320,7 @@ class SecondMoment(_MeanAndCount):
 
     def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
         """Join with the other processes' statistics (exact: each scatter is moved to the global mean, then summed)."""
-        self._eigen.clear()
+        self._forget()
         scatter = self._require_scatter()
         offset, num_rows = self._reduce_mean(sum_across_processes)
         scatter.addr_(offset, offset * num_rows)
@@ -301,8 +344,42 @@ class SecondMoment(_MeanAndCount):
         return eigh_descending(self.covariance() if centered else self.second_moment())
 
     def eigenbasis(self, *, centered: bool) -> Eigenbasis:
-        """All eigenpairs."""
-        return Eigenbasis(self.eigh(centered=centered))
+        """All eigenpairs, in the precision in which products with the layer's weight are taken."""
+        values, vectors = self.eigh(centered=centered)
+        dtype = solve_dtype(self._features, vectors.device)
+        return Eigenbasis(Eigen(values.to(dtype), vectors.to(dtype)))
+
+    def leading(self, count: int, *, centered: bool) -> Eigen:
+        """The leading ``count`` eigenpairs, as :func:`leading_eigenpairs` finds them; kept like :meth:`eigh`."""
+        known = self._leading.get(centered)
+        if known is None or len(known.values) < count:
+            covariance = self._covariance_times if centered else self.times
+            start = None if centered else self.mean()[:, None]  # far ahead of every direction of the variance
+            found = leading_eigenpairs(covariance, self._features, count, like=self.like(), start=start)
+            known = self._leading[centered] = Eigen(found.values, found.vectors)
+        return Eigen(known.values[:count], known.vectors[:, :count])
+
+    def times(self, block: Tensor) -> Tensor:
+        """The second moment X'X/n times (features, n) columns."""
+        mean = self.mean()
+        # The mean apart: beside it in one matrix, its size would cost the other directions their last digits.
+        return self._covariance_times(block) + torch.outer(mean, mean @ block)
+
+    def _covariance_times(self, block: Tensor) -> Tensor:
+        return (self._require_scatter() @ block) / self._num_rows
+
+    def _times_in_float64(self, block: Tensor) -> Tensor:
+        """As :meth:`times`, in float64, without a float64 copy of the whole scatter."""
+        product = torch.cat([part.double() @ block for part in self._require_scatter().split(CHUNK_ROWS)])
+        mean = self.mean().double()
+        return product / self._num_rows + torch.outer(mean, mean @ block)
+
+    def _add_ridge(self, ridge: float) -> RidgedMoment:
+        return CholeskyRidged(self.second_moment(), ridge, self._times_in_float64)
+
+    def like(self) -> Tensor:
+        """An empty tensor with the dtype and device in which products with the moment are taken."""
+        return self._require_scatter().new_empty(0)
 
     def num_bytes(self, device: torch.device) -> int:
         """Memory of the accumulators: the scatter, its mean and, beside a float64 scatter, the float32 buffer."""
@@ -316,7 +393,7 @@ class SecondMoment(_MeanAndCount):
         self._device, self._recent = device, None
         if self._mean is None or self._scatter is None or self._scatter.device == device:
             return
-        self._eigen.clear()
+        self._forget()
         self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
 
     def sketched(self, num_columns: int) -> SketchedSecondMoment:
@@ -348,7 +425,7 @@ class SecondMoment(_MeanAndCount):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of :meth:`state_dict`."""
-        self._eigen.clear()
+        self._forget()
         self._num_rows = int(state["num_rows"]) if state else 0
         self._mean = state["mean"].clone() if state else None
         self._scatter = state["scatter"].clone() if state else None
@@ -405,6 +482,11 @@ class SketchedSecondMoment(_MeanAndCount):
         self.projection_like(torch.empty(0, dtype=torch.float64))
         self._sketch: Tensor | None = None
         self._trace: Tensor | None = None
+        self._complete: dict[bool, tuple[Eigen, float]] = {}
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._complete.clear()
 
     @property
     def num_columns(self) -> int:
@@ -428,7 +510,7 @@ class SketchedSecondMoment(_MeanAndCount):
         self._check(rows)
         if rows.shape[0] == 0:
             return
-        self._eigen.clear()
+        self._forget()
         with full_float32(rows.device):
             rows = rows.detach().float()
             batch_mean, step, weight = self._fold(rows)
@@ -453,7 +535,7 @@ class SketchedSecondMoment(_MeanAndCount):
         if self._mean is None or self._sketch is None or self._trace is None:
             self.load_state_dict(other.state_dict())
             return
-        self._eigen.clear()
+        self._forget()
         total = self._num_rows + other._num_rows
         step = other._mean - self._mean
         weight = self._num_rows * other._num_rows / total
@@ -464,7 +546,7 @@ class SketchedSecondMoment(_MeanAndCount):
 
     def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
         """Join with the other processes' sketches."""
-        self._eigen.clear()
+        self._forget()
         sketch, trace = self._require_sketch()
         offset, num_rows = self._reduce_mean(sum_across_processes)
         sketch += torch.outer(offset * num_rows, offset @ self.projection_like(offset))
@@ -487,15 +569,40 @@ class SketchedSecondMoment(_MeanAndCount):
         self._device = device
         if self._mean is None or self._sketch is None or self._trace is None or self._sketch.device == device:
             return
-        self._eigen.clear()
+        self._forget()
         self._mean, self._sketch, self._trace = (t.to(device) for t in (self._mean, self._sketch, self._trace))
 
     def eigenbasis(self, *, centered: bool) -> Eigenbasis:
         """The leading eigenpairs, and the rest of the (exact) trace spread evenly over the complement."""
+        return Eigenbasis(*self._completed(centered))
+
+    def _completed(self, centered: bool) -> tuple[Eigen, float]:
+        """The leading eigenpairs and the eigenvalue of all other directions."""
+        if centered not in self._complete:
+            values, vectors = self.eigh(centered=centered)
+            rest = (self.trace(centered=centered) - float(values.sum())) / max(self._features - self.num_columns, 1)
+            like = self.like()
+            self._complete[centered] = Eigen(values.to(like), vectors.to(like)), max(rest, 0.0)
+        return self._complete[centered]
+
+    def leading(self, count: int, *, centered: bool) -> Eigen:
+        """The leading ``count`` eigenpairs, or all ``num_columns`` that the sketch resolves."""
         values, vectors = self.eigh(centered=centered)
-        dtype = solve_dtype(self._features, vectors.device)
-        rest = (self.trace(centered=centered) - float(values.sum())) / max(self._features - self.num_columns, 1)
-        return Eigenbasis(Eigen(values.to(dtype), vectors.to(dtype)), rest)
+        return Eigen(values[:count], vectors[:, :count])
+
+    def times(self, block: Tensor) -> Tensor:
+        """The completed second moment times (features, n) columns."""
+        (values, vectors), rest = self._completed(centered=False)
+        return rest * block + vectors @ ((values - rest)[:, None] * (vectors.mT @ block))
+
+    def _add_ridge(self, ridge: float) -> RidgedMoment:
+        (values, vectors), rest = self._completed(centered=False)
+        return ThinRidged(values, vectors, rest, ridge)
+
+    def like(self) -> Tensor:
+        """An empty tensor with the dtype and device in which products with the moment are taken."""
+        sketch, _ = self._require_sketch()
+        return sketch.new_empty(0, dtype=solve_dtype(self._features, sketch.device))
 
     def _decompose(self, centered: bool) -> Eigen:
         """The leading ``num_columns`` eigenpairs of the Nyström approximation."""
@@ -530,7 +637,7 @@ class SketchedSecondMoment(_MeanAndCount):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of :meth:`state_dict`."""
-        self._eigen.clear()
+        self._forget()
         self._num_rows = int(state["num_rows"]) if state else 0
         self._mean = state["mean"].clone() if state else None
         self._sketch = state["sketch"].clone() if state else None

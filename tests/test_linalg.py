@@ -7,7 +7,7 @@ import pytest
 import torch
 from core_fixtures import largest_principal_angle, relative_error
 
-from lorainit_diffusers.linalg import MAX_EXACT_SVD_SIZE, eigh_descending, product_svd, top_svd
+from lorainit_diffusers.linalg import MAX_EXACT_SIZE, eigh_descending, product_svd, top_svd
 
 
 def matrix_with_values(rows: int, columns: int, values: np.ndarray, seed: int = 0) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_top_svd_agrees_with_numpy(rows, columns, tolerance):
 
 
 def test_randomised_svd_of_a_flat_spectrum_keeps_nearly_all_of_the_energy():
-    size = MAX_EXACT_SVD_SIZE + 48
+    size = MAX_EXACT_SIZE + 48
     matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     singular = top_svd(matrix, 8).values.double()
     reference = torch.linalg.svdvals(matrix.double())[:8]
@@ -76,7 +76,7 @@ def test_randomised_svd_of_a_flat_spectrum_keeps_nearly_all_of_the_energy():
 
 
 def test_randomised_svd_neither_reads_nor_moves_the_global_generator():
-    size = MAX_EXACT_SVD_SIZE + 8
+    size = MAX_EXACT_SIZE + 8
     matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     state = torch.get_rng_state()

@@ -16,7 +16,8 @@ Let S = E[x x'] over the fine-tuning inputs of a layer, S_l = S + ridge (eigenva
   T = S_l^(-1/2) (S_l^(1/2) S_pl S_l^(1/2))^(1/2) S_l^(-1/2) (Knott & Smith 1984). Equal distributions give D = 0.
 * ``"decorrelation"``: (W0 + D) X = W0 X_p with X_p uncorrelated with X gives the ridge solution D = -W0 S S_l^(-1).
 
-Everything is computed in the eigenbasis of S, where all of these but T are column scalings of W0.
+The decorrelation needs products with S and solves with S_l only. The alignments are computed in the eigenbasis of S,
+where all of these but T are column scalings of W0.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.eigenbasis import Eigenbasis
-from lorainit_diffusers.linalg import SVD, product_svd, top_svd
+from lorainit_diffusers.linalg import SVD, is_exact, krylov_eigenpairs, product_svd, top_svd
 from lorainit_diffusers.methods.base import (
     LoraFactors,
     Observed,
@@ -42,10 +43,13 @@ from lorainit_diffusers.methods.base import (
     one_if_zero,
 )
 from lorainit_diffusers.ranges import Range
+from lorainit_diffusers.ridged import RidgedMoment
 from lorainit_diffusers.statistics import InputsAndReference, InputStatistic, SecondMoment
 
 # Directions that the fine-tuning data never excites would otherwise dominate the inverse.
 EIGENVALUE_FLOOR = 1e-4
+# Below this share of the largest, a singular value of D is rounding.
+SMALLEST_SINGULAR_VALUE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,86 @@ class CNTLoRA:
                 )
             statistic, reference = statistic.inputs, statistic.reference
         inputs = input_statistic(statistic)
+        if self._takes_operators(weight, max_rank):
+            truncated = self._decorrelated(weight, inputs, max_rank)
+            # A direction that D does not have has no row in U' D; the eigenbasis completes it.
+            if truncated is not None and truncated.singular[-1] > SMALLEST_SINGULAR_VALUE * truncated.singular[0]:
+                return self._factored(truncated, inputs, scaling)
+        return self._solve_in_eigenbasis(weight, inputs, reference, max_rank, scaling)
+
+    def _takes_operators(self, weight: Tensor, max_rank: int) -> bool:
+        """Whether D can do without an eigenbasis, and is large enough for that to be faster."""
+        free = self.constraint == "decorrelation" and self.ridge >= EIGENVALUE_FLOOR
+        return free and not is_exact(min(weight.shape), max_rank)
+
+    def _decorrelated(self, weight: Tensor, inputs: InputStatistic, max_rank: int) -> _Truncated | None:
+        """D = -W0 S S_l^(-1) = -W0 (I - ridge S_l^(-1)), truncated; without an eigenbasis.
+
+        The left singular vectors U of D S_l^(1/2) are those of D S_l D' = W0 (S - ridge + ridge^2 S_l^(-1)) W0', and
+        D_r = U U' D: products with S and solves with its Cholesky factor are all that this needs. ``None`` where the
+        spectrum is so flat that a full decomposition is cheaper.
+        """
+        weight = weight.to(inputs.like())
+        transposed, ridged = weight.mT, inputs.ridged(self.ridge)
+        ridge = ridged.ridge
+
+        def shrunk(block: Tensor) -> Tensor:
+            """S S_l^(-1), which is symmetric."""
+            return block - ridge * ridged.solve(block)
+
+        def squared(block: Tensor) -> Tensor:
+            block = transposed @ block
+            if self.truncation == "weight":
+                return weight @ shrunk(shrunk(block))
+            return weight @ (inputs.times(block) - ridge * shrunk(block))
+
+        leading = krylov_eigenpairs(
+            squared,
+            weight.shape[0],
+            max_rank,
+            like=weight,
+            start=weight @ inputs.mean().to(weight)[:, None],  # the mean's output is far ahead of all others
+            with_trace=True,
+            max_columns=min(weight.shape) // 3,
+        )
+        if leading is None:
+            return None
+        rows = -shrunk(transposed @ leading.vectors).mT
+        return _Truncated(leading.vectors, leading.values.sqrt(), rows, leading.trace, inputs, ridged)
+
+    def _factored(self, truncated: _Truncated, inputs: InputStatistic, scaling: float) -> Solution:
+        """The split of D_r = U R into B A that ``gauge``, ``base`` and ``scale`` ask for."""
+        scores = truncated.singular.square() / (truncated.total if truncated.total > 0 else 1.0)
+        trace = inputs.trace(centered=False)
+        natural = "weight" if self.gauge == "balanced" else "activation"  # the metric that the gauge is orthogonal in
+
+        def factors(rank: int) -> LoraFactors:
+            left, singular = truncated.left[:, :rank], truncated.singular[:rank]
+            if natural == self.truncation:
+                mixing = torch.diag(1 / singular)
+            else:
+                other = truncated.rows if natural == "weight" else truncated.coloured_rows
+                turned, singular, _ = product_svd(left, other[:rank])
+                left, mixing = turned, (turned.mT @ left) / singular[:, None]
+            # A = mixing R: orthonormal rows in the metric of the gauge
+            lora_B = left * singular
+            if self.gauge != "whitened":
+                mixing, lora_B = singular.sqrt()[:, None] * mixing, left * singular.sqrt()
+            lora_A = mixing @ truncated.rows[:rank]
+            power = ((mixing @ truncated.rows_moment[:rank, :rank]) * mixing).sum()
+            lora_B = lora_B * ((self.gamma if self.base == "active" else 1.0) / scaling)
+            factor = self._factor(lora_A, lora_B, power, trace)
+            lora_A, lora_B = lora_A * factor, lora_B / factor
+            if self.base == "down_only":
+                lora_B = torch.zeros_like(lora_B)
+            return LoraFactors(lora_A.float().contiguous(), lora_B.float().contiguous())
+
+        return Solution(scores, factors)
+
+    def _solve_in_eigenbasis(
+        self, weight: Tensor, inputs: InputStatistic, reference: InputStatistic | None, max_rank: int, scaling: float
+    ) -> Solution:
+        """Everything else, in coordinates in which S is diagonal: there, any function of S is one factor a column."""
         basis = inputs.eigenbasis(centered=False)
         values, trace = basis.values, inputs.trace(centered=False)
         ridged = self._ridged(values)
@@ -143,7 +227,7 @@ class CNTLoRA:
             if self.gauge != "whitened" and bool(singular.any()):  # D = 0 keeps A's directions
                 lora_A, lora_B = lora_A * singular.sqrt()[:, None], left * singular.sqrt()
             lora_B = lora_B * ((self.gamma if self.base == "active" else 1.0) / scaling)
-            factor = self._factor(lora_A, lora_B, values, trace)
+            factor = self._factor(lora_A, lora_B, (lora_A.square() * values).sum(), trace)
             lora_A, lora_B = basis.lift(lora_A) * factor, lora_B / factor
             if self.base == "down_only":
                 lora_B = torch.zeros_like(lora_B)
@@ -183,11 +267,10 @@ class CNTLoRA:
         change = torch.cat([rows[:, :k], rows[:, k:] @ span], dim=1) @ within
         return outside * rows + torch.cat([change[:, :k], change[:, k:] @ span.mT], dim=1)
 
-    def _factor(self, lora_A: Tensor, lora_B: Tensor, values: Tensor, trace: float) -> Tensor:
-        """The scalar that A is multiplied and B divided by; ``lora_A`` is in the eigenbasis of S."""
+    def _factor(self, lora_A: Tensor, lora_B: Tensor, power: Tensor, trace: float) -> Tensor:
+        """The scalar that A is multiplied and B divided by; ``power`` is E||A x||^2."""
         tiny = torch.finfo(lora_A.dtype).tiny
         rank, in_features = lora_A.shape
-        power = (lora_A.square() * values).sum()
         if self.scale == "matched" and float(power) > 0:
             return (rank * kaiming_input_power(trace, in_features) / power).sqrt()
         norm_A = lora_A.norm().clamp_min(tiny)
@@ -195,6 +278,26 @@ class CNTLoRA:
         if self.base == "down_only" or float(norm_B) == 0.0:  # D = 0: nothing to balance against
             return rank**0.5 / norm_A
         return (norm_B / norm_A).sqrt()
+
+
+class _Truncated:
+    """D_r = U R of one layer: what all ways to split it have in common. Holds on to no weight and no moment.
+
+    Attributes:
+        left: (out_features, max_rank) U, orthonormal columns.
+        singular: (max_rank,) singular values of D in the metric of the truncation, descending.
+        rows: (max_rank, in_features) R = U' D.
+        total: the sum of all squared singular values.
+        coloured_rows: (max_rank, in_features) R F, with F F' = S_l.
+        rows_moment: (max_rank, max_rank) R S R'.
+    """
+
+    def __init__(
+        self, left: Tensor, singular: Tensor, rows: Tensor, total: float, inputs: InputStatistic, ridged: RidgedMoment
+    ) -> None:
+        self.left, self.singular, self.rows, self.total = left, singular, rows, total
+        self.coloured_rows = ridged.colour_transposed(rows.mT).mT
+        self.rows_moment = rows @ inputs.times(rows.mT)
 
 
 def _transport(squared: Tensor, scale: Tensor) -> Tensor:

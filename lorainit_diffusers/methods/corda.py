@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.linalg import top_svd
+from lorainit_diffusers.linalg import SVD, is_exact, krylov_svd, top_svd
 from lorainit_diffusers.methods.base import (
     LoraFactors,
     Observed,
@@ -21,7 +21,7 @@ from lorainit_diffusers.methods.base import (
     one_if_zero,
 )
 from lorainit_diffusers.ranges import Range
-from lorainit_diffusers.statistics import SecondMoment, Statistic
+from lorainit_diffusers.statistics import InputStatistic, SecondMoment, Statistic
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,41 @@ class CorDA:
         self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
         """Scores are the shares of ||W0 S||_F^2."""
-        basis = input_statistic(statistic).eigenbasis(centered=False)
-        values = basis.values
-        # In S's eigenbasis the product with S and its inverse are row scalings.
-        spectrum = values + self.ridge * one_if_zero(values.mean())
-        weighted = basis.project(weight.to(values.dtype)) * spectrum
-        svd = top_svd(weighted, max_rank)
-        scores = svd.values.square() / one_if_zero(weighted.square().sum())
+        inputs = input_statistic(statistic)
+        svd, right, total = self._decomposed(weight.to(inputs.like()), inputs, max_rank)
+        scores = svd.values.square() / (total if total > 0 else 1.0)
 
         def factors(rank: int) -> LoraFactors:
             root = (svd.values[:rank] / scaling).sqrt()
-            lora_A = root[:, None] * basis.lift(svd.right[:rank] / spectrum)
-            return LoraFactors(lora_A.float(), (svd.left[:, :rank] * root).float())
+            lora_A = root[:, None] * right[:rank]
+            return LoraFactors(lora_A.float().contiguous(), (svd.left[:, :rank] * root).float().contiguous())
 
         return Solution(scores, factors)
+
+    def _decomposed(self, weight: Tensor, inputs: InputStatistic, max_rank: int) -> tuple[SVD, Tensor, float]:
+        """The leading triplets of W0 S, their right vectors times S^-1, and ||W0 S||_F^2."""
+        if not is_exact(min(weight.shape), max_rank):
+            ridged = inputs.ridged(self.ridge)
+
+            def spread(block: Tensor) -> Tensor:
+                return inputs.times(block) + ridged.ridge * block
+
+            # As an operator: the product W0 S itself would cost more than everything else here.
+            found = krylov_svd(
+                lambda block: weight @ spread(block),
+                lambda block: spread(weight.mT @ block),
+                (weight.shape[0], weight.shape[1]),
+                max_rank,
+                like=weight,
+                start=weight @ inputs.mean().to(weight)[:, None],  # the mean's output is far ahead of all others
+                with_norm=True,
+            )
+            if found is not None:
+                svd, total = found
+                return svd, ridged.solve_accurately(svd.right.mT).mT, total
+        # In S's eigenbasis the product with S and its inverse are row scalings.
+        basis = inputs.eigenbasis(centered=False)
+        spectrum = basis.values + self.ridge * one_if_zero(basis.values.mean())
+        weighted = basis.project(weight) * spectrum
+        svd = top_svd(weighted, max_rank)
+        return svd, basis.lift(svd.right / spectrum), float(weighted.square().sum())

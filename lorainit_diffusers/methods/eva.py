@@ -75,8 +75,8 @@ class EVA:
     ) -> Solution:
         """Scores are explained-variance ratios."""
         inputs = input_statistic(statistic)
-        values, vectors = inputs.eigh(centered=self.centered)
-        values, vectors = values[:max_rank], vectors[:, :max_rank].clone()  # a view would keep them all
+        values, vectors = inputs.leading(max_rank, centered=self.centered)
+        vectors = vectors.clone()  # a view would keep all that the statistic holds
         total = inputs.trace(centered=self.centered)
         ratios = values / total if total > 0 else torch.zeros_like(values)
         mean = inputs.mean()

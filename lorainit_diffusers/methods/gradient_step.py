@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.linalg import top_svd
+from lorainit_diffusers.linalg import is_exact, krylov_svd, top_svd
 from lorainit_diffusers.methods.base import (
     LoraFactors,
     Observed,
@@ -34,7 +34,7 @@ from lorainit_diffusers.methods.base import (
     zeros_of_output,
 )
 from lorainit_diffusers.ranges import Range
-from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, SecondMoment
+from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, InputStatistic, SecondMoment
 
 
 @dataclass(frozen=True)
@@ -83,44 +83,65 @@ class GradientStep:
                 "this init needs inputs and gradients; run the collection pass with observes='inputs and gradients'"
             )
         inputs = statistic.inputs
-        eigenbasis = inputs.eigenbasis(centered=False)
-        values = eigenbasis.values
-        gradient = statistic.gradient.mean().to(values)
+        weight = weight.to(inputs.like())
+        gradient = statistic.gradient.mean().to(weight)
         if self.directions == "inputs":
-            centred = inputs.eigenbasis(centered=True)
-            basis, worth, total = centred.vectors[:, :max_rank].mT, centred.values[:max_rank], centred.values.sum()
+            worth, vectors = inputs.leading(max_rank, centered=True)
+            basis, total = vectors.mT, inputs.trace(centered=True)
+        elif self.directions == "gradient":
+            svd = top_svd(gradient, max_rank)
+            basis, worth, total = svd.right, svd.values.square(), float(gradient.square().sum())
         else:
-            ridged = values + self.ridge * one_if_zero(values.mean())
-            root = ridged.sqrt() if self.directions == "whitened_gradient" else torch.ones_like(ridged)
-            in_eigenbasis = eigenbasis.project(gradient) / root
-            svd = top_svd(in_eigenbasis, max_rank)
-            basis = eigenbasis.lift(svd.right / root)
-            worth, total = svd.values.square(), in_eigenbasis.square().sum()
-        scores = worth / total.clamp_min(torch.finfo(total.dtype).tiny)
+            basis, worth, total = self._whitened(gradient, inputs, max_rank)
+        scores = worth / max(total, torch.finfo(worth.dtype).tiny)
 
         def output_norm(matrix: Tensor) -> Tensor:
             """sqrt(E||matrix x||^2) over the collected rows."""
-            return (eigenbasis.project(matrix) * values.clamp_min(0).sqrt()).norm()
+            return (matrix * inputs.times(matrix.mT).mT).sum().clamp_min(0).sqrt()
 
-        base_norm = output_norm(weight.to(values)) if self.step else None
+        basis_moment = basis @ inputs.times(basis.mT)  # E[h h'] of the hidden activations h = basis x
+        base_norm = output_norm(weight) if self.step else None
         kaiming_power = kaiming_input_power(inputs.trace(centered=False), weight.shape[1])
         zeros = zeros_of_output(weight)
+        descent = None if base_norm is None else -gradient @ basis.mT  # (out_features, max_rank)
 
         def factors(rank: int) -> LoraFactors:
             lora_A = basis[:rank]
-            hidden = output_norm(lora_A)
+            moment = basis_moment[:rank, :rank]
+            hidden = moment.diagonal().sum().clamp_min(0).sqrt()
             if self.scale == "matched" and float(hidden) > 0:
-                lora_A = lora_A * ((rank * kaiming_power) ** 0.5 / hidden)
+                length = (rank * kaiming_power) ** 0.5 / hidden
             else:
-                lora_A = lora_A * (rank**0.5 / lora_A.norm())
+                length = rank**0.5 / lora_A.norm()
             lora_B = zeros(rank).to(lora_A)
-            if base_norm is not None:
-                lora_B = -gradient @ lora_A.mT
-                length = self.step * base_norm / scaling
-                lora_B = lora_B * (length / one_if_zero(output_norm(lora_B @ lora_A)))
-            return LoraFactors(lora_A.float().contiguous(), lora_B.float().contiguous())
+            if base_norm is not None and descent is not None:
+                lora_B = descent[:, :rank]
+                # E||B A x||^2 = tr(B E[h h'] B') with h = A x
+                change = ((lora_B @ moment) * lora_B).sum().clamp_min(0).sqrt() * length
+                lora_B = lora_B * (self.step * base_norm / scaling / one_if_zero(change))
+            return LoraFactors((lora_A * length).float().contiguous(), lora_B.float().contiguous())
 
         return Solution(scores, factors)
+
+    def _whitened(self, gradient: Tensor, inputs: InputStatistic, max_rank: int) -> tuple[Tensor, Tensor, float]:
+        """A's rows V' S_l^(-1/2), squared singular values and squared norm of G S_l^(-1/2) = U Sigma V'."""
+        ridged = inputs.ridged(self.ridge)
+        if not is_exact(min(gradient.shape), max_rank):
+            found = krylov_svd(
+                lambda block: gradient @ ridged.whiten_transposed(block),
+                lambda block: ridged.whiten(gradient.mT @ block),
+                (gradient.shape[0], gradient.shape[1]),
+                max_rank,
+                like=gradient,
+                with_norm=True,
+            )
+            if found is not None:
+                svd, total = found
+                return ridged.whiten_transposed(svd.right.mT).mT, svd.values.square(), total
+        whitened = ridged.whiten(gradient.mT).mT
+        svd = top_svd(whitened, max_rank)
+        basis = ridged.whiten_transposed(svd.right.mT.to(gradient)).mT
+        return basis, svd.values.to(gradient).square(), float(whitened.square().sum())
 
 
 @dataclass(frozen=True)
