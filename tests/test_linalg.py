@@ -7,7 +7,15 @@ import pytest
 import torch
 from core_fixtures import largest_principal_angle, relative_error
 
-from lorainit_diffusers.linalg import MAX_EXACT_SIZE, eigh_descending, product_svd, top_svd
+from lorainit_diffusers.linalg import (
+    MAX_EXACT_SIZE,
+    eigh_descending,
+    is_exact,
+    krylov_eigenpairs,
+    leading_eigenpairs,
+    product_svd,
+    top_svd,
+)
 
 
 def matrix_with_values(rows: int, columns: int, values: np.ndarray, seed: int = 0) -> torch.Tensor:
@@ -44,10 +52,18 @@ def test_eigh_averages_an_asymmetric_accumulator():
     np.testing.assert_allclose(eigh_descending(matrix).values.numpy(), expected, rtol=1e-12)
 
 
-# Exact (float64 Gram), float32 SVD because one side is long, randomised because both are.
+# Full decompositions (the first four), and Krylov spaces of rectangular and nearly square matrices.
 @pytest.mark.parametrize(
     ("rows", "columns", "tolerance"),
-    [(20, 20, 1e-7), (60, 17, 1e-7), (17, 60, 1e-7), (300, 1000, 1e-4), (1000, 300, 1e-4), (600, 640, 1e-4)],
+    [
+        (20, 20, 1e-7),
+        (60, 17, 1e-7),
+        (17, 60, 1e-7),
+        (300, 1000, 1e-4),
+        (500, 1000, 1e-4),
+        (1000, 500, 1e-4),
+        (600, 640, 1e-4),
+    ],
 )
 def test_top_svd_agrees_with_numpy(rows, columns, tolerance):
     values = np.geomspace(10.0, 0.01, min(rows, columns))
@@ -67,15 +83,89 @@ def test_top_svd_agrees_with_numpy(rows, columns, tolerance):
     assert relative_error(left * singular @ right, best) < 10 * tolerance
 
 
-def test_randomised_svd_of_a_flat_spectrum_keeps_nearly_all_of_the_energy():
-    size = MAX_EXACT_SIZE + 48
-    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
-    singular = top_svd(matrix, 8).values.double()
-    reference = torch.linalg.svdvals(matrix.double())[:8]
-    assert float(singular.square().sum() / reference.square().sum()) > 0.99
+SIZE = 560
+SPECTRA = {
+    "flat": None,  # of a random matrix: neighbouring values differ by less than a percent
+    "steep": np.arange(1.0, SIZE + 1) ** -1.5,
+    "a mean far ahead": np.concatenate([[300.0], np.linspace(1.0, 0.1, SIZE - 1)]),
+    "rank-deficient": np.where(np.arange(SIZE) < 40, np.linspace(2.0, 1.0, SIZE), 0.0),
+    "steps": np.repeat(np.arange(SIZE // 8, 0.0, -1.0), 8),  # every value eight times
+}
 
 
-def test_randomised_svd_neither_reads_nor_moves_the_global_generator():
+def psd_matrix(name: str) -> torch.Tensor:
+    values = SPECTRA[name]
+    if values is None:
+        rows = torch.randn(2 * SIZE, SIZE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        return rows.mT @ rows / len(rows)
+    basis = torch.from_numpy(np.linalg.qr(np.random.default_rng(1).normal(size=(SIZE, SIZE)))[0])
+    return basis * torch.from_numpy(values) @ basis.mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_leading_eigenpairs_of_any_spectrum(name, dtype):
+    matrix = psd_matrix(name)
+    assert not is_exact(SIZE, 8)
+    given = matrix.to(dtype)
+    found = leading_eigenpairs(lambda block: given @ block, SIZE, 8, like=given, with_trace=True)
+    values, vectors = np.linalg.eigh(matrix.numpy())
+    assert found.vectors.dtype == dtype
+    np.testing.assert_allclose(found.values.numpy(), values[::-1][:8], rtol=1e-5)
+    assert_orthonormal(found.vectors.mT, 1e-5 if dtype == torch.float32 else 1e-12)
+    assert largest_principal_angle(found.vectors.mT, torch.from_numpy(vectors[:, ::-1][:, :8].T.copy())) < 1e-3
+    # the stated standard error is sqrt(2 / (16 size)), and this is one draw
+    assert found.trace == pytest.approx(float(matrix.trace()), rel=3 * (2 / (16 * SIZE)) ** 0.5)
+
+
+def test_a_subspace_that_is_not_determined_still_holds_its_share_of_the_trace():
+    found = krylov_eigenpairs(lambda block: block, SIZE, 8, like=torch.empty(0), with_trace=True)
+    assert found is not None
+    np.testing.assert_allclose(found.values.numpy(), np.ones(8), rtol=1e-5)
+    assert_orthonormal(found.vectors.mT, 1e-5)
+    assert found.trace == pytest.approx(SIZE, rel=0.05)
+
+
+def test_a_space_that_is_too_small_says_so_instead_of_being_wrong():
+    matrix = psd_matrix("flat").float()
+    assert krylov_eigenpairs(lambda block: matrix @ block, SIZE, 8, like=matrix, max_columns=64) is None
+
+
+def test_a_good_start_saves_products():
+    matrix = psd_matrix("steep")
+    start = torch.linalg.eigh(matrix).eigenvectors[:, -8:]
+    calls = {}
+    for name, given in (("with", start), ("without", None)):
+        products: list[int] = []
+
+        def operator(block: torch.Tensor, products: list[int] = products) -> torch.Tensor:
+            products.append(block.shape[1])
+            return matrix @ block
+
+        assert krylov_eigenpairs(operator, SIZE, 8, like=matrix, start=given) is not None
+        calls[name] = sum(products)
+    assert calls["with"] < calls["without"]
+
+
+@pytest.mark.parametrize("shape", [(SIZE, SIZE), (420, 800), (800, 420)])
+def test_svd_of_a_flat_spectrum_is_not_approximate(shape):
+    """Power iterations stop anywhere in such a spectrum: 4 to 16 % off, by measurement."""
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    left, singular, right = top_svd(matrix, 8)
+    reference = torch.linalg.svd(matrix.double(), full_matrices=False)
+    best = reference.U[:, :8] * reference.S[:8] @ reference.Vh[:8]
+    assert relative_error(left * singular @ right, best) < 1e-3
+
+
+def test_svd_of_a_large_rank_is_exact():
+    matrix = torch.randn(500, 520, generator=torch.Generator().manual_seed(0))
+    left, singular, right = top_svd(matrix, 128)
+    reference = torch.linalg.svd(matrix.double(), full_matrices=False)
+    best = reference.U[:, :128] * reference.S[:128] @ reference.Vh[:128]
+    assert relative_error(left * singular @ right, best) < 1e-5
+
+
+def test_a_random_start_neither_reads_nor_moves_the_global_generator():
     size = MAX_EXACT_SIZE + 8
     matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)

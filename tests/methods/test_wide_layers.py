@@ -1,0 +1,104 @@
+"""Layers too wide for a full decomposition: every method against its formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_fixtures import best_rank, draw_weight, product, relative_error, rows_with_spectrum
+from torch import Tensor
+
+from lorainit_diffusers.linalg import is_exact
+from lorainit_diffusers.methods import cntlora
+
+RANK = 6
+SHAPES = [(480, 480), (420, 640), (640, 420)]
+EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def inputs(width: int, mean: float) -> Tensor:
+    return rows_with_spectrum(1000, [0.96**index for index in range(width)], mean=mean)
+
+
+def ridged(rows: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """S and S plus the ridge, float64."""
+    moment = rows.double().mT @ rows.double() / len(rows)
+    return moment, moment + ridge * moment.trace() / len(moment) * torch.eye(len(moment), dtype=torch.float64)
+
+
+@EVERY_SHAPE
+@pytest.mark.parametrize("mean", [0.0, 5.0])
+@pytest.mark.parametrize("gauge", ["whitened", "activation", "balanced"])
+@pytest.mark.parametrize("truncation", ["activation", "weight"])
+def test_cntlora_is_its_closed_form(solve, monkeypatch, shape, mean, gauge, truncation):
+    assert not is_exact(min(shape), RANK)
+    monkeypatch.setattr(cntlora.CNTLoRA, "_solve_in_eigenbasis", None)  # it must not be needed here
+    weight, rows = draw_weight(*shape), inputs(shape[1], mean)
+    options = {"gauge": gauge, "truncation": truncation}
+    solution = solve("cntlora", weight, rows, RANK, scaling=0.5, **options)
+    moment, full = ridged(rows, 0.1)
+    change = -weight.double() @ moment @ torch.linalg.inv(full)
+    factor = torch.linalg.cholesky(full) if truncation == "activation" else torch.eye(shape[1], dtype=torch.float64)
+    for rank in (3, RANK):
+        factors = solution.factors(rank)
+        wanted = best_rank(change @ factor, rank) @ torch.linalg.inv(factor)
+        assert relative_error(product(factors, 0.5), wanted) < 1e-3
+        lora_A, lora_B = factors.lora_A.double(), factors.lora_B.double()
+        assert float(lora_A.norm() / lora_B.norm()) == pytest.approx(1.0, rel=1e-4)
+        metric = full if gauge != "balanced" else torch.eye(shape[1], dtype=torch.float64)
+        hidden = lora_A @ metric @ lora_A.mT  # diagonal in the gauge's metric; equal entries when whitened
+        off_diagonal = hidden - torch.diag(hidden.diagonal())
+        assert float(off_diagonal.norm() / hidden.norm()) < 1e-3
+        if gauge == "whitened":
+            assert float(hidden.diagonal().max() / hidden.diagonal().min()) == pytest.approx(1.0, rel=1e-3)
+    energy = torch.linalg.svdvals(change @ factor).square()
+    torch.testing.assert_close(solution.scores.double(), energy[:RANK] / energy.sum(), rtol=0.05, atol=0)
+
+
+def test_cntlora_takes_the_eigenbasis_where_the_spectrum_is_too_flat(solve):
+    weight, rows = draw_weight(480, 480), torch.randn(4000, 480, generator=torch.Generator().manual_seed(0))
+    moment, full = ridged(rows, 0.1)
+    factor = torch.linalg.cholesky(full)
+    change = -weight.double() @ moment @ torch.linalg.inv(full)
+    wanted = best_rank(change @ factor, RANK) @ torch.linalg.inv(factor)
+    assert relative_error(product(solve("cntlora", weight, rows, RANK).factors(RANK)), wanted) < 1e-3
+
+
+@EVERY_SHAPE
+@pytest.mark.parametrize("mean", [0.0, 5.0])
+def test_corda_is_its_formula(solve, shape, mean):
+    weight, rows = draw_weight(*shape), inputs(shape[1], mean)
+    solution = solve("corda", weight, rows, RANK)
+    _, full = ridged(rows, 0.01)
+    wanted = best_rank(weight.double() @ full, RANK) @ torch.linalg.inv(full)
+    assert relative_error(product(solution.factors(RANK)), wanted) < 1e-3
+    energy = torch.linalg.svdvals(weight.double() @ full).square()
+    torch.testing.assert_close(solution.scores.double(), energy[:RANK] / energy.sum(), rtol=0.05, atol=0)
+
+
+@EVERY_SHAPE
+@pytest.mark.parametrize("directions", ["inputs", "gradient", "whitened_gradient"])
+def test_gradient_step_is_its_formula(solve, shape, directions):
+    weight, rows, gradient = draw_weight(*shape), inputs(shape[1], 0.5), draw_weight(*shape, seed=5)
+    # a gradient is much steeper than random numbers
+    left, values, right = torch.linalg.svd(gradient, full_matrices=False)
+    gradient = left * (values[0] * 0.9 ** torch.arange(len(values))) @ right
+    solution = solve("gradient_step", weight, (rows, [gradient]), RANK, scaling=0.5, directions=directions, step=0.1)
+    lora_A, lora_B = (factor.double() for factor in solution.factors(RANK))
+    moment, full = ridged(rows, 0.1)
+    if directions == "inputs":
+        centred = rows.double() - rows.double().mean(0)
+        wanted = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -RANK:].mT
+    elif directions == "gradient":
+        wanted = torch.linalg.svd(gradient.double()).Vh[:RANK]
+    else:
+        whitening = torch.linalg.inv(torch.linalg.cholesky(full)).mT
+        wanted = torch.linalg.svd(gradient.double() @ whitening).Vh[:RANK] @ whitening.mT
+    rows_found, rows_wanted = (torch.linalg.qr(matrix.mT).Q for matrix in (lora_A, wanted))
+    assert relative_error(rows_found @ rows_found.mT, rows_wanted @ rows_wanted.mT) < 1e-3
+    descent = -gradient.double() @ lora_A.mT
+    assert relative_error(lora_B / lora_B.norm(), descent / descent.norm()) < 1e-5
+
+    def output_norm(matrix: Tensor) -> float:
+        return float((matrix @ moment * matrix).sum().sqrt())
+
+    assert 0.5 * output_norm(lora_B @ lora_A) / output_norm(weight.double()) == pytest.approx(0.1, rel=1e-4)
