@@ -73,7 +73,7 @@ BREAKS: tuple[Break, ...] = (
         "lorainit_diffusers/evaluation/comparison.py",
         "(np.mean(costs[rate]), costs[rate].count(math.inf), rate)",
         "(np.mean(costs[rate]), costs[rate].count(math.inf), -rate)",
-        ("tests/evaluation/test_comparison.py::test_best_learning_rate_final_score_and_differences",),
+        ("tests/evaluation/test_comparison.py::test_of_equally_good_learning_rates_the_lowest_is_the_best",),
     ),
     Break(
         "a run that diverged is left out",

@@ -125,6 +125,30 @@ BREAKS: tuple[Break, ...] = (
         ("tests/test_adapters.py::test_step_zero_is_the_base_model_and_only_lora_trains",),
     ),
     Break(
+        "merging forgets the offset",
+        "lorainit_diffusers/offset.py",
+        (
+            '        return delta - (product.mT if getattr(layer, "fan_in_fan_out", False) else '
+            "product).to(delta.dtype)\n"
+        ),
+        "        return delta\n",
+        ("tests/test_offset.py::test_fusing_puts_the_change_into_the_weights_and_takes_it_out",),
+    ),
+    Break(
+        "PEFT's file holds the offset with the wrong sign",
+        "lorainit_diffusers/offset.py",
+        "torch.cat([weight, self.sign * self.initial()], dim=self.rank_dim)",
+        "torch.cat([weight, self.initial()], dim=self.rank_dim)",
+        ("tests/test_offset.py::test_what_diffusers_saves_is_right_on_the_original_base",),
+    ),
+    Break(
+        "the offset is rounded with the model",
+        "lorainit_diffusers/offset.py",
+        "            return tensor.to(device=moved.device, dtype=torch.float32) if rounds else moved\n",
+        "            return moved\n",
+        ("tests/test_offset.py::test_casting_the_model_before_saving_loses_nothing",),
+    ),
+    Break(
         "the offset is dropped out, too",
         "lorainit_diffusers/offset.py",
         "linear(input, self.initial())], dim=-1)",

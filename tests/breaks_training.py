@@ -71,15 +71,21 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "gradients are not clipped",
         "train_scripts/common_run.py",
-        "accelerator.clip_grad_norm_(parameters, args.max_grad_norm)",
-        "accelerator.clip_grad_norm_(parameters, float('inf'))",
+        "norm = clip_gradients(parameters, args.max_grad_norm)",
+        "norm = clip_gradients(parameters, 0)",
         ("tests/scripts/test_loop_reference.py::test_stable_diffusion",),
     ),
     Break(
         "logged learning rate is the next step's",
         "train_scripts/common_run.py",
-        "        learning_rate = float(optimization.lr_scheduler.get_last_lr()[0])\n        optimization.step()\n",
-        "        optimization.step()\n        learning_rate = float(optimization.lr_scheduler.get_last_lr()[0])\n",
+        (
+            "            learning_rate = float(optimization.lr_scheduler.get_last_lr()[0])\n"
+            "            used = optimization.step()\n"
+        ),
+        (
+            "            used = optimization.step()\n"
+            "            learning_rate = float(optimization.lr_scheduler.get_last_lr()[0])\n"
+        ),
         ("tests/scripts/test_loop_reference.py::test_stable_diffusion",),
     ),
     Break(
@@ -99,15 +105,22 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "schedule is stepped twice",
         "train_scripts/common_run.py",
-        "            self.lr_scheduler.step()\n",
-        "            self.lr_scheduler.step()\n            self.lr_scheduler.step()\n",
+        "        self.lr_scheduler.step()\n        self.average.update()\n",
+        "        self.lr_scheduler.step()\n        self.lr_scheduler.step()\n        self.average.update()\n",
         ("tests/scripts/test_loop_reference.py::test_stable_diffusion",),
     ),
     Break(
         "schedule is stepped although the scaler skipped",
         "train_scripts/common_run.py",
-        "        if not self.optimizer.step_was_skipped:\n",
-        "        if True:\n",
+        "        if not used:\n            return False\n",
+        "        if not used:\n            self.lr_scheduler.step()\n            return False\n",
+        ("tests/scripts/test_loop_independence.py::test_a_step_that_the_scaler_skips_changes_nothing",),
+    ),
+    Break(
+        "average follows a step that the scaler skipped",
+        "train_scripts/common_run.py",
+        "        if not used:\n            return False\n",
+        "        if not used:\n            self.average.update()\n            return False\n",
         ("tests/scripts/test_loop_independence.py::test_a_step_that_the_scaler_skips_changes_nothing",),
     ),
     Break(
@@ -243,8 +256,8 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "comparison: schedule is never stepped",
         "train_scripts/compare_inits.py",
-        "            scheduler.step()\n",
-        "",
+        "                optimizer.step()\n                scheduler.step()\n",
+        "                optimizer.step()\n",
         ("tests/scripts/test_loop_reference.py::test_comparison",),
     ),
     Break(
@@ -264,8 +277,8 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "comparison: no clipping",
         "train_scripts/compare_inits.py",
-        "            torch.nn.utils.clip_grad_norm_([*parameters, *head_parameters], args.max_grad_norm)\n",
-        "",
+        "norm = clip_gradients(trained, args.max_grad_norm)",
+        "norm = clip_gradients(trained, 0)",
         ("tests/scripts/test_loop_reference.py::test_comparison",),
     ),
     Break(
@@ -337,6 +350,20 @@ BREAKS: tuple[Break, ...] = (
         "return [weight * accelerator.num_processes / total for weight in weights]",
         "return [weight / sum(weights) for weight in weights]",
         ("tests/scripts/test_loop_processes.py::test_answers_of_all_processes_weigh_by_their_tokens",),
+    ),
+    Break(
+        "--max_grad_norm 0 makes every gradient zero",
+        "lorainit_diffusers/training/gradients.py",
+        "limit = max_grad_norm or math.inf",
+        "limit = max_grad_norm",
+        ("tests/training/test_gradients.py::test_zero_clips_nothing_and_a_norm_within_the_limit_is_left_alone",),
+    ),
+    Break(
+        "an infinite gradient is used",
+        "lorainit_diffusers/training/gradients.py",
+        "error_if_nonfinite=True",
+        "error_if_nonfinite=False",
+        ("tests/training/test_gradients.py::test_gradients_whose_norm_is_not_finite_are_left_as_they_are",),
     ),
     Break(
         "the best step is the last of equal ones",

@@ -20,6 +20,7 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
+    MobileViTImageProcessor,
     PreTrainedModel,
     ResNetConfig,
     SiglipConfig,
@@ -92,6 +93,12 @@ def cropping_processor(side: int = SIDE) -> Any:
 def margin_processor(side: int = SIDE) -> Any:
     """ConvNeXt's: the same, said otherwise."""
     return ConvNextImageProcessor(size={"shortest_edge": side}, crop_pct=0.875)
+
+
+def blue_first_processor(side: int = SIDE) -> Any:
+    """MobileViT's: it turns the order of the channels."""
+    crop = {"height": side, "width": side}
+    return MobileViTImageProcessor(size={"shortest_edge": side * 9 // 8}, crop_size=crop, do_flip_channel_order=True)
 
 
 def write_classifier(folder: Path, kind: str = "vit", labels: Sequence[str] = CLASSES, **options: Any) -> Path:

@@ -135,8 +135,8 @@ def plain_loop(
             for parameter in parameters.values():
                 if parameter.grad is not None:
                     parameter.grad *= plan.max_grad_norm / norm
-        num_skipped = sum(skipped < step for skipped in plan.skipped)
-        factor = schedule(plan.schedule, step - num_skipped, warmup=plan.warmup, steps=plan.steps)
+        used = step - sum(skipped < step for skipped in plan.skipped)  # this step, of those that are used
+        factor = schedule(plan.schedule, used, warmup=plan.warmup, steps=plan.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * factor
         if step not in plan.skipped:
@@ -148,8 +148,7 @@ def plain_loop(
         trace.weights.append(now)
         if plan.ema_decay is not None:
             # the first update takes the weights as they are; the k-th after it has a decay of (1 + k) / (10 + k)
-            updates = step - num_skipped
-            decay = min(plan.ema_decay, updates / (9 + updates)) if updates > 1 else 0.0
+            decay = min(plan.ema_decay, used / (9 + used)) if used > 1 else 0.0
             decay = 1.0 if step in plan.skipped else decay
             average = {name: decay * average[name] + (1 - decay) * value for name, value in now.items()}
             trace.averages.append(average)

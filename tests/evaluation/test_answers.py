@@ -85,6 +85,7 @@ def test_what_is_the_same_answer_and_what_is_not(block: list[list[str]]) -> None
         ("apple red", ["red apple"], 0.0, 1.0),  # the order does not count
         ("green pear", ["red apple"], 0.0, 0.0),
         ("pear", ["red apple", "green pear", "Pear."], 1.0, 1.0),
+        ("red apple", ["red apple", "green pear"], 1.0, 1.0),
         ("", ["red apple"], 0.0, 0.0),
         ("the", ["a"], 0.0, 0.0),
         ("", [""], 1.0, 1.0),

@@ -51,6 +51,11 @@ def test_best_learning_rate_final_score_and_differences(tmp_path: Path) -> None:
     assert comparison.difference("gaussian", "cntlora").verdict == "worse"
 
 
+def test_of_equally_good_learning_rates_the_lowest_is_the_best(tmp_path: Path) -> None:
+    curves: Curves = {("gaussian", rate, 0): {0: 1.0, 100: 0.5} for rate in (0.004, 0.001, 0.002)}
+    assert Comparison.load(write_comparison(tmp_path, curves)).best_learning_rates() == {"gaussian": 0.001}
+
+
 def test_steps_and_seconds_to_the_target_by_hand(tmp_path: Path) -> None:
     directory = write_comparison(tmp_path, hand_made(), init_s={"cntlora": 1.0})
     speed = Comparison.load(directory).speed("cntlora", "gaussian")

@@ -13,6 +13,7 @@ from classifier_fixtures import (
     CLASSES,
     CONFIGS,
     SIDE,
+    blue_first_processor,
     cropping_processor,
     margin_processor,
     picture,
@@ -310,7 +311,7 @@ def test_a_label_of_two_outputs_hides_neither() -> None:
 # ------------------------------------------------------------------------------------------------------- preparation
 
 
-@pytest.mark.parametrize("processor", [square_processor, cropping_processor, margin_processor])
+@pytest.mark.parametrize("processor", [square_processor, cropping_processor, margin_processor, blue_first_processor])
 def test_pictures_become_what_the_image_processor_makes_of_them(tmp_path, vit, processor) -> None:
     (tmp_path / "config.json").write_text((vit / "config.json").read_text("utf-8"), encoding="utf-8")
     stock = processor()

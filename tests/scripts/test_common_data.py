@@ -365,6 +365,7 @@ def test_the_nearest_bucket_has_the_nearest_log_aspect() -> None:
         assert ratios[nearest_bucket(size, buckets)] == pytest.approx(min(ratios))
     # on a linear scale 1:1 would be nearer to 1:2 than to 2:1
     assert nearest_bucket((145, 100), [(8, 8), (16, 8)]) == 1
+    assert nearest_bucket((140, 100), [(8, 8), (16, 8)]) == 0  # the borderline is the root of 2
 
 
 def test_images_cover_their_bucket_and_keep_their_aspect(tmp_path: Path) -> None:

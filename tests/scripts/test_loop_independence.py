@@ -242,7 +242,7 @@ def scaler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_that_the_scaler_skips_changes_nothing(
     run: Run, random_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither weights nor schedule nor the optimiser's state move; the next step is what this one would have been."""
+    """Neither weights nor schedule, average and optimiser move; the next step is what this one would have been."""
     recorder = Recorder(monkeypatch, StableDiffusionFamily)
     recorded = StableDiffusionFamily.loss
 
@@ -253,14 +253,15 @@ def test_a_step_that_the_scaler_skips_changes_nothing(
         return value
 
     monkeypatch.setattr(StableDiffusionFamily, "loss", overflowing)
-    out = run(max_train_steps=6, lr_scheduler="linear", lr_warmup_steps=2, validation_steps=100)
+    average = {"use_ema": True, "ema_decay": 0.9}
+    out = run(max_train_steps=6, lr_scheduler="linear", lr_warmup_steps=2, validation_steps=100, **average)
     monkeypatch.undo()
 
     family = StableDiffusionFamily.from_pretrained(random_sd)
     parameters = add_lora(family.adapted, recorder.start, alpha=2)
-    plan = Plan(learning_rate=1e-3, steps=6, schedule="linear", warmup=2, skipped=frozenset({3}))
+    plan = Plan(1e-3, steps=6, schedule="linear", warmup=2, ema_decay=0.9, skipped=frozenset({3}))
     trace = plain_loop(family, parameters, folder_batches(family, tmp_path / "data" / "train", 2, 0), plan)
     assert losses(out) == pytest.approx(trace.losses, rel=2e-6)
     assert losses(out, "lr") == pytest.approx(trace.rates, rel=1e-9)
     assert trace.rates[2] == trace.rates[3] != trace.rates[4]
-    assert_same(weights(out), exported(trace.weights[6], 1.0))
+    assert_same(weights(out), exported(trace.averages[6], 1.0))
