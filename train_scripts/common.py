@@ -7,8 +7,8 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
+import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +19,9 @@ import transformers
 from accelerate import Accelerator
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lorainit_diffusers.files import replacing, save_tensors, write_text
 from lorainit_diffusers.methods import Initializer
 from lorainit_diffusers.training.bundled import (
     BUNDLED_BASES,
@@ -31,9 +31,13 @@ from lorainit_diffusers.training.bundled import (
     ROOT,
 )
 from lorainit_diffusers.training.cli_parser import run_script
+from lorainit_diffusers.training.option_defaults import OptionDefaults
+from lorainit_diffusers.training.output_dir import wrote
 
 # what other files take from here
 __all__ = ["BUNDLED_BASES", "BUNDLED_CLASSES", "BUNDLED_DATA", "BUNDLED_QUESTIONS", "ROOT", "run_script"]
+
+_SAMPLE_ROW = re.compile(r"base\.png|step-\d+\.png")
 
 # transformers says at every start that torchvision is missing; nothing here needs it
 transformers.logging.set_verbosity_error()
@@ -85,10 +89,8 @@ def evaluating(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, float]) -> None:
     """Write tensors and counters in one file, so that a kill leaves the old checkpoint or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, scratch, {"state": json.dumps(state)})
-    os.replace(scratch, path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(tensors, path, {"state": json.dumps(state)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -103,15 +105,14 @@ def save_sample_row(directory: Path, name: str, images: Sequence[Image.Image]) -
     strip = Image.new("RGB", (side * len(images), side))
     for column, image in enumerate(images):
         strip.paste(image, (column * side, 0))
-    scratch = directory / f".{name}.tmp"
-    strip.save(scratch, format="PNG")
-    os.replace(scratch, directory / f"{name}.png")  # a killed run leaves no half picture
+    with replacing(directory / f"{name}.png") as scratch:
+        strip.save(scratch, format="PNG")
 
 
 def load_sample_rows(directory: Path) -> dict[str, list[Image.Image]]:
     """The rows that `save_sample_row` wrote, the base first and then by step."""
     rows: dict[str, list[Image.Image]] = {}
-    for path in sorted(directory.glob("*.png")):
+    for path in sorted(path for path in directory.glob("*.png") if _SAMPLE_ROW.fullmatch(path.name) and wrote(path)):
         with Image.open(path) as strip:
             side = strip.height
             images = [strip.crop((x, 0, x + side, side)) for x in range(0, strip.width, side)]
@@ -121,31 +122,13 @@ def load_sample_rows(directory: Path) -> dict[str, list[Image.Image]]:
 
 
 def clear_sample_rows(directory: Path, keep_to_step: int | None) -> None:
-    """Delete the sample rows of an earlier run; when resuming, only those after the step resumed from."""
+    """Delete the sample rows of this run: when resuming, those after the step resumed from; otherwise all."""
     directory.mkdir(exist_ok=True)
-    for path in directory.glob(".*.tmp"):
-        path.unlink()
     for path in directory.glob("*.png"):
         number = path.stem.removeprefix("step-")
-        if keep_to_step is None or (number.isdigit() and int(number) > keep_to_step):
+        later = keep_to_step is None or (number.isdigit() and int(number) > keep_to_step)
+        if later and _SAMPLE_ROW.fullmatch(path.name) and wrote(path):
             path.unlink()
-
-
-def prepare_output_dir(directory: str | os.PathLike[str]) -> Path:
-    """Make the output directory and see that it can be written.
-
-    Raises:
-        ValueError: when it cannot.
-    """
-    path = Path(directory)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--output_dir {str(directory)!r} cannot be written ({error}); choose another") from error
-    return path
 
 
 def versions() -> dict[str, str]:
@@ -169,9 +152,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+# What a script keeps in its namespace beside options, and the access token.
+_NOT_PUBLIC = ("hub_token", "option_defaults", "default_output_dir", "identity")
+
+
 def public_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The options of a run without the access token: what may be written beside a result."""
-    return {name: value for name, value in vars(args).items() if name != "hub_token"}
+    return {name: value for name, value in vars(args).items() if name not in _NOT_PUBLIC}
+
+
+def run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a run as a checkpoint keeps them: those of the command line, and nothing else."""
+    defaults: OptionDefaults | None = getattr(args, "option_defaults", None)
+    return {name: value for name, value in public_arguments(args).items() if defaults is None or name in defaults}
 
 
 def describe_run(args: argparse.Namespace, method: Initializer, accelerator: Accelerator) -> dict[str, Any]:
@@ -187,18 +180,14 @@ def describe_run(args: argparse.Namespace, method: Initializer, accelerator: Acc
     }
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write JSON; paths and dtypes become text."""
-    path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
-
-
 def read_metrics(path: Path, before_step: int) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` up to and including `before_step`; none if there is no file."""
+    """The lines of a `metrics.jsonl` up to and including `before_step`, but that of the end; none without a file."""
     if not path.is_file():
         return []
     whole = [text for text in path.read_text(encoding="utf-8").splitlines() if text.endswith("}")]
     lines = [json.loads(text) for text in whole]  # a killed run may have left half a line at the end
-    return [line for line in lines if line["step"] <= before_step]
+    # the end is evaluated again when the run gets there
+    return [line for line in lines if line["step"] <= before_step and line.get("stage") != "end"]
 
 
 def write_model_card(
@@ -217,7 +206,7 @@ def write_model_card(
     if prompt is not None:
         header.append(f"instance_prompt: {json.dumps(prompt)}")
     header += ["---", "", f"# {title}", ""]
-    path.write_text("\n".join(header) + "\n" + body.strip() + "\n", encoding="utf-8")
+    write_text(path, "\n".join(header) + "\n" + body.strip() + "\n")
 
 
 def print_once(text: str) -> None:

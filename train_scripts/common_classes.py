@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lorainit_diffusers.files import write_text
+
 SETTINGS_FILE = "class_images.json"
 _GENERATED = re.compile(r"class-\d{5,}\.png")
 
@@ -57,9 +59,7 @@ def generate_class_images(
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_description(prompt, settings), indent=2) + "\n"
         # before the first image, and by every process: no generated image is ever without it
-        scratch = folder / f"class_images-{process}.tmp"
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, folder / SETTINGS_FILE)
+        write_text(folder / SETTINGS_FILE, text)
     share = [index for index in missing if index % num_processes == process]
     with tqdm(desc="class images", total=len(share), disable=not progress or not share) as bar:
         for start in range(0, len(share), batch_size):

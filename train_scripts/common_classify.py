@@ -51,6 +51,7 @@ from lorainit_diffusers.evaluation.classification import (
 from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.classifier import COMPONENT, ClassifierFamily, ImagePreparation
+from lorainit_diffusers.files import replacing, write_text
 from lorainit_diffusers.training.banner import Line, class_lines, count_line, size_lines
 from lorainit_diffusers.training.data.files import child_folders, list_folder
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out_of_classes, picture_key
@@ -471,7 +472,10 @@ class ClassificationTask:
         labels = {output: label for label, output in self.classifier.labels.items()}
         own = self._probabilities.gather(1, self.classifier.outputs[self.validation_labels][:, None])[:, 0]
         best = self._probabilities.max(1)
-        with (output_dir / f"predictions_{name}.jsonl").open("w", encoding="utf-8") as file:
+        with (
+            replacing(output_dir / f"predictions_{name}.jsonl") as scratch,
+            scratch.open("w", encoding="utf-8") as file,
+        ):
             for row, record in enumerate(self.data.validation):
                 line = {
                     "image": record.path.as_posix(),
@@ -499,8 +503,8 @@ class ClassificationTask:
         if not path.is_file():
             return None
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if [line["image"] for line in lines] != [record.path.as_posix() for record in self.data.validation]:
-            return None  # of other data
+        if [Path(line["image"]).name for line in lines] != [record.path.name for record in self.data.validation]:
+            return None  # of other data; the same data may lie elsewhere now
         index = {name: number for number, name in enumerate(self.data.class_names)}
         return torch.tensor([index.get(line["answer"], OTHER) for line in lines])
 
@@ -508,7 +512,8 @@ class ClassificationTask:
         confusions = self._confusions(output_dir)
         shares = [class_accuracies(confusion) for confusion in confusions.values()]
         counts = torch.bincount(self.validation_labels, minlength=len(self.data.class_names)).tolist()
-        with (output_dir / "per_class.csv").open("w", encoding="utf-8", newline="") as file:
+        path = output_dir / "per_class.csv"
+        with replacing(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["class", "images", *(f"accuracy_{stage}" for stage in confusions)])
             for row, name in enumerate(self.data.class_names):
@@ -547,10 +552,11 @@ class ClassificationTask:
         if "end" in confusions and (pairs := most_confused(confusions["end"])):
             path = output_dir / "mistakes.png"
             answers = cast(Tensor, self._read_answers(output_dir, "end"))
-            self._draw_mistakes(answers, pairs).save(path)
+            with replacing(path) as scratch:
+                self._draw_mistakes(answers, pairs).save(scratch, format="PNG")
             blocks += [Heading("Most frequent mistakes"), Picture(path, "images of the most frequent mistakes")]
         title = f"{self.args.init} on {Path(self.args.train_data_dir or self.args.dataset_name).name}"
-        (output_dir / "report.html").write_text(to_html(title, blocks), encoding="utf-8")
+        write_text(output_dir / "report.html", to_html(title, blocks))
 
     def _class_table(self, confusions: Mapping[str, Tensor]) -> Table:
         shares = {stage: class_accuracies(confusion) for stage, confusion in confusions.items()}
@@ -577,6 +583,11 @@ class ClassificationTask:
                 NUM_EXAMPLES - len(pictures)
             )
         return sample_grid(rows, [f"example {number}" for number in range(1, NUM_EXAMPLES + 1)], max_cell=160)
+
+    @property
+    def records(self) -> dict[str, Sequence[ImageRecord]]:
+        """The images by what messages call them, for the identity of the data."""
+        return {"training data": self.data.train, "validation data": self.data.validation}
 
     def save_processor(self, directory: Path) -> None:
         """Write the image processor beside the weights of a merged model."""

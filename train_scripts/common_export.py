@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from accelerate import Accelerator
-from common import write_json, write_model_card
+from common import write_model_card
+from common_output import own_directory
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from lorainit_diffusers import export
 from lorainit_diffusers.evaluation import plot_loss
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
+from lorainit_diffusers.files import write_json
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHT_NAME = "pytorch_lora_weights_kohya.safetensors"
@@ -182,31 +186,67 @@ def open_hub_repository(args: argparse.Namespace) -> str | None:
     Raises:
         ValueError: when the hub refuses, or nobody is logged in.
     """
-    if not args.push_to_hub:
+    if not args.push_to_hub or args.dry_run:
         return None
     name = args.hub_model_id or Path(args.output_dir).name
+    private: dict[str, Any] = {"private": True} if args.hub_private else {}
     try:
-        return huggingface_hub.create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        repository = huggingface_hub.create_repo(name, exist_ok=True, token=args.hub_token, **private).repo_id
+        public = args.hub_private and _is_public(repository, args.hub_token)
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"--push_to_hub cannot make the repository {name!r} ({reason}); log in with `hf auth login`, "
             "set --hub_model_id owner/name, or leave it out"
         ) from error
+    if public:
+        raise ValueError(
+            f"--hub_private: the repository {repository!r} exists and is public; make it private on the hub, or give "
+            "another --hub_model_id"
+        )
+    return repository
 
 
-def upload(args: argparse.Namespace, repository: str) -> None:
-    """Upload the result without checkpoints, logs and class images."""
-    huggingface_hub.upload_folder(
-        repo_id=repository,
-        folder_path=args.output_dir,
-        token=args.hub_token,
-        commit_message="LoRA and how it was made",
-        ignore_patterns=[
-            "checkpoint-*/**",
-            ".checkpoint-*/**",
-            f"{args.logging_dir}/**",
-            "class_images/**",
-            "samples/**",
-        ],
-    )
+def _is_public(repository: str, token: str | None) -> bool:
+    """Whether a repository is known to be public: one that existed before keeps what it was."""
+    try:
+        return huggingface_hub.repo_info(repository, token=token).private is False
+    except (HfHubHTTPError, OSError):
+        return False
+
+
+def upload(args: argparse.Namespace, repository: str, *, private_files: Sequence[str] = ()) -> None:
+    """Upload the result: the files that this run wrote, without checkpoints, logs, class images and sample rows.
+
+    Args:
+        args: the options of a script.
+        repository: full name.
+        private_files: patterns of files that hold images or texts of the user's data.
+
+    Raises:
+        ValueError: when the hub refuses; the result is in the output directory all the same.
+    """
+    directory = own_directory(args)
+    if directory is None:
+        return
+    directory.finish()
+    hidden = [
+        *("checkpoint-*/**", ".checkpoint-*/**", f"{args.logging_dir}/**", "class_images/**", "samples/**"),
+        *private_files,
+    ]
+    names = filter_repo_objects(directory.results(), ignore_patterns=hidden)
+    try:
+        huggingface_hub.upload_folder(
+            repo_id=repository,
+            folder_path=args.output_dir,
+            token=args.hub_token,
+            commit_message="LoRA and how it was made",
+            allow_patterns=[glob.escape(name) for name in names],
+            ignore_patterns=hidden,
+        )
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--push_to_hub cannot upload to {repository!r} ({reason}); the result is in {args.output_dir!r}, from "
+            "where `hf upload` sends what you choose"
+        ) from error

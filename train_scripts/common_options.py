@@ -9,7 +9,7 @@ import importlib.util
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from lorainit_diffusers.training.choices import (
     names_in,
 )
 from lorainit_diffusers.training.cli_parser import ScriptParser, closest, unknown_name
+from lorainit_diffusers.training.option_defaults import OptionDefaults
 from lorainit_diffusers.training.ranges import check_options, check_schedule
 
 # torch, diffusers and the library's core are imported where they are needed: a command line is read without them
@@ -229,7 +230,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser, *, validation_steps: int = 50) -> None:
     """Seeds, validation, checkpoints and outputs."""
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", help="default: outputs/<script>-<init>")
+    add("--output_dir", help="a directory of its own (default: outputs/<script>-<init>, with a number if it is taken)")
+    add("--overwrite_output_dir", action="store_true", help="replace the run in output_dir, and what it wrote alone")
     add("--seed", type=int, default=0)
     default = f"steps between validations (default {validation_steps})"
     add("--validation_steps", type=int, default=validation_steps, help=default)
@@ -242,8 +244,10 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, validation_steps: int 
     add("--pad_rank", type=int, help="zero-pad every layer of the saved LoRA to this rank, for old loaders")
     add("--export_merged", action="store_true", help="write the models with the LoRA in their weights, too")
     add("--push_to_hub", action="store_true", help="upload the result")
+    add("--hub_private", action="store_true", help="make the repository a private one")
     add("--hub_model_id", help="repository to upload to (default: the name of output_dir)")
     add("--hub_token", help="default: the token of `hf auth login`")
+    parser.set_defaults(option_defaults=OptionDefaults(parser))
 
 
 def make_training_parser(description: str | None, default_base: str | None) -> argparse.ArgumentParser:
@@ -279,13 +283,19 @@ def resolve_defaults(args: argparse.Namespace, script: str, default_data: Path |
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
     args.text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
     args.center_crop = args.center_crop or args.cache_latents
-    args.output_dir = f"outputs/{script}-{args.init}" if args.output_dir is None else args.output_dir
+    settle_output_dir(args, script)
     if args.train_data_dir is None and args.instance_data_dir is None and args.dataset_name is None:
         if default_data is None:
             raise ValueError("there is no data: give --train_data_dir, --instance_data_dir or --dataset_name")
         args.train_data_dir = str(default_data)
     if args.with_prior_preservation and args.class_data_dir is None:
         args.class_data_dir = str(Path(args.output_dir) / "class_images")
+
+
+def settle_output_dir(args: argparse.Namespace, script: str) -> None:
+    """The default output directory, where none is given, and whether it is one."""
+    args.default_output_dir = args.output_dir is None
+    args.output_dir = f"outputs/{script}-{args.init}" if args.output_dir is None else args.output_dir
 
 
 def validate_arguments(args: argparse.Namespace) -> None:
@@ -321,6 +331,8 @@ def validate_run_arguments(args: argparse.Namespace) -> None:
     check_init_name(args.init)
     if not args.variable_rank and (args.rank_budget is not None or args.max_rank is not None):
         raise ValueError("--rank_budget and --max_rank need --variable_rank")
+    if args.hub_private and not args.push_to_hub:
+        raise ValueError("--hub_private has no effect without --push_to_hub; add that, or leave it out")
     if args.report_to == "wandb" and args.hub_token is not None:
         raise ValueError("--report_to wandb records the command line, --hub_token in it: use `hf auth login` instead")
     if args.report_to is not None:
@@ -476,34 +488,6 @@ def resolve_epochs(args: argparse.Namespace, batches_per_epoch: int, num_process
         args.max_train_steps = args.num_train_epochs * math.ceil(batches_per_epoch / batches_per_step)
         check_options(vars(args), ("max_train_steps",))
         check_schedule(args.lr_scheduler, args.lr_warmup_steps, args.max_train_steps)
-
-
-# What decides the steps of a run: a resumed run must have the same.
-RESUMED_ARGUMENTS = (
-    *("init", "seed", "train_batch_size", "gradient_accumulation_steps", "train_text_encoder", "optimizer"),
-    *("use_8bit_adam", "resolution", "snr_gamma", "noise_offset", "prediction_type", "caption_dropout", "clip_skip"),
-    *("lora_dropout", "use_rslora", "use_dora", "use_ema", "ema_decay", "cache_latents", "aspect_ratio_buckets"),
-    *("with_prior_preservation", "prior_loss_weight", "num_class_images", "max_train_samples", "repeats"),
-    *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "guidance_scale", "max_sequence_length"),
-    *("family", "quantization"),
-    *("head", "head_lr", "shots", "data_seed", "validation_fraction", "label_smoothing", "mixup_alpha", "random_flip"),
-    *("crop_scale", "crop_ratio", "rotation", "color_jitter", "grayscale", "random_erasing"),
-    *("train_data_file", "adapt", "max_length", "system_prompt"),
-)
-
-
-def check_resumed_arguments(args: argparse.Namespace, saved: Mapping[str, Any]) -> None:
-    """See that a resumed run is the one that wrote the checkpoint, in what decides its steps.
-
-    Raises:
-        ValueError: naming the first option that differs.
-    """
-    for name in RESUMED_ARGUMENTS:
-        if getattr(args, name, None) != saved.get(name):
-            raise ValueError(
-                f"--{name} is {getattr(args, name)!r}, but the checkpoint was written with {saved.get(name)!r}; "
-                "resume with the same, or leave out --resume_from_checkpoint"
-            )
 
 
 def make_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

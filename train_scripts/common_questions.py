@@ -37,8 +37,10 @@ from tqdm.auto import tqdm
 
 from lorainit_diffusers.evaluation.answers import exact_match, token_f1
 from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
+from lorainit_diffusers.evaluation.plots import save_figure
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.vlm import COMPONENT, IGNORED, TooLongError, VisionLanguageFamily
+from lorainit_diffusers.files import write_text
 from lorainit_diffusers.training.banner import Line, caption_line, count_line, size_lines
 from lorainit_diffusers.training.data.files import find_file
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out
@@ -662,7 +664,7 @@ class QuestionAnsweringTask:
     def write_results(self, output_dir: Path, name: str) -> None:
         """Write the predictions of the latest evaluation to `predictions_{name}.jsonl`."""
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._results]
-        (output_dir / f"predictions_{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_text(output_dir / f"predictions_{name}.jsonl", "".join(lines))
 
     def write_report(self, output_dir: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write `report.html`, in one file: scores by stage and type, curves, and questions with their answers."""
@@ -677,6 +679,11 @@ class QuestionAnsweringTask:
         plot_scores(lines, output_dir / "curves.png")
         title = f"{self.args.init} LoRA on {Path(str(self.args.pretrained_model_name_or_path)).name}"
         write_answer_report(output_dir, title, self._describe(lines), results, images)
+
+    @property
+    def records(self) -> dict[str, Sequence[QuestionRecord]]:
+        """The questions by what messages call them, for the identity of the data."""
+        return {"training data": self.train.records, "validation data": self.validation.records}
 
     def save_processor(self, directory: Path) -> None:
         """Write image processor and tokenizer beside the weights of a merged model."""
@@ -754,7 +761,7 @@ def write_answer_report(
         _samples_table(results, images),
     ]
     path = output_dir / "report.html"
-    path.write_text(to_html(title, blocks), encoding="utf-8")
+    write_text(path, to_html(title, blocks))
     return path
 
 
@@ -786,7 +793,7 @@ def plot_scores(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylim(bottom=0)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _score_cell(rows: Sequence[Mapping[str, Any]]) -> Cell:

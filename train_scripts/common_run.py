@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,9 +24,9 @@ from common import (
     load_sample_rows,
     public_arguments,
     read_metrics,
+    run_options,
     save_sample_row,
     seeded_generator,
-    write_json,
 )
 from common_classes import generate_class_images, pair_batches
 from common_data import (
@@ -40,7 +39,8 @@ from common_data import (
     fixed_batches,
     parse_buckets,
 )
-from common_options import check_resumed_arguments, layer_names, make_optimizer, scale_learning_rates
+from common_options import layer_names, make_optimizer, scale_learning_rates
+from common_output import begin_output, check_resumed_options
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -52,9 +52,11 @@ from lorainit_diffusers import adapters, checkpoints
 from lorainit_diffusers.evaluation import fixed_noise_loss, sample_grid
 from lorainit_diffusers.families.base import ModelFamily, loss_weight
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
+from lorainit_diffusers.files import replacing, write_json, write_text
 from lorainit_diffusers.initialize import initialize, make_method, needs_reference
 from lorainit_diffusers.methods import Initializer
 from lorainit_diffusers.training.gradients import clip_gradients, gradient_error, weight_at_fault
+from lorainit_diffusers.training.output_dir import wrote
 from lorainit_diffusers.training.weighting import micro_batch_shares
 
 # --------------------------------------------------------------------------------------------------------------- start
@@ -75,27 +77,6 @@ def trains(args: argparse.Namespace) -> bool:
 def weight_dtype(mixed_precision: str | None) -> torch.dtype:
     """The precision that a frozen base is held in."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision or "no", torch.float32)
-
-
-def find_state(args: argparse.Namespace, output_dir: Path) -> checkpoints.TrainingState | None:
-    """The checkpoint to continue from; `latest` starts anew where a run was killed before its first one.
-
-    Raises:
-        FileNotFoundError: when the checkpoint that is named does not exist.
-        ValueError: when the directory holds an earlier run's checkpoints and nothing says to continue.
-    """
-    known = checkpoints.list_checkpoints(output_dir)
-    if args.resume_from_checkpoint == "latest" and not known:
-        print(f"--resume_from_checkpoint latest: no checkpoint in {str(output_dir)!r} yet, so the run starts anew")
-        return None
-    if args.resume_from_checkpoint is not None:
-        return checkpoints.load_training_state(checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint))
-    if known and trains(args):
-        raise ValueError(
-            f"--output_dir {str(output_dir)!r} holds {known[-1].name} of an earlier run; continue it with "
-            "--resume_from_checkpoint latest, choose another directory, or delete its checkpoints"
-        )
-    return None
 
 
 def family_options(
@@ -149,7 +130,7 @@ def settle_options(
         raise ValueError(f"--resolution {args.resolution} is not a multiple of {family.resolution_multiple}")
     scale_learning_rates(args, accelerator.num_processes)
     if state is not None:
-        check_resumed_arguments(args, state.extra["arguments"])
+        check_resumed_options(args, accelerator, state)
     if args.enable_xformers_memory_efficient_attention:
         family.denoiser.enable_xformers_memory_efficient_attention()
 
@@ -418,7 +399,8 @@ class Pictures:
 
     def add(self, name: str, step: int = 0) -> None:
         """Draw a row and keep it as a file, so that a resumed run still has it; trackers get it, too."""
-        if not self.draws or (self.directory / f"{name}.png").exists():
+        path = self.directory / f"{name}.png"
+        if not self.draws or (path.exists() and wrote(path)):
             return
         with evaluating(self.family.adapted.values()):
             images = draw_samples(self.args, self.family, list(self.prompts.values()))
@@ -434,7 +416,8 @@ class Pictures:
         """All rows, labelled, in one picture."""
         rows = load_sample_rows(self.directory)
         labels = [f"{row} (end)" if row == f"step {self.args.max_train_steps}" else row for row in rows]
-        sample_grid(dict(zip(labels, rows.values(), strict=True)), list(self.prompts)).save(path)
+        with replacing(path) as scratch:
+            sample_grid(dict(zip(labels, rows.values(), strict=True)), list(self.prompts)).save(scratch, format="PNG")
 
 
 class RunLog:
@@ -449,6 +432,8 @@ class RunLog:
     ) -> None:
         self.path, self.accelerator = Path(args.output_dir) / "metrics.jsonl", accelerator
         self.lines = read_metrics(self.path, state.step) if state is not None else []
+        if not args.dry_run:
+            begin_output(args, state)
         if not trains(args):
             return
         if args.report_to:
@@ -461,9 +446,7 @@ class RunLog:
                 init_kwargs={"wandb": {"dir": str(logging_dir)}},
             )
         if accelerator.is_main_process:
-            scratch = self.path.with_suffix(".tmp")
-            scratch.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-            os.replace(scratch, self.path)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def write(self, line: dict[str, Any]) -> None:
         """Add a line; its `step` is the trackers' step, and its `stage`, where it has one, comes before their names."""
@@ -650,7 +633,10 @@ class Optimization:
             optimizer=self.optimizer.optimizer,
             lr_scheduler=self.lr_scheduler,
             step=step,
-            extra={"arguments": public_arguments(self.args), "init_report": dict(init_report), "scaler": scaler},
+            extra={
+                **{"arguments": run_options(self.args), "identity": getattr(self.args, "identity", {})},
+                **{"init_report": dict(init_report), "scaler": scaler},
+            },
         )
         if limit is not None:
             checkpoints.prune_checkpoints(output_dir, limit)

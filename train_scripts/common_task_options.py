@@ -11,6 +11,7 @@ from common_options import (
     add_lora_arguments,
     add_run_arguments,
     add_training_arguments,
+    settle_output_dir,
     validate_adapter_arguments,
     validate_run_arguments,
 )
@@ -49,6 +50,6 @@ def resolve_task_options(args: argparse.Namespace, script: str) -> None:
     args.init_seed = args.seed if args.init_seed is None else args.init_seed
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
     args.head_lr = args.learning_rate if args.head_lr is None else args.head_lr
-    args.output_dir = f"outputs/{script}-{args.init}" if args.output_dir is None else args.output_dir
+    settle_output_dir(args, script)
     validate_adapter_arguments(args)
     validate_run_arguments(args)

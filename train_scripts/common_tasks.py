@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from common import prepare_output_dir, write_json, write_model_card
+from common import write_model_card
 from common_banner import run_schedule, task_banner
 from common_export import (
     check_export,
@@ -24,13 +24,20 @@ from common_export import (
     report_discarded_energy,
     upload,
 )
-from common_options import build_method, check_method, check_resumed_arguments, resolve_epochs, scale_learning_rates
+from common_options import build_method, check_method, resolve_epochs, scale_learning_rates
+from common_output import (
+    announce_resume,
+    check_resumed_options,
+    check_resumed_steps,
+    claim_output_dir,
+    find_state,
+    identify,
+)
 from common_plan import print_plan
 from common_run import (
     Optimization,
     RunLog,
     enable_gradient_checkpointing,
-    find_state,
     initialise,
     start_accelerator,
     train_steps,
@@ -44,9 +51,13 @@ from common_task_options import resolve_task_options as resolve_task_options
 from lorainit_diffusers import export
 from lorainit_diffusers.evaluation import plot_loss
 from lorainit_diffusers.families.base import ModelFamily
+from lorainit_diffusers.files import filling, write_json
+from lorainit_diffusers.training.output_dir import owning
 
 # The stages of a run that are evaluated thoroughly: what the base does is not always what step 0 does.
 STAGES = ("base", "step-0", "end")
+# Files that show or quote the samples of the user, which are nobody else's business: they are not uploaded.
+PRIVATE_FILES = ("report.html", "mistakes.png", "predictions_*.jsonl")
 
 
 class Task(Protocol):
@@ -91,6 +102,7 @@ class Task(Protocol):
         ...
 
 
+@owning
 def train_task(
     args: argparse.Namespace,
     make_task: Callable[[torch.device, torch.dtype], Task],
@@ -114,7 +126,7 @@ def train_task(
     started = time.perf_counter()
     method = build_method(args.init, args.init_option)
     check_method(args, method)
-    output_dir = Path(args.output_dir) if args.dry_run else prepare_output_dir(args.output_dir)
+    output_dir = claim_output_dir(args, name)
     state = find_state(args, output_dir)
     repository = open_hub_repository(args)
 
@@ -125,8 +137,12 @@ def train_task(
     family = task.family
     scale_learning_rates(args, count)
     if state is not None:
-        check_resumed_arguments(args, state.extra["arguments"])
+        check_resumed_options(args, accelerator, state)
+    identify(args, accelerator, state, getattr(task, "records", {}))
     resolve_epochs(args, -(-task.num_train // args.train_batch_size), count)
+    if state is not None:
+        check_resumed_steps(args, state)
+        announce_resume(args, accelerator, state)
     first_step = state.step if state is not None else 0
     log = RunLog(args, accelerator, name, state)
 
@@ -168,6 +184,8 @@ def train_task(
         if is_main:
             save_adapter(args, task, config, accelerator)
             write_card(args, task, init_report, log.lines, tags, usage)
+            if repository is not None:
+                upload(args, repository, private_files=PRIVATE_FILES)
             accelerator.print(f"wrote the initialised LoRA to {output_dir}")
         accelerator.wait_for_everyone()
         return output_dir
@@ -195,7 +213,7 @@ def train_task(
             task.write_report(output_dir, log.lines)
             write_card(args, task, init_report, log.lines, tags, usage)
             if repository is not None:
-                upload(args, repository)
+                upload(args, repository, private_files=PRIVATE_FILES)
             accelerator.print(summary(task, log.lines))
             accelerator.print(f"done in {config['total_s']} s: {output_dir}")
     accelerator.end_training()
@@ -239,7 +257,8 @@ def save_adapter(args: argparse.Namespace, task: Task, config: dict[str, Any], a
         )
         if args.export_merged:
             export.save_merged(module, output_dir / "merged")
-            task.save_processor(output_dir / "merged")
+            with filling(output_dir / "merged") as scratch:
+                task.save_processor(scratch)
 
 
 def write_card(

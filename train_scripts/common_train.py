@@ -10,11 +10,17 @@ import argparse
 import time
 from pathlib import Path
 
-from common import prepare_output_dir
 from common_banner import image_banner, run_schedule
 from common_data import DataNotes, read_data, warn_of_shared_files
 from common_export import check_export, open_hub_repository, save_lora, save_result, upload, write_card
 from common_options import build_method, check_family_options, check_method, resolve_epochs
+from common_output import (
+    announce_resume,
+    check_resumed_steps,
+    claim_output_dir,
+    find_state,
+    identify,
+)
 from common_plan import print_plan
 from common_run import (
     Optimization,
@@ -24,7 +30,6 @@ from common_run import (
     class_images,
     enable_gradient_checkpointing,
     family_options,
-    find_state,
     initialise,
     lora_targets,
     settle_options,
@@ -34,8 +39,10 @@ from common_run import (
 )
 
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
+from lorainit_diffusers.training.output_dir import owning
 
 
+@owning
 def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], *, name: str, tag: str) -> Path:
     """Train one LoRA and return the directory that it was written to.
 
@@ -53,7 +60,7 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
     check_method(args, method)
     check_family_options(args, family_class)
     family_class.check_base(args.pretrained_model_name_or_path)
-    output_dir = Path(args.output_dir) if args.dry_run else prepare_output_dir(args.output_dir)
+    output_dir = claim_output_dir(args, name)
     state = find_state(args, output_dir)
     notes = DataNotes()
     records, heldout = read_data(args, notes)
@@ -62,14 +69,19 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
     # ---- load
     accelerator = start_accelerator(args)
     is_main = accelerator.is_main_process
+    identify(args, accelerator, state, {"training data": records, "held-out data": heldout})
     family = family_class.from_pretrained(
         args.pretrained_model_name_or_path, **family_options(args, family_class, accelerator)
     )
     settle_options(args, family, accelerator, state)
     classes = class_images(args, family, accelerator)
     warn_of_shared_files(records, classes, "images of the class are also images of the subject", notes)
+    identify(args, accelerator, state, {"class images": classes})
     data = TrainingData(args, family, records, heldout, classes, progress=is_main)
     resolve_epochs(args, data.batches_per_epoch, accelerator.num_processes)
+    if state is not None:
+        check_resumed_steps(args, state)
+        announce_resume(args, accelerator, state)
     first_step = state.step if state is not None else 0
     log = RunLog(args, accelerator, name, state)
     pictures = Pictures(args, family, records, heldout, accelerator, state)
@@ -100,6 +112,8 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
         if is_main:
             save_lora(args, family, config, accelerator)
             write_card(args, family, init_report, log.lines, [tag])
+            if repository is not None:
+                upload(args, repository)
             accelerator.print(f"wrote the initialised LoRA to {output_dir}")
         accelerator.wait_for_everyone()
         return output_dir

@@ -57,11 +57,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from common import (
     ROOT,
-    prepare_output_dir,
     save_sample_row,
     seeded_generator,
     versions,
-    write_json,
 )
 from common_banner import comparison_banner, task_lines
 from common_compare import (
@@ -74,19 +72,22 @@ from common_compare import (
 )
 from common_data import DataNotes
 from common_options import FAMILY_OPTIONS, build_method, check_family_options, make_optimizer
+from common_output import attach_output_dir, begin_output, claim_output_dir
 from common_run import head_state_dict, load_heads
 from common_tasks import Task
 from diffusers.optimization import get_scheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from lorainit_diffusers import adapters
 from lorainit_diffusers.evaluation import METRICS, Comparison, load_encoder, write_report
 from lorainit_diffusers.families import family_class
+from lorainit_diffusers.files import announce, replacing, save_tensors, write_json, write_text
 from lorainit_diffusers.initialize import initialize, needs_reference
 from lorainit_diffusers.methods import Initializer
 from lorainit_diffusers.ranges import COUNT, NOT_NEGATIVE
 from lorainit_diffusers.training.gradients import clip_gradients, weight_at_fault
+from lorainit_diffusers.training.output_dir import owning
 
 # A killed comparison goes on only with the same of these; the grid itself may grow.
 FIXED_ARGUMENTS = (
@@ -193,6 +194,7 @@ def snapshot_steps(args: argparse.Namespace) -> list[int]:
     return args.snapshot_steps if args.family in TASKS else args.image_steps
 
 
+@owning
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run what is missing of the grid, then write the results and the report; returns the directory."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -205,7 +207,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         split_records(args)
         for encoder in encoder_names(args) if draws_images(args) else ():
             load_encoder(encoder)  # what cannot be scored is said before hours of training
-    output_dir = prepare_output_dir(args.output_dir)
     runs = [Run(i, lr, seed) for i in inits for seed in args.seeds for lr in args.learning_rates]
 
     # the grid is split by hand: a process that waits for another one's runs may wait for hours
@@ -214,6 +215,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
     part, num_parts = accelerator.process_index, accelerator.num_processes
+    output_dir = Path(args.output_dir)
+    if args.part is None:
+        output_dir = claim_output_dir(args, "compare_inits", goes_on=True)
+    if args.part is not None or not accelerator.is_main_process:
+        attach_output_dir(args, "compare_inits")
     workers = 1
     if args.part is not None:
         part, num_parts = map(int, args.part.split("/"))
@@ -228,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if args.family in TASKS:  # what cannot be read is said here, not in a worker's log
             task = cast(Task, make_task(args, accelerator.device))
         data = describe_data(args, task)
+        begin_output(args, None)
         write_config(output_dir, args, arguments, argv, str(accelerator.device), data)
         print(describe_comparison(args, task, captions=workers > 1), flush=True)
         if workers > 1:
@@ -337,7 +344,7 @@ def train(
     """Train one run from the adapters as they are; numbers that are no longer finite end it and count as the worst."""
     (directory / "snapshots").mkdir(parents=True, exist_ok=True)
     progress_path = directory / "progress.jsonl"
-    progress_path.write_text("", encoding="utf-8")
+    write_text(progress_path, "")
     write_json(directory / "init_report.json", init_report)
     modules, heads = dict(task.family.adapted), task.family.heads
     parameters = [p for module in modules.values() for p in adapters.trainable_parameters(module)]
@@ -372,7 +379,7 @@ def train(
         rows.append({"step": step, **primary, **scores, "train_s": train_s})
         if step in snapshot_steps(args) and not diverged:
             weights = {**adapters.adapter_state_dict(modules), **head_state_dict(heads)}
-            save_file(weights, directory / "snapshots" / f"step-{step:06d}.safetensors")
+            save_tensors(weights, directory / "snapshots" / f"step-{step:06d}.safetensors")
         with progress_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         bar.update()
@@ -413,6 +420,7 @@ def write_whole(path: Path, document: Mapping[Any, Any]) -> None:
     """Write JSON that is there in full or not at all: a run either has its result or is run again."""
     part = path.with_suffix(f".{os.getpid()}.part")
     write_json(part, document)
+    announce(path)
     part.replace(path)
 
 
@@ -483,6 +491,7 @@ def run_workers(
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for worker, log in enumerate(logs):
+            announce(log)
             command = [sys.executable, __file__, *argv, "--part", f"{worker}/{workers}"]
             with log.open("wb") as file:
                 processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
@@ -562,7 +571,7 @@ def write_results(output_dir: Path, runs: Sequence[Run], args: argparse.Namespac
         (output_dir / "results.csv", rows, [*columns, *metric_columns]),
         (output_dir / "timings.csv", timings, ["run", "step", "init_s", "train_s"]),
     ):
-        with path.open("w", encoding="utf-8", newline="") as file:
+        with replacing(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(table)

@@ -19,7 +19,6 @@ import argparse
 import copy
 import csv
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -155,7 +154,7 @@ if __name__ == "__main__":
     run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
 
 from accelerate import Accelerator
-from common import prepare_output_dir, public_arguments, versions, write_json
+from common import public_arguments, versions
 from common_classify import (
     ClassData,
     ClassificationTask,
@@ -165,14 +164,17 @@ from common_classify import (
     read_class_images,
 )
 from common_data import ImageRecord
+from common_output import begin_output, claim_output_dir
 from common_run import Optimization, backward_step, start_accelerator, weight_dtype
 from tqdm.auto import tqdm
 
 from lorainit_diffusers.evaluation.comparison import bootstrap
+from lorainit_diffusers.files import replacing, write_json, write_text
 from lorainit_diffusers.initialize import initialize
 from lorainit_diffusers.training.data.files import find_file
 from lorainit_diffusers.training.data.splits import split_kinds
 from lorainit_diffusers.training.data.text import read_text, split_lines
+from lorainit_diffusers.training.output_dir import owning
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -326,10 +328,7 @@ class Results:
 
     def add(self, setting: Setting, values: dict[str, float]) -> None:
         """Keep the result of a run."""
-        path = self.directory / setting.file_name
-        scratch = path.with_suffix(f".{os.getpid()}.tmp")
-        write_json(scratch, {**setting._asdict(), **values})
-        os.replace(scratch, path)
+        write_json(self.directory / setting.file_name, {**setting._asdict(), **values})
 
     def all(self) -> list[dict[str, Any]]:
         """All results, in order."""
@@ -388,11 +387,12 @@ def run_missing(
 
 def write_results(args: argparse.Namespace, results: Results) -> None:
     """Write `results.csv`, of everything in the directory, and `summary.md`, of what was asked for."""
-    with (Path(args.output_dir) / "results.csv").open("w", encoding="utf-8", newline="") as file:
+    path = Path(args.output_dir) / "results.csv"
+    with replacing(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(results.all())
-    (Path(args.output_dir) / "summary.md").write_text(summary(args, results), encoding="utf-8")
+    write_text(Path(args.output_dir) / "summary.md", summary(args, results))
 
 
 def summary(args: argparse.Namespace, results: Results) -> str:
@@ -474,6 +474,7 @@ def check_directory(args: argparse.Namespace) -> None:
                     f"--{name} is {value!r}, but the runs in {args.output_dir!r} were made with {before.get(name)!r}; "
                     "use the same, or another --output_dir"
                 )
+    begin_output(args, None)
     write_json(path, {"arguments": now, "versions": versions()})
 
 
@@ -483,6 +484,7 @@ def _some(names: Any, limit: int = 8) -> str:
     return ", ".join(listed[:limit]) + more
 
 
+@owning
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run what is missing and return the directory of the results."""
     args = parse_args(argv)
@@ -493,7 +495,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for task in parts.values():
         task.data("select")
         task.data("test")
-    output_dir = prepare_output_dir(args.output_dir)
+    output_dir = claim_output_dir(args, "vtab_protocol", goes_on=True, shared=True)
     check_directory(args)
     accelerator = start_accelerator(args)
     if accelerator.num_processes > 1:

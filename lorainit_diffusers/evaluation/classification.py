@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lorainit_diffusers.evaluation.plots import save_figure
+
 # What a model with more labels than the data has classes may answer.
 OTHER = -1
 _MAX_NUMBERED_CLASSES = 40
@@ -106,7 +108,7 @@ def plot_confusion(
             axes.text(column, row, text, ha="center", va="center", fontsize=font * 0.85, color=color)
     bar = figure.colorbar(drawn, ax=axes, fraction=0.04, pad=0.02)
     bar.set_label("share of the class")
-    figure.savefig(os.fspath(path), dpi=110)
+    save_figure(figure, path, dpi=110)
     return Path(path)
 
 
@@ -146,5 +148,5 @@ def plot_accuracy(
     axes.grid(alpha=0.3)
     if points or base is not None:
         axes.legend(frameon=False, fontsize="small")
-    figure.savefig(os.fspath(path), dpi=120)
+    save_figure(figure, path, dpi=120)
     return Path(path)

@@ -40,6 +40,8 @@ from lorainit_diffusers.evaluation.document import Table as Table
 from lorainit_diffusers.evaluation.document import to_html as to_html
 from lorainit_diffusers.evaluation.document import to_markdown as to_markdown
 from lorainit_diffusers.evaluation.metrics import METRICS
+from lorainit_diffusers.evaluation.plots import save_figure
+from lorainit_diffusers.files import announce, replacing, write_text
 
 _BUNDLED_ENCODER = "tiny-clip"
 _MAX_NAMES = 8
@@ -72,8 +74,8 @@ def write_report(directory: str | os.PathLike[str]) -> list[Path]:
     data = Path(comparison.config["dataset"])
     title = f"LoRA initialisations on {data.parent.name if data.stem == 'train' else data.name}"
     summary, report = comparison.directory / "summary.md", comparison.directory / "report.html"
-    summary.write_text(to_markdown(title, blocks), encoding="utf-8")
-    report.write_text(to_html(title, blocks), encoding="utf-8")
+    write_text(summary, to_markdown(title, blocks))
+    write_text(report, to_html(title, blocks))
     return [summary, *figures.values(), report]
 
 
@@ -613,13 +615,15 @@ def _write_figures(comparison: Comparison) -> dict[str, Path]:
     }
     for name in _FIGURES:
         path = comparison.directory / name
+        announce(path)
         path.unlink(missing_ok=True)
         figure = samples_image(comparison) if name == "grid.png" else drawn[name]
         if figure is None:
             continue
         if isinstance(figure, Image.Image):
-            figure.save(path)
+            with replacing(path) as scratch:
+                figure.save(scratch, format="PNG")
         else:
-            figure.savefig(path, dpi=_DPI)
+            save_figure(figure, path, dpi=_DPI)
         written[name] = path
     return written

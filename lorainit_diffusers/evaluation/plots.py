@@ -12,8 +12,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from lorainit_diffusers.files import replacing
+
 _BACKGROUND = (255, 255, 255)
 _INK = (40, 40, 40)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int) -> None:
+    """Write a figure in the format that the path's ending names, or as PNG."""
+    kind = Path(path).suffix.removeprefix(".") or "png"
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=dpi, format=kind)
 
 
 def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
@@ -71,7 +80,7 @@ def plot_loss(
     axes.grid(alpha=0.3)
     if train or validation:
         axes.legend(frameon=False, fontsize="small")
-    figure.savefig(os.fspath(path), dpi=120)
+    save_figure(figure, path, dpi=120)
     return Path(path)
 
 

@@ -26,6 +26,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -80,7 +81,7 @@ def test_writes_everything(run: Run) -> None:
     assert names == {
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "init_report.json"),
         *("metrics.jsonl", "loss.png", "samples.png", "samples", "config.json", "README.md"),
-        *("checkpoint-2", "checkpoint-4"),
+        *("checkpoint-2", "checkpoint-4", ".lorainit"),
     }
     rows = sorted(path.name for path in (out / "samples").iterdir())
     assert rows == ["base.png", "step-000000.png", "step-000002.png", "step-000004.png"]
@@ -153,6 +154,7 @@ def test_init_only_stops_after_the_initialisation(run: Run) -> None:
     assert {path.name for path in out.iterdir()} == {
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"),
         *("init_report.json", "config.json", "README.md"),
+        *(".lorainit"),
     }
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "not trained" in card
@@ -407,6 +409,17 @@ def test_a_new_run_does_not_mix_with_the_checkpoints_of_an_old_one(run: Run) -> 
     run(max_train_steps=1, checkpointing_steps=1)
     with pytest.raises(ValueError, match="holds checkpoint-1 of an earlier run"):
         run()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_finished_run_is_replaced_only_when_that_is_asked_for(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    first = weights(run(max_train_steps=1, checkpointing_steps=1))
+    with pytest.raises(ValueError, match=r"holds checkpoint-1 of an earlier run that has finished; .*--overwrite"):
+        run(seed=1)
+    out = run(seed=2, max_train_steps=1, overwrite_output_dir=True)
+    assert "the earlier run is replaced" in capsys.readouterr().out
+    assert not (out / "checkpoint-1").exists()
+    assert any(not torch.equal(value, first[name]) for name, value in weights(out).items())
 
 
 @pytest.mark.slow
@@ -732,10 +745,48 @@ def test_push_to_hub(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[0][1] == {"name": "my-lora", "exist_ok": True, "token": "secret"}
     assert calls[1][1]["repo_id"] == "me/my-lora"
     assert calls[1][1]["folder_path"] == str(out)
-    assert "checkpoint-*/**" in calls[1][1]["ignore_patterns"]
+    options = {name: calls[1][1][name] for name in ("allow_patterns", "ignore_patterns")}
+    names = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
+    assert sorted(filter_repo_objects([*names, ".env", "notes/README.md", "photo.png"], **options)) == [
+        *("README.md", "config.json", "init_report.json", "metrics.jsonl"),
+        *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "samples.png"),
+    ]
     for path in out.rglob("*"):
         assert path.is_dir() or b"secret" not in path.read_bytes(), path
     assert "my-lora" in (out / "README.md").read_text(encoding="utf-8")
+
+    public = types.SimpleNamespace(private=False)
+    for exists, private in ((types.SimpleNamespace(private=True), True), (None, True), (public, False)):
+
+        def repo_info(name: str, info: Any = exists, **options: Any) -> Any:
+            if info is None:
+                raise OSError("offline")
+            return info
+
+        monkeypatch.setattr("huggingface_hub.repo_info", repo_info)
+        calls.clear()
+        if private:
+            run(f"private-{exists is None}", push_to_hub=True, hub_private=True, init_only=True, init="eva")
+            assert calls[0][1]["private"] is True
+            assert [kind for kind, _ in calls] == ["create", "upload"]
+        else:
+            with pytest.raises(ValueError, match="--hub_private: the repository 'me/b' exists and is public"):
+                run("b", push_to_hub=True, hub_private=True)
+            assert not (out.parent / "b").exists()
+    with pytest.raises(ValueError, match="--hub_private has no effect without --push_to_hub"):
+        run("b", hub_private=True)
+    calls.clear()
+    run("b", push_to_hub=True, dry_run=True)
+    assert calls == []
+
+    def fail(**options: Any) -> None:
+        raise OSError("the line is down")
+
+    monkeypatch.setattr("huggingface_hub.upload_folder", fail)
+    with pytest.raises(ValueError, match=r"cannot upload to 'me/c' .the line is down.; the result is in '.*c'"):
+        run("c", push_to_hub=True, init_only=True, init="eva")
+    with pytest.raises(ValueError, match="holds an earlier run that has finished"):
+        run("c")
 
     def refuse(name: str, **options: Any) -> Any:
         raise LocalTokenNotFoundError("nobody is logged in")
