@@ -1,8 +1,8 @@
 """Exact adapters in the checkpoints that `accelerate` writes for a script of your own.
 
 `accelerator.save_state` writes the modules that it prepared, unless the script's own hooks write PEFT's adapter in
-their place, as diffusers' DreamBooth script does; then the frozen twin of an offset initialisation is lost. The hooks
-here write and read one more file in every checkpoint folder, whatever the others do.
+their place, as diffusers' DreamBooth script does, in whatever form and dtype they choose. The hooks here write and read
+one more file in every checkpoint folder, exact in every bit, whatever the others do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.
 def register_checkpoint_hooks(
     accelerator: Accelerator, modules: Mapping[str, nn.Module], adapter_name: str = "default"
 ) -> None:
-    """Make `accelerator.save_state` and `load_state` keep the adapters exactly, frozen twins included.
+    """Make `accelerator.save_state` and `load_state` keep the adapters exactly, offsets included.
 
     Call it after :func:`~lorainit_diffusers.initialize.initialize` and after the script's own hooks are registered
     (they run in the order of registration, and this one has the last word). `load_state` puts the saved values into the

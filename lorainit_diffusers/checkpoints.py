@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `checkpoint-<step>`:
 
-    adapters.safetensors   the adapters, with the frozen twin of offset initialisations
+    adapters.safetensors   the adapters, with the initial factors of offset initialisations
     optimizer.safetensors  the optimiser's tensors, keyed `<parameter index>.<name>`, with `/` between nested names
     state.json             step, optimiser groups and scalars, learning-rate scheduler, the caller's own values
 

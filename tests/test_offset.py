@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from classifier_fixtures import random_classifier
 from core_fixtures import TARGETS, relative_error, small_unet, squared_loss, tiny_attention, token_batches
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 from lorainit_diffusers import (
     adapter_state_dict,
@@ -402,3 +404,51 @@ def test_a_checkpoint_of_the_first_version_resumes(tmp_path: Path) -> None:
     x = token_batches(1)[0]
     assert torch.equal(fresh.eval()(x), model(x))
     assert adapter_state_dict({"unet": fresh}).keys() == state.keys()
+
+
+class Examples(torch.utils.data.Dataset[dict[str, Any]]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pixels = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(index))
+        return {"pixel_values": pixels, "labels": index % 3}
+
+
+@pytest.mark.parametrize("options", [{}, {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}])
+def test_resuming_with_transformers_trainer_is_the_uninterrupted_run(tmp_path: Path, options: dict[str, Any]) -> None:
+    base = random_classifier()
+    pixels = torch.stack([Examples()[index]["pixel_values"] for index in range(8)])
+
+    def start(method: str = "pissa") -> Any:
+        model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"]))
+        initialize(model, method, progress=False)
+        return model
+
+    def run(model: Any, resume: str | None = None) -> Tensor:
+        arguments = TrainingArguments(
+            str(tmp_path / "run"),
+            max_steps=6,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            save_steps=3,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            **options,
+        )
+        trainer = Trainer(model, arguments, train_dataset=Examples(), eval_dataset=Examples())
+        trainer.train(resume_from_checkpoint=resume)
+        with torch.no_grad():
+            return model.eval()(pixel_values=pixels).logits
+
+    whole = start()
+    expected = run(whole)
+    assert relative_error(expected, base.eval()(pixel_values=pixels).logits) > 1e-2
+    reference = merged_reference(base, whole)
+    assert relative_error(expected, reference.eval()(pixel_values=pixels).logits) < 1e-5
+    # other initial factors, as data that have changed would give: the checkpoint holds the run's own
+    assert relative_error(run(start("olora"), str(tmp_path / "run" / "checkpoint-3")), expected) < 1e-5
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "run" / "checkpoint-6").eval()
+    if not options:
+        assert relative_error(stock(pixel_values=pixels).logits, expected) < 1e-5

@@ -523,11 +523,17 @@ class TextToImageFamily(_Parts, EvaluationMode, ABC):
             ValueError: when the batch lacks one of its parts.
         """
         columns = self.caption_columns
-        encoded, tokenized = (all(name in batch for name in names) for names in (self.EMBEDS, columns))
+        # no text encoder, no columns: ids are then of no use
+        encoded, tokenized = (bool(names) and all(name in batch for name in names) for names in (self.EMBEDS, columns))
         if not (encoded or tokenized) or not ("latents" in batch or "pixel_values" in batch):
-            captions = " or ".join(dict.fromkeys([" and ".join(columns), " and ".join(self.EMBEDS)]))
+            captions = " or ".join(dict.fromkeys(" and ".join(names) for names in (columns, self.EMBEDS) if names))
+            remedy = (
+                " (the family has no text encoder, as in a script with --pre_compute_text_embeddings: pass the "
+                "embeddings, or initialise the module with a loss_fn instead of the family)"
+            )
+            without = "" if columns else remedy
             raise ValueError(
-                f"a batch needs {captions}, and pixel_values or latents, got {', '.join(batch) or 'nothing'}"
+                f"a batch needs {captions}, and pixel_values or latents, got {', '.join(batch) or 'nothing'}{without}"
             )
         if "latents" in batch:
             latents = batch["latents"].to(self.device, torch.float32)

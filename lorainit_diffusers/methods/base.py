@@ -61,7 +61,7 @@ class Initializer(Protocol):
     def step_zero(self) -> StepZero:
         """Whether the adapted model starts as the base model.
 
-        ``"equal"``: B A = 0. ``"offset"``: B A is not zero; a frozen twin adapter subtracts it. ``"moved"``: B A is
+        ``"equal"``: B A = 0. ``"offset"``: B A is not zero; the adapter subtracts it. ``"moved"``: B A is
         not zero and stays: the model starts elsewhere.
         """
         ...

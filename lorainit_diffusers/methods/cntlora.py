@@ -64,7 +64,7 @@ class CNTLoRA:
         gauge: how B A = D_r is split. ``"whitened"``: the hidden activations A x are uncorrelated with equal variance
             (under S_l), which preconditions the training of B; ``"activation"``: uncorrelated, the square root of the
             singular values on both sides; ``"balanced"``: the plain SVD of D_r, its square root on both sides.
-        base: ``"offset"`` keeps the base model's function at step 0 by a frozen twin adapter; ``"down_only"`` keeps
+        base: ``"offset"`` subtracts B A of step 0 and so keeps the base model's function; ``"down_only"`` keeps
             A and sets B = 0; ``"active"`` starts from W0 + gamma * D_r.
         gamma: of ``"active"``.
         scale: one scalar moves between A and B (``"down_only"``: scales A). ``"paper"``: ||A||_F = ||B||_F

@@ -26,7 +26,7 @@ from lorainit_diffusers.statistics import InputStatistic, SecondMoment, Statisti
 
 @dataclass(frozen=True)
 class CorDA:
-    """Top-r triplets of SVD(W0 S), with S^-1 multiplied back on the right; the base is offset (a frozen twin).
+    """Top-r triplets of SVD(W0 S), with S^-1 multiplied back on the right; the adapter is offset.
 
     Attributes:
         ridge: added to S before it is inverted, as a multiple of its mean eigenvalue. The authors' code raises a
@@ -44,7 +44,7 @@ class CorDA:
 
     @property
     def step_zero(self) -> StepZero:
-        """A frozen twin adapter subtracts the initial B A."""
+        """The adapter subtracts the initial B A."""
         return "offset"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:

@@ -17,7 +17,7 @@ from lorainit_diffusers.statistics import GradientMean, Statistic
 
 @dataclass(frozen=True)
 class LoraGA:
-    """A and B are disjoint singular directions of the mean gradient; the base is offset (a frozen twin adapter).
+    """A and B are disjoint singular directions of the mean gradient; the adapter is offset.
 
     With ``G = U S V'``, the first gradient step on A and B then moves B A along the best rank-2r approximation of G
     (theorem 3.1). No singular value enters either factor, unlike PEFT's ``lora_ga``.
@@ -42,7 +42,7 @@ class LoraGA:
 
     @property
     def step_zero(self) -> StepZero:
-        """A frozen twin adapter subtracts the initial B A."""
+        """The adapter subtracts the initial B A."""
         return "offset"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:

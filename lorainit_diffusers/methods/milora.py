@@ -16,13 +16,13 @@ from lorainit_diffusers.statistics import Statistic
 
 @dataclass(frozen=True)
 class MiLoRA:
-    """A and B are the bottom-r singular triplets of W0; the base is offset (a frozen twin adapter)."""
+    """A and B are the bottom-r singular triplets of W0; the adapter is offset."""
 
     observes: ClassVar[Observes] = "nothing"
 
     @property
     def step_zero(self) -> StepZero:
-        """A frozen twin adapter subtracts the initial B A."""
+        """The adapter subtracts the initial B A."""
         return "offset"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:

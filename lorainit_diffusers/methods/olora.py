@@ -15,7 +15,7 @@ from lorainit_diffusers.statistics import Statistic
 
 @dataclass(frozen=True)
 class OLoRA:
-    """W0 = Q R, B = Q[:, :r], A = R[:r]; the base is offset (a frozen twin adapter).
+    """W0 = Q R, B = Q[:, :r], A = R[:r]; the adapter is offset.
 
     As in PEFT, A and B are not divided by the scaling: the offset is ``scaling * B A``.
     """
@@ -24,7 +24,7 @@ class OLoRA:
 
     @property
     def step_zero(self) -> StepZero:
-        """A frozen twin adapter subtracts the initial B A."""
+        """The adapter subtracts the initial B A."""
         return "offset"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:

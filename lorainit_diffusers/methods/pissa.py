@@ -23,14 +23,14 @@ def balanced_factors(svd: SVD, rank: int, scaling: float) -> LoraFactors:
 class PiSSA:
     """A and B are the top-r singular triplets of W0; the base is offset, so that step 0 is the base model.
 
-    The offset is a frozen twin adapter instead of the paper's changed base weights; the function is the same.
+    The offset is a part of the adapter instead of the paper's changed base weights; the function is the same.
     """
 
     observes: ClassVar[Observes] = "nothing"
 
     @property
     def step_zero(self) -> StepZero:
-        """A frozen twin adapter subtracts the initial B A."""
+        """The adapter subtracts the initial B A."""
         return "offset"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:

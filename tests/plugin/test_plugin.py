@@ -10,12 +10,22 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import StableDiffusionPipeline
 from five_lines import FIVE_LINES, TRAIN_TEXT_ENCODER, apply
+from peft import LoraConfig
 from safetensors.torch import load_file
 from sd_fixtures import ROOT, write_images
 from torch import Tensor, nn
 
-from lorainit_diffusers import adapter_state_dict, adapters_disabled, load_adapter_state_dict
+from lorainit_diffusers import (
+    adapter_state_dict,
+    adapters_disabled,
+    initialize,
+    load_adapter_state_dict,
+    save_diffusers_lora,
+    save_kohya_lora,
+    save_lora,
+)
 from lorainit_diffusers.checkpoint_hooks import ADAPTER_STATE_NAME
+from lorainit_diffusers.families.sd import StableDiffusionFamily
 
 SCRIPTS = ("text_to_image", "dreambooth", "dreambooth --train_text_encoder")
 
@@ -136,6 +146,38 @@ def test_optimizer_holds_the_adapters_under_bf16(method: str, run_script: Any) -
     for key in (key for key in start if key.endswith(("lora_A", "lora_B"))):
         assert not torch.equal(start[key], trained[key]), key
         assert trained[key].dtype == torch.float32
+
+
+def test_a_text_encoder_that_the_family_does_not_adapt_is_named(random_sd: Path, tmp_path: Path) -> None:
+    """At `initialize`, and at the last line, where it would be lost from the file that the script has saved."""
+    pipeline = StableDiffusionPipeline.from_pretrained(random_sd)
+    unet, text_encoder = pipeline.unet, pipeline.text_encoder
+    family = StableDiffusionFamily(pipeline.tokenizer, text_encoder, pipeline.vae, unet, pipeline.scheduler)
+    unet.requires_grad_(False).add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    initialize(family, "gaussian", progress=False)
+    text_encoder.requires_grad_(False).add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    for work in (
+        lambda: initialize(family, "gaussian", progress=False),
+        lambda: save_diffusers_lora(family.adapted, tmp_path / "lora"),
+        lambda: save_diffusers_lora(family, tmp_path / "lora"),
+        lambda: save_kohya_lora(family, tmp_path / "kohya.safetensors"),
+        lambda: save_lora(family, tmp_path, formats=("diffusers", "kohya")),
+    ):
+        with pytest.raises(ValueError, match=r"text_encoder carries an adapter .*train_text_encoder=True"):
+            work()
+    assert not list(tmp_path.iterdir())
+    family.train_text_encoder = True
+    initialize(family, "gaussian", progress=False)
+    assert set(save_lora(family, tmp_path, formats=("diffusers", "kohya"))) == {"diffusers", "kohya"}
+
+
+def test_a_family_without_a_text_encoder_says_so(random_sd: Path) -> None:
+    """What `--pre_compute_text_embeddings` leaves: no tokenizer, no text encoder, embeddings in place of ids."""
+    pipeline = StableDiffusionPipeline.from_pretrained(random_sd)
+    family = StableDiffusionFamily(None, None, pipeline.vae, pipeline.unet, pipeline.scheduler)
+    batch = {"pixel_values": torch.zeros(1, 3, 16, 16), "input_ids": torch.zeros(1, 5, 32)}
+    with pytest.raises(ValueError, match=r"needs prompt_embeds, and .*no text encoder, as in a script with --pre_comp"):
+        initialize(family, "eva", [batch], rank=2, progress=False)
 
 
 def test_documentation_has_the_same_lines() -> None:
