@@ -420,3 +420,32 @@ def test_another_component_in_the_file_is_not_overwritten(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"also holds the LoRA of text_encoder, which this call would overwrite"):
         save_diffusers_lora({"unet": unet}, tmp_path)
     save_diffusers_lora({"unet": unet, "text_encoder": unet}, tmp_path)
+
+
+# --- names of labels ------------------------------------------------------------------------------------------------
+
+
+def test_label_names_are_written_for_classifiers_only_and_must_fit(
+    base_folder: Path, pixels: Tensor, tmp_path: Path
+) -> None:
+    model = trained(base_folder, pixels, modules_to_save=["classifier"])
+    save_peft_lora(model, tmp_path, labels={0: "cat", 1: "dog", 2: "owl"})
+    own = fresh(base_folder)
+    load_lora(own, tmp_path)
+    assert own.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    assert own.config.label2id == {"cat": 0, "dog": 1, "owl": 2}
+    path = tmp_path / "label_names.json"
+    for text, message in (
+        ('{"id2label": {"0": "cat", "1": "dog"}}', "names 2 labels, but ViTForImageClassification has 3"),
+        ('{"id2label": {"1": "cat"}}', "holds no id2label from 0 on"),
+        ("[", "holds no id2label from 0 on"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        unchanged = fresh(base_folder)
+        before = {key: value.clone() for key, value in unchanged.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            load_lora(unchanged, tmp_path)
+        assert all(torch.equal(value, before[key]) for key, value in unchanged.state_dict().items())
+    _, unet = adapted_unet()
+    save_peft_lora(unet, tmp_path / "unet")
+    assert not (tmp_path / "unet" / "label_names.json").exists()
