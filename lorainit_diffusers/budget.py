@@ -80,7 +80,7 @@ class MemoryBudget:
     def __init__(
         self, num_bytes: float | None = None, *, num_columns: int, device: torch.device | str | None = None
     ) -> None:
-        if num_bytes is not None and not 0 < num_bytes < math.inf:
+        if num_bytes is not None and not num_bytes > 0:  # infinite is no limit; `initialize` takes finite ones only
             raise ValueError(
                 f"memory_budget_gb is {num_bytes / GB:g}; it must be positive, or left out for half of what is free "
                 "(--init_memory_budget_gb)"

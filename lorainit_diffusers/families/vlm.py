@@ -405,7 +405,11 @@ class VisionLanguageFamily:
         inputs.pop("labels", None)
         # a base's own settings (Qwen-VL's penalty on repetition) would give another text than the likeliest tokens
         greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        greedy |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "eos_token_id": sorted(self._end_tokens) or None}
+        greedy |= {
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "eos_token_id": sorted(self._end_tokens) or None,
+        }
         with torch.no_grad(), autocast(self.device, self.weight_dtype):
             tokens = cast(Any, self.model).generate(
                 **inputs, max_new_tokens=max_new_tokens, pad_token_id=self._pad_token, **greedy
