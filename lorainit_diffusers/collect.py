@@ -293,6 +293,11 @@ def _check_finite(
     culprit = next(name for name, flag in zip(statistics, flags, strict=True) if not bool(flag))
     description = describe_step() if describe_step is not None else ""
     step = f" ({description})" if description else ""
+    if getattr(statistics[culprit], "overflowed", False):
+        raise ValueError(
+            f"{what} at layer {culprit!r} in {batch}{step} are too large, about 1e19 and more: their squares overflow "
+            "float32; leave the layer out of the target modules, or look for a broken image, VAE or base"
+        )
     raise ValueError(
         f"non-finite {what} at layer {culprit!r} in {batch}{step}; "
         "try float32 or bf16 instead of fp16, and look for a broken image or VAE"

@@ -17,9 +17,11 @@ from lorainit_diffusers import adapters
 from lorainit_diffusers.budget import GB, MemoryBudget, sketch_columns
 from lorainit_diffusers.collect import Collection, collect, known_length
 from lorainit_diffusers.families.base import loss_weight
-from lorainit_diffusers.methods import METHODS, Initializer, Solution
+from lorainit_diffusers.methods import METHODS, Initializer, LoraFactors, Solution
 from lorainit_diffusers.methods.base import Observed
+from lorainit_diffusers.methods.guard import check_weight, check_weights, guarded_factors, why_nothing_to_learn
 from lorainit_diffusers.methods.kaiming import Kaiming
+from lorainit_diffusers.quantized import is_packed
 from lorainit_diffusers.ranges import (
     COUNT,
     COUNT_OR_NONE,
@@ -235,6 +237,7 @@ def initialize(
     if variable_rank:  # a budget that cannot be met is refused now, not after the pass
         allocate({full_name: torch.zeros(caps[full_name]) for full_name in layers})
     _check_reference(name, method, reference_batches)
+    check_weights(layers, name)
 
     collection = Collection()
     budget = MemoryBudget(
@@ -264,7 +267,7 @@ def initialize(
     columns = {full_name: _sketch_columns(statistic) for full_name, statistic in collection.statistics.items()}
 
     start = time.perf_counter()
-    solutions, fallbacks = _solve(method, layers, collection, ranks, caps, scalings, seed, keep=variable_rank)
+    solutions, fallbacks = _solve(name, method, layers, collection, ranks, caps, scalings, seed, keep=variable_rank)
     if variable_rank:
         scores: dict[str, Tensor] = {}
         for full_name, solution in solutions.items():
@@ -277,7 +280,11 @@ def initialize(
     for full_name, solution in solutions.items():
         if ranks[full_name] == 0:
             continue
-        factors = solution.factors(ranks[full_name])
+        factors, replaced = _factors(
+            name, solution, ranks[full_name], full_name, layers[full_name], scalings[full_name], seed
+        )
+        if replaced is not None:
+            fallbacks.setdefault(full_name, replaced)
         offset = method.step_zero == "offset" and bool(factors.lora_B.any())
         component, layer_name = location[full_name]
         weights[component][layer_name] = adapters.AdapterWeights(
@@ -526,7 +533,17 @@ def _collect(
     return collection
 
 
+def _factors(
+    name: str, solution: Solution, rank: int, full_name: str, layer: nn.Linear, scaling: float, seed: int
+) -> tuple[LoraFactors, str | None]:
+    """The factors of a layer's solution, all of whose components can be trained, and what was replaced in them."""
+    own_seed = _derive_seed(seed, full_name, "vanishing")
+    weight = partial(adapters.base_weight, layer)
+    return guarded_factors(solution, rank, weight, layer=full_name, method=name, scaling=scaling, seed=own_seed)
+
+
 def _solve(
+    name: str,
     method: Initializer,
     layers: Mapping[str, nn.Linear],
     collection: Collection,
@@ -537,7 +554,7 @@ def _solve(
     *,
     keep: bool,
 ) -> tuple[dict[str, Solution], dict[str, str]]:
-    """Every layer's solution, and why those that saw too few rows got Kaiming's instead.
+    """Every layer's solution, and why those whose rows are too few or say nothing got Kaiming's instead.
 
     Frees as it goes: a statistic with the last layer that shares it, and, unless the rank is still open (``keep``), all
     that a solution holds but its factors.
@@ -551,25 +568,33 @@ def _solve(
         if method.observes.startswith("inputs") and statistic is not None and statistic.num_rows < rank:
             solver = Kaiming()
             fallbacks[full_name] = f"only {statistic.num_rows} rows for rank {rank}: Kaiming A, zero B"
+        elif (reason := why_nothing_to_learn(method, statistic)) is not None:
+            solver = Kaiming()
+            fallbacks[full_name] = f"{reason}: Kaiming A, zero B"
         generator = torch.Generator().manual_seed(_derive_seed(seed, full_name))
         for part in _parts(statistic):
             part.move(layer.weight.device)
+        weight = adapters.base_weight(layer)
+        if is_packed(layer):
+            check_weight(full_name, weight, name)
         try:
             solution = solver.solve(
-                adapters.base_weight(layer),
+                weight,
                 statistic,
                 caps[full_name],
                 scaling=scalings[full_name],
                 generator=generator,
             )
             if not keep:
-                factors = solution.factors(rank)
+                factors, replaced = _factors(name, solution, rank, full_name, layer, scalings[full_name], seed)
+                if replaced is not None:
+                    fallbacks.setdefault(full_name, replaced)
                 solution = Solution(solution.scores, lambda _rank, factors=factors: factors)
             solutions[full_name] = solution
         except torch.linalg.LinAlgError as error:
             raise ValueError(
-                f"layer {full_name!r} cannot be decomposed ({error}); look for non-finite values in its weight, "
-                "or for activations too large for float32 when squared"
+                f"layer {full_name!r} cannot be decomposed for init {name!r} ({error}); look for non-finite values in "
+                "its weight, or for activations too large for float32 when squared"
             ) from error
     return solutions, fallbacks
 

@@ -168,8 +168,20 @@ class _MeanAndCount(ABC):
     @property
     def is_finite(self) -> Tensor:
         """0-d boolean tensor: all rows so far were finite."""
-        # One infinite or NaN entry stays in its column's mean for good: n times cheaper than checking every row.
-        return torch.tensor(True) if self._mean is None else torch.isfinite(self._mean).all()
+        # One infinite or NaN entry stays in its column's mean for good: n times cheaper than checking every row. The
+        # squares of finite ones may overflow; none of the other products is larger.
+        if self._mean is None:
+            return torch.tensor(True)
+        return torch.isfinite(self._mean).all() & torch.isfinite(self._squares()).all()
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the rows were finite and their squares were not."""
+        return self._mean is not None and bool(torch.isfinite(self._mean).all()) and not bool(self.is_finite)
+
+    @abstractmethod
+    def _squares(self) -> Tensor:
+        """The sums of the squares that the moment has at hand."""
 
     def mean(self) -> Tensor:
         """(features,) mean row.
@@ -268,6 +280,12 @@ class SecondMoment(_MeanAndCount):
             self._scatter += self._recent
             self._recent.zero_()
         self._num_recent = 0
+
+    def _squares(self) -> Tensor:
+        scatter = self._scatter
+        assert scatter is not None
+        squares = scatter.diagonal()
+        return squares if self._recent is None or self._recent is scatter else squares + self._recent.diagonal()
 
     def update(self, rows: Tensor) -> None:
         """Add rows: (n, features), any floating dtype; products in float32, sums in float64 where that is cheap.
@@ -504,6 +522,10 @@ class SketchedSecondMoment(_MeanAndCount):
         if key not in self._omegas:  # kept here: the shared table holds it only as long as somebody does
             self._omegas[key] = _projection(*self._size, like.device, like.dtype)
         return self._omegas[key]
+
+    def _squares(self) -> Tensor:
+        assert self._trace is not None
+        return self._trace
 
     def update(self, rows: Tensor) -> None:
         """Add rows: (n, features), any floating dtype."""

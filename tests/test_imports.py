@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "families.base",
             "linalg",
             "hooks",
+            "quantized",
         ),
     },
     "__init__": {
