@@ -154,7 +154,7 @@ def test_init_only_stops_after_the_initialisation(run: Run) -> None:
     assert {path.name for path in out.iterdir()} == {
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"),
         *("init_report.json", "config.json", "README.md"),
-        *(".lorainit"),
+        ".lorainit",
     }
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "not trained" in card
