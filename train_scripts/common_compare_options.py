@@ -23,6 +23,7 @@ from common_options import (
 from lorainit_diffusers.training.bundled import BUNDLED_BASES, BUNDLED_DATA
 from lorainit_diffusers.training.choices import init_names, names_in
 from lorainit_diffusers.training.cli_parser import ScriptParser
+from lorainit_diffusers.training.option_defaults import OptionDefaults
 
 # Fractions of the budget at which runs are evaluated: dense where the curves are steep.
 EVAL_FRACTIONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -128,6 +129,7 @@ def parse_comparison(description: str | None, argv: Sequence[str] | None) -> arg
         add("--cache_dir", help="where downloads are kept (default: Hugging Face's own)")
         kind.add_options(parser)
     add_optimizer_arguments(parser, defaults["max_train_steps"], defaults["train_batch_size"])
+    parser.set_defaults(option_defaults=OptionDefaults(parser))
     args = parser.parse_args(argv)
     if args.pretrained_model_name_or_path is None:
         if args.family not in BUNDLED_BASES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ INPUTS = (
     *("dataset_name", "train_data_file", "validation_data_file", "validation_data_dir", "image_dir", "class_data_dir"),
     *("vtab_dir", "encoders"),
 )
+IDENTITY_NAME = "identity.json"  # of a comparison: what its base and data are
+IMAGE_SETS = ("training data", "held-out data")
 
 
 def claim_output_dir(args: argparse.Namespace, script: str, *, goes_on: bool = False, shared: bool = False) -> Path:
@@ -176,25 +179,48 @@ def identify(
         return
     known: dict[str, Any] = getattr(args, "identity", {})
     if not known:
-        known["num_processes"], known["mixed_precision"] = accelerator.num_processes, accelerator.mixed_precision
-        places = {"base": args.pretrained_model_name_or_path}
-        places["VAE"] = getattr(args, "pretrained_vae_model_name_or_path", None)
-        for what, name in places.items():
-            if name is not None:
-                revision = args.revision if what == "base" else None
-                known[what] = resume.base_identity(name, revision=revision, cache_dir=args.cache_dir)
-        _compare(known, state, ("base", "VAE"), resume.base_differences)
-    for what, samples in records.items():
-        known[what] = resume.data_identity(samples)
-    _compare(known, state, tuple(records), resume.data_differences)
-    args.identity = known
+        known = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+        known |= _bases(args)
+    args.identity = known | {what: resume.data_identity(samples) for what, samples in records.items()}
+    remedy = "restore it, or leave out --resume_from_checkpoint and give another --output_dir"
+    if state is not None:
+        _compare(args.identity, state.extra.get("identity", {}), "the checkpoint was written with", remedy)
 
 
-def _compare(known: Mapping[str, Any], state: TrainingState | None, kinds: Sequence[str], differences: Any) -> None:
-    before: Mapping[str, Any] = state.extra.get("identity", {}) if state is not None else {}
-    for kind in kinds:
-        if kind in known and kind in before and (found := differences(known[kind], before[kind])):
-            raise ValueError(
-                f"the {kind} is not what the checkpoint was written with ({'; '.join(found)}); restore it, or leave "
-                "out --resume_from_checkpoint and give another --output_dir"
-            )
+def check_identity(args: argparse.Namespace, output_dir: Path, records: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """What base and data of a comparison are, and that the directory's earlier runs had the same.
+
+    Raises:
+        ValueError: when base or data are not those of the runs that the directory holds.
+    """
+    before = read_identity(output_dir)
+    now = _bases(args) | {what: resume.data_identity(samples) for what, samples in records.items()}
+    where = f"the runs in --output_dir {str(output_dir)!r} were made with"
+    _compare(now, before, where, "restore it, or give another directory")
+    return {**before, **now}
+
+
+def read_identity(output_dir: Path) -> dict[str, Any]:
+    """What base and data of a comparison's earlier runs are; nothing where no run has been made."""
+    path = output_dir / IDENTITY_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _bases(args: argparse.Namespace) -> dict[str, Any]:
+    places = {"base": args.pretrained_model_name_or_path}
+    places["VAE"] = getattr(args, "pretrained_vae_model_name_or_path", None)
+    revisions = {"base": args.revision}
+    return {
+        what: resume.base_identity(name, revision=revisions.get(what), cache_dir=args.cache_dir)
+        for what, name in places.items()
+        if name is not None
+    }
+
+
+def _compare(now: Mapping[str, Any], before: Mapping[str, Any], where: str, remedy: str) -> None:
+    for kind in now:
+        if not isinstance(now[kind], dict) or kind not in before:
+            continue
+        differences = resume.base_differences if kind in ("base", "VAE") else resume.data_differences
+        if found := differences(now[kind], before[kind]):
+            raise ValueError(f"the {kind} is not what {where} ({'; '.join(found)}); {remedy}")

@@ -69,6 +69,8 @@ class Task(Protocol):
         targets: layers that get an adapter, by component.
         num_train: training samples.
         num_validation: validation samples.
+
+    A task may also have `records`, the samples by what messages call them: a run is resumed with the same alone.
     """
 
     primary_metric: str

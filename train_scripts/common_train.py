@@ -15,6 +15,7 @@ from common_data import DataNotes, read_data, warn_of_shared_files
 from common_export import check_export, open_hub_repository, save_lora, save_result, upload, write_card
 from common_options import build_method, check_family_options, check_method, resolve_epochs
 from common_output import (
+    IMAGE_SETS,
     announce_resume,
     check_resumed_steps,
     claim_output_dir,
@@ -69,7 +70,7 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
     # ---- load
     accelerator = start_accelerator(args)
     is_main = accelerator.is_main_process
-    identify(args, accelerator, state, {"training data": records, "held-out data": heldout})
+    identify(args, accelerator, state, dict(zip(IMAGE_SETS, (records, heldout), strict=True)))
     family = family_class.from_pretrained(
         args.pretrained_model_name_or_path, **family_options(args, family_class, accelerator)
     )

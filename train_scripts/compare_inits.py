@@ -57,6 +57,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from common import (
     ROOT,
+    public_arguments,
     save_sample_row,
     seeded_generator,
     versions,
@@ -71,8 +72,16 @@ from common_compare import (
     split_records,
 )
 from common_data import DataNotes
-from common_options import FAMILY_OPTIONS, build_method, check_family_options, make_optimizer
-from common_output import attach_output_dir, begin_output, claim_output_dir
+from common_options import build_method, check_family_options, make_optimizer
+from common_output import (
+    IDENTITY_NAME,
+    IMAGE_SETS,
+    attach_output_dir,
+    begin_output,
+    check_identity,
+    claim_output_dir,
+    read_identity,
+)
 from common_run import head_state_dict, load_heads
 from common_tasks import Task
 from diffusers.optimization import get_scheduler
@@ -88,22 +97,20 @@ from lorainit_diffusers.methods import Initializer
 from lorainit_diffusers.ranges import COUNT, NOT_NEGATIVE
 from lorainit_diffusers.training.gradients import clip_gradients, weight_at_fault
 from lorainit_diffusers.training.output_dir import owning
+from lorainit_diffusers.training.resume import describe_differences, option_differences
 
-# A killed comparison goes on only with the same of these; the grid itself may grow.
-FIXED_ARGUMENTS = (
-    *("family", "pretrained_model_name_or_path", "revision", "rank", "lora_alpha", "lora_dropout", "use_rslora"),
-    *("lora_layers", "init_num_batches", "equal_parameters", "optimizer", "use_8bit_adam", "lr_num_cycles", "lr_power"),
-    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "lr_scheduler"),
-    *("lr_warmup_steps", "max_train_steps", "train_batch_size", "mixed_precision", "eval_steps"),
-)
-# Those of text-to-image bases; of a task, the options that it reads.
-FIXED_IMAGE_ARGUMENTS = (
-    *("variant", *FAMILY_OPTIONS, "caption_dropout", "train_data_dir", "instance_data_dir", "instance_prompt"),
-    *("dataset_name", "dataset_config_name", "max_train_samples", "repeats", "image_column", "caption_column"),
-    *("resolution", "train_text_encoder", "image_steps", "encoders", "num_eval_prompts", "drift_prompts"),
-    *("validation_inference_steps", "validation_guidance_scale"),
-)
-FIXED_TASK_ARGUMENTS = ("head_lr_ratio", "snapshot_steps")
+# A killed comparison goes on with other values of these alone, and why.
+FREE_TO_CHANGE = {
+    "output_dir": "the directory may be moved",
+    "inits": "the grid may grow",
+    "learning_rates": "the grid may grow",
+    "seeds": "the grid may grow",
+    "num_workers": "every run is one process's own",
+    "part": "every run is one process's own",
+    "image_metrics": "says which runs are sampled from",
+    "sample_batch_size": "every image has its own seed",
+    "cache_dir": "where downloads lie",
+}
 # Options that name the data, the first one that is given.
 DATA_ARGUMENTS = ("instance_data_dir", "train_data_dir", "train_data_file", "dataset_name")
 Row = dict[str, Any]
@@ -230,11 +237,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     task: Task | None = None
     if is_main:
         check_same_comparison(output_dir, args)
-        arguments = dict(vars(args))  # a task fills in what was not given
+        arguments = public_arguments(args)  # a task fills in what was not given
         if args.family in TASKS:  # what cannot be read is said here, not in a worker's log
             task = cast(Task, make_task(args, accelerator.device))
+        identity = check_identity(args, output_dir, records_of(args, task))
         data = describe_data(args, task)
         begin_output(args, None)
+        write_json(output_dir / IDENTITY_NAME, identity)
         write_config(output_dir, args, arguments, argv, str(accelerator.device), data)
         print(describe_comparison(args, task, captions=workers > 1), flush=True)
         if workers > 1:
@@ -587,6 +596,13 @@ def describe_comparison(args: argparse.Namespace, task: Task | None, *, captions
     return comparison_banner(args, args.inits, lines, num_train, notes)
 
 
+def records_of(args: argparse.Namespace, task: Task | None) -> dict[str, Sequence[Any]]:
+    """The samples by what messages call them; text-to-image bases have no `task` here."""
+    if task is None:
+        return dict(zip(IMAGE_SETS, split_records(args), strict=True))
+    return dict(getattr(task, "records", {}))
+
+
 def describe_data(args: argparse.Namespace, task: Task | None) -> dict[str, Any]:
     """What `config.json` says of the data and of what is measured on it; text-to-image bases have no `task` here."""
     dataset = _short(next(value for name in DATA_ARGUMENTS if (value := getattr(args, name, None))))
@@ -650,32 +666,19 @@ def check_same_comparison(output_dir: Path, args: argparse.Namespace) -> None:
     """See that results from an earlier call belong to this comparison.
 
     Raises:
-        ValueError: naming the first option that differs.
+        ValueError: naming every option that differs.
     """
     path = output_dir / "config.json"
     if not path.is_file():
         return
-    # a directory that names no family is from before there was a choice
-    earlier = {"family": "sd", "caption_dropout": 0.0, **FAMILY_OPTIONS}
-    earlier |= json.loads(path.read_text(encoding="utf-8"))["arguments"]
-    for name in fixed_arguments(args):
-        value = json.loads(json.dumps(getattr(args, name), default=str))  # as it was written
-        if value != earlier.get(name):
-            raise ValueError(
-                f"--{name} is {value!r}, but --output_dir {str(output_dir)!r} holds runs with "
-                f"{earlier.get(name)!r}; use the same or another directory"
-            )
-
-
-def fixed_arguments(args: argparse.Namespace) -> list[str]:
-    """The options that must be the same in every call on one directory, `family` first."""
-    if args.family not in TASKS:
-        return [*FIXED_ARGUMENTS, *FIXED_IMAGE_ARGUMENTS]
-    kind = TASKS[args.family]
-    parser = argparse.ArgumentParser()
-    kind.add_options(parser)
-    own = vars(parser.parse_args([]))
-    return [*FIXED_ARGUMENTS, *(name for name in FIXED_TASK_ARGUMENTS if hasattr(args, name)), *own]
+    earlier = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+    known = read_identity(output_dir)
+    found = option_differences(
+        public_arguments(args), earlier, defaults=args.option_defaults, free=FREE_TO_CHANGE, known=known
+    )
+    if found:
+        clauses = describe_differences(found, f"--output_dir {str(output_dir)!r} holds runs with")
+        raise ValueError(f"{'; '.join(clauses)}; use the same or another directory")
 
 
 def hardware(device: str) -> str:

@@ -20,7 +20,7 @@ import copy
 import csv
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +55,7 @@ EXTENSIBLE = (
     "output_dir",
     "cache_dir",
     "logging_dir",
+    "train_data_dir",  # is vtab_dir
 )
 COLUMNS: tuple[str, ...] = (
     *("task", "init", "rank", "stage", "learning_rate", "seed", "accuracy", "macro_accuracy", "validation_loss"),
@@ -164,7 +165,7 @@ from common_classify import (
     read_class_images,
 )
 from common_data import ImageRecord
-from common_output import begin_output, claim_output_dir
+from common_output import IDENTITY_NAME, begin_output, check_identity, claim_output_dir, read_identity
 from common_run import Optimization, backward_step, start_accelerator, weight_dtype
 from tqdm.auto import tqdm
 
@@ -175,6 +176,7 @@ from lorainit_diffusers.training.data.files import find_file
 from lorainit_diffusers.training.data.splits import split_kinds
 from lorainit_diffusers.training.data.text import read_text, split_lines
 from lorainit_diffusers.training.output_dir import owning
+from lorainit_diffusers.training.resume import describe_differences, option_differences
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -458,24 +460,27 @@ def _interval(values: Sequence[float]) -> str:
     return f"{estimate.value:.1f}{bounds}"
 
 
-def check_directory(args: argparse.Namespace) -> None:
-    """See that earlier runs in the directory were made with the same options, and note them.
+def check_directory(args: argparse.Namespace, parts: Mapping[str, TaskParts]) -> None:
+    """See that earlier runs in the directory were made with the same options, base and images, and note them.
 
     Raises:
-        ValueError: naming the first option that differs.
+        ValueError: naming every option that differs, or what differs in the data.
     """
     now = {name: value for name, value in public_arguments(args).items() if name not in EXTENSIBLE}
-    path = Path(args.output_dir) / "config.json"
+    output_dir = Path(args.output_dir)
+    path = output_dir / "config.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))["arguments"]
-        for name, value in json.loads(json.dumps(now, default=str)).items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"--{name} is {value!r}, but the runs in {args.output_dir!r} were made with {before.get(name)!r}; "
-                    "use the same, or another --output_dir"
-                )
+        known = read_identity(output_dir)
+        found = option_differences(now, before, defaults=args.option_defaults, free=EXTENSIBLE, known=known)
+        if found:
+            clauses = describe_differences(found, f"the runs in {args.output_dir!r} were made with")
+            raise ValueError(f"{'; '.join(clauses)}; use the same, or another --output_dir")
+    images = {f"data of task {name}": [*task.train, *task.val, *task.test] for name, task in parts.items()}
+    identity = check_identity(args, output_dir, images)
     begin_output(args, None)
     write_json(path, {"arguments": now, "versions": versions()})
+    write_json(output_dir / IDENTITY_NAME, identity)
 
 
 def _some(names: Any, limit: int = 8) -> str:
@@ -496,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         task.data("select")
         task.data("test")
     output_dir = claim_output_dir(args, "vtab_protocol", goes_on=True, shared=True)
-    check_directory(args)
+    check_directory(args, parts)
     accelerator = start_accelerator(args)
     if accelerator.num_processes > 1:
         raise ValueError("this script runs in one process: start it without a launcher, and share the work by --tasks")
