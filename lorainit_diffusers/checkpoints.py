@@ -53,6 +53,7 @@ class TrainingState:
         extra: the caller's own JSON values.
         optimizer_state: as `Optimizer.state_dict` has it.
         scheduler_state: as `LRScheduler.state_dict` has it.
+        directory: where it was read from.
     """
 
     step: int
@@ -60,6 +61,7 @@ class TrainingState:
     extra: dict[str, Any]
     optimizer_state: dict[str, Any]
     scheduler_state: dict[str, Any]
+    directory: Path | None = None
 
     def restore(self, optimizer: Optimizer, lr_scheduler: LRScheduler | None = None) -> None:
         """Put the state into an optimiser over the same parameters, and into its scheduler.
@@ -216,6 +218,7 @@ def load_training_state(directory: str | os.PathLike[str]) -> TrainingState:
         extra=document["extra"],
         optimizer_state={"state": state, "param_groups": groups},
         scheduler_state=document["lr_scheduler"],
+        directory=directory,
     )
 
 

@@ -24,6 +24,7 @@ from lorainit_diffusers.training.choices import INTERPOLATIONS
 from lorainit_diffusers.training.data.captions import is_metadata
 from lorainit_diffusers.training.data.files import list_folder
 from lorainit_diffusers.training.data.folders import read_image_folder
+from lorainit_diffusers.training.data.grouping import hold_out_pictures
 from lorainit_diffusers.training.data.images import (
     DatasetImage,
     ImageRecord,
@@ -86,7 +87,7 @@ def read_data(args: argparse.Namespace, notes: DataNotes | None = None) -> tuple
     """Training and held-out images of the options' folder or dataset; the latter only where it has such a split.
 
     Every image has been decoded once. `--max_train_samples` keeps the first training images, of which each then counts
-    `--repeats` times.
+    `--repeats` times. `--validation_fraction` holds some of these out, copies of one picture together.
 
     Args:
         args: the options.
@@ -125,6 +126,12 @@ def read_data(args: argparse.Namespace, notes: DataNotes | None = None) -> tuple
             around.report(directory, notes, used=[path for path in around.others if is_metadata(path)])
         records = read(splits.train, skip=splits.skip)[: args.max_train_samples]
         heldout = [] if splits.heldout is None else read(splits.heldout)
+    fraction = getattr(args, "validation_fraction", None)  # a comparison holds images out in its own way
+    if fraction is not None:
+        flag = f"--validation_fraction {fraction}"
+        if heldout:
+            raise ValueError(f"{flag}: the data have a held-out part of their own; leave it out")
+        records, heldout = hold_out_pictures(records, fraction, load_image, flag)
     warn_of_shared_files(records, heldout, "held-out images are also trained on, so that their loss says little", notes)
     sizes = decoded_sizes([*records, *heldout])
     notes.sizes |= {"training": sizes[: len(records)], "held out": sizes[len(records) :]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from lorainit_diffusers import export
-from lorainit_diffusers.evaluation import plot_loss
+from lorainit_diffusers.checkpoints import TrainingState
+from lorainit_diffusers.evaluation import METRICS, plot_loss
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
 from lorainit_diffusers.files import write_json
+from lorainit_diffusers.training.best import BestFolder
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHT_NAME = "pytorch_lora_weights_kohya.safetensors"
@@ -52,14 +54,18 @@ def save_result(
     accelerator: Accelerator,
     *,
     tags: Sequence[str],
+    best: str | None = None,
 ) -> None:
-    """Write what a finished run leaves beside its pictures: the LoRA, the loss curve, `config.json`, the card."""
+    """Write what a finished run leaves beside its pictures: the LoRA, the loss curve, `config.json`, the card.
+
+    `best` is the sentence on the best step, where one was kept.
+    """
     output_dir = Path(args.output_dir)
     title = f"{args.init}, rank {args.rank}, learning rate {args.learning_rate:g}"
     plot_loss(metrics, output_dir / "loss.png", title)
     save_lora(args, family, config, accelerator)
     write_json(output_dir / "config.json", config)
-    write_card(args, family, init_report, metrics, tags)
+    write_card(args, family, init_report, metrics, tags, best)
 
 
 def save_lora(
@@ -68,18 +74,46 @@ def save_lora(
     """Write the family's formats, each right on the original base; `config` gets what a compression discards."""
     output_dir, modules = Path(args.output_dir), family.adapted
     report_discarded_energy(args, family, config, accelerator)
-    provenance = {"init": config["method"], "versions": config["versions"], "seeds": config["seeds"]}
-    ranks: dict[str, Any] = {"export_rank": args.export_rank, "pad_rank": args.pad_rank}
-    if "diffusers" in family.EXPORTS:
-        export.save_diffusers_lora(modules, output_dir, weight_name=WEIGHT_NAME, provenance=provenance, **ranks)
+    write_lora(args, family, config, output_dir)
     if "kohya" in family.EXPORTS:
+        ranks: dict[str, Any] = {"export_rank": args.export_rank, "pad_rank": args.pad_rank}
         export.save_kohya_lora(modules, output_dir / KOHYA_WEIGHT_NAME, **ranks)
-    if "peft" in family.EXPORTS:
-        base = args.pretrained_model_name_or_path
-        export.save_peft_lora(family.denoiser, output_dir, base_model=base, provenance=provenance, **ranks)
     if args.export_merged:
         for component, module in modules.items():
             export.save_merged(module, output_dir / "merged" / component)
+
+
+def write_lora(args: argparse.Namespace, family: TextToImageFamily, config: Mapping[str, Any], directory: Path) -> None:
+    """Write the LoRA as it is now in the format that the base's own pipeline, or else PEFT, loads from the folder."""
+    provenance = {"init": config["method"], "versions": config["versions"], "seeds": config["seeds"]}
+    options: dict[str, Any] = {
+        **{"export_rank": args.export_rank, "pad_rank": args.pad_rank},
+        "provenance": provenance,
+    }
+    if "diffusers" in family.EXPORTS:
+        export.save_diffusers_lora(family.adapted, directory, weight_name=WEIGHT_NAME, **options)
+    if "peft" in family.EXPORTS:
+        base = args.pretrained_model_name_or_path
+        export.save_peft_lora(family.denoiser, directory, base_model=base, **options)
+
+
+def open_best(
+    args: argparse.Namespace, metric: str, write: Callable[[Path], None], state: TrainingState | None
+) -> BestFolder | None:
+    """The folder of the best validation, as the checkpoint that is resumed has it; `None` with `--no-keep_best`.
+
+    Args:
+        args: the options of a script.
+        metric: that decides, one of `METRICS`.
+        write: writes the LoRA as it is now into a folder.
+        state: the checkpoint to continue from.
+    """
+    if not args.keep_best:
+        return None
+    best = BestFolder(Path(args.output_dir), metric, METRICS[metric].higher_is_better, write)
+    if state is not None and state.directory is not None:
+        best.restore(state.directory)
+    return best
 
 
 def report_discarded_energy(
@@ -122,14 +156,17 @@ def write_card(
     init_report: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     tags: Sequence[str],
+    best: str | None = None,
 ) -> None:
-    """Write the model card: what it is, how it was made and how to use it."""
+    """Write the model card: what it is, how it was made and how to use it; `best` says which step was the best."""
     losses = [line["validation_loss"] for line in metrics if "validation_loss" in line]
     outcome = f"Validation loss (held-out images, fixed noise): {losses[0]:.4f} -> {losses[-1]:.4f}." if losses else ""
     base = args.pretrained_model_name_or_path
     drawn = (Path(args.output_dir) / "samples.png").is_file()  # not with --init_only
     picture = "![base, step 0 and end](samples.png)" if drawn else "Initialised, not trained (`--init_only`)."
     rows = describe_training(args, init_report)
+    if best is not None:
+        rows["best validation"] = best
     rows["data"] = f"`{args.instance_data_dir or args.train_data_dir or args.dataset_name}`"
     if args.with_prior_preservation:
         weight = f"weight {args.prior_loss_weight:g}"

@@ -129,6 +129,8 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> Callable[..., Any]
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Images and captions, and what is done to the images."""
     add = add_dataset_arguments(parser)
+    share = "share of the images to hold out, by their content, where the data hold out none (default: none)"
+    add("--validation_fraction", type=float, help=share)
     add("--center_crop", action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--image_interpolation_mode", choices=INTERPOLATIONS, default="lanczos")
@@ -237,6 +239,13 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, validation_steps: int 
     add("--validation_steps", type=int, default=validation_steps, help=default)
     add("--checkpointing_steps", type=int, default=500, help="steps between checkpoints (default 500)")
     add("--checkpoints_total_limit", type=int, help="the oldest are deleted first")
+    yes_or_no = argparse.BooleanOptionalAction
+    add(
+        "--keep_best",
+        action=yes_or_no,
+        default=True,
+        help="keep the LoRA of the best validation in best/ (default: on)",
+    )
     add("--resume_from_checkpoint", help="latest, a checkpoint's name in output_dir, or its path")
     add("--report_to", choices=("tensorboard", "wandb"))
     add("--logging_dir", default="logs", help="inside output_dir (default logs)")

@@ -617,8 +617,21 @@ class Optimization:
         self.average.update()
         return True
 
-    def save(self, step: int, init_report: Mapping[str, Any]) -> None:
-        """Write a checkpoint, the oldest making room before it; one always stays, whenever the run is killed."""
+    def save(self, step: int, init_report: Mapping[str, Any], write_more: Callable[[Path], None] | None = None) -> None:
+        """Write a checkpoint, the oldest making room before it; one always stays, whenever the run is killed.
+
+        `write_more` writes further files into the checkpoint's folder, with the averaged weights in the model where
+        there are any.
+
+        Raises:
+            ValueError: when something is not finite; the last checkpoint is then as it was.
+        """
+
+        def write_averaged(folder: Path) -> None:
+            if write_more is not None:
+                with self.average.applied():
+                    write_more(folder)
+
         output_dir, limit = Path(self.args.output_dir), self.args.checkpoints_total_limit
         if limit is not None:
             checkpoints.prune_checkpoints(output_dir, max(limit - 1, 1))
@@ -637,6 +650,7 @@ class Optimization:
                 **{"arguments": run_options(self.args), "identity": getattr(self.args, "identity", {})},
                 **{"init_report": dict(init_report), "scaler": scaler},
             },
+            write_more=write_averaged,
         )
         if limit is not None:
             checkpoints.prune_checkpoints(output_dir, limit)
@@ -689,10 +703,12 @@ def train_steps(
     init_report: Mapping[str, Any],
     validate: Callable[[int], None],
     first_step: int,
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """The training loop: every step after `first_step`, with its line in the log, validations and checkpoints.
 
-    `validate` is called with the number of the step, with the averaged weights in the model where there are any.
+    `validate` is called with the number of the step, with the averaged weights in the model where there are any, and
+    so is `write_more` with the folder of a checkpoint, for what it holds beside the state.
     """
     is_main = accelerator.is_main_process
     for module in family.adapted.values():
@@ -714,7 +730,7 @@ def train_steps(
             with optimization.average.applied():
                 validate(step)
         if step % args.checkpointing_steps == 0 and is_main:
-            optimization.save(step, init_report)
+            optimization.save(step, init_report, write_more)
     progress.close()
     accelerator.wait_for_everyone()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from common_export import (
     check_export,
     describe_training,
     markdown_rows,
+    open_best,
     open_hub_repository,
     report_discarded_energy,
     upload,
@@ -165,6 +167,8 @@ def train_task(
     def validate(step: int) -> None:
         if is_main:
             log.write({"step": step, **task.validate()})
+            if best is not None:
+                best.update(log.lines)
 
     if trains(args) and state is None:
         evaluate("base", 0)
@@ -195,13 +199,21 @@ def train_task(
     # ---- train
     if args.gradient_checkpointing:  # only now: recomputation would count the activations of the collection twice
         enable_gradient_checkpointing(family)
+    best = open_best(args, task.primary_metric, partial(write_adapter, args, task, config), state) if is_main else None
     if state is None:
         evaluate("step-0", 0)
         validate(0)
     micro_steps = args.gradient_accumulation_steps * count
     first, last = first_step * micro_steps + accelerator.process_index, args.max_train_steps * micro_steps
     training_batches = task.batches(args.seed, args.train_batch_size, range(first, last, count))
-    train_steps(args, family, training_batches, accelerator, optimization, log, init_report, validate, first_step)
+
+    def write_more(checkpoint: Path) -> None:
+        write_adapter(args, task, config, checkpoint)
+        if best is not None:
+            best.copy_into(checkpoint)
+
+    loop = (optimization, log, init_report, validate, first_step, write_more)
+    train_steps(args, family, training_batches, accelerator, *loop)
 
     # ---- evaluate and save
     with optimization.average.applied():
@@ -211,13 +223,17 @@ def train_task(
             title = f"{args.init}, rank {args.rank}, learning rate {args.learning_rate:g}"
             plot_loss(log.lines, output_dir / "loss.png", title, "validation loss")
             save_adapter(args, task, config, accelerator)
+            config["best"] = best.summary(log.lines) if best is not None else None
+            sentence = best.sentence(log.lines) if best is not None else None
             write_json(output_dir / "config.json", config)
             task.write_report(output_dir, log.lines)
-            write_card(args, task, init_report, log.lines, tags, usage)
+            write_card(args, task, init_report, log.lines, tags, usage, sentence)
             if repository is not None:
                 upload(args, repository, private_files=PRIVATE_FILES)
             accelerator.print(summary(task, log.lines))
             accelerator.print(f"done in {config['total_s']} s: {output_dir}")
+            if sentence is not None:
+                accelerator.print(sentence)
     accelerator.end_training()
     return output_dir
 
@@ -245,22 +261,29 @@ def save_adapter(args: argparse.Namespace, task: Task, config: dict[str, Any], a
     """Write the adapter in PEFT's format, right on the original base; `config` gets what a compression discards."""
     output_dir, family = Path(args.output_dir), task.family
     report_discarded_energy(args, family, config, accelerator)
+    write_adapter(args, task, config, output_dir)
+    if args.export_merged:
+        for module in family.adapted.values():
+            export.save_merged(module, output_dir / "merged")
+            with filling(output_dir / "merged") as scratch:
+                task.save_processor(scratch)
+
+
+def write_adapter(args: argparse.Namespace, task: Task, config: Mapping[str, Any], directory: Path) -> None:
+    """Write the adapter as it is now into a folder, in PEFT's format."""
+    family = task.family
     provenance = {"init": config["method"], "versions": config["versions"], "seeds": config["seeds"]}
     for component, module in family.adapted.items():
         prefix = f"{component}."
         export.save_peft_lora(
             module,
-            output_dir,
+            directory,
             base_model=args.pretrained_model_name_or_path,
             full_modules=[head.removeprefix(prefix) for head in family.heads if head.startswith(prefix)],
             export_rank=args.export_rank,
             pad_rank=args.pad_rank,
             provenance=provenance,
         )
-        if args.export_merged:
-            export.save_merged(module, output_dir / "merged")
-            with filling(output_dir / "merged") as scratch:
-                task.save_processor(scratch)
 
 
 def write_card(
@@ -270,8 +293,9 @@ def write_card(
     lines: Sequence[Mapping[str, Any]],
     tags: Sequence[str],
     usage: Sequence[str],
+    best: str | None = None,
 ) -> None:
-    """Write the model card: what it is, how it was made and how to use it."""
+    """Write the model card: what it is, how it was made and how to use it; `best` says which step was the best."""
     by_stage = stages(lines)
     columns = [key for key in next(iter(by_stage.values()), {}) if key not in ("step", "stage")]
     table = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)] if by_stage else []
@@ -281,6 +305,8 @@ def write_card(
     base = args.pretrained_model_name_or_path
     code = [*usage, f"model = PeftModel.from_pretrained(model, {args.hub_model_id or args.output_dir!r})"]
     rows = describe_training(args, init_report)
+    if best is not None:
+        rows["best validation"] = best
     rows |= {
         "trained in full": ", ".join(task.family.heads) or "nothing",
         "data": f"{task.num_train} training and {task.num_validation} validation samples",

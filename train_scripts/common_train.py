@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 from common_banner import image_banner, run_schedule
 from common_data import DataNotes, read_data, warn_of_shared_files
-from common_export import check_export, open_hub_repository, save_lora, save_result, upload, write_card
+from common_export import (
+    check_export,
+    open_best,
+    open_hub_repository,
+    save_lora,
+    save_result,
+    upload,
+    write_card,
+    write_lora,
+)
 from common_options import build_method, check_family_options, check_method, resolve_epochs
 from common_output import (
     IMAGE_SETS,
@@ -123,25 +133,40 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
     if args.gradient_checkpointing:  # only now: recomputation would count the activations of the collection twice
         enable_gradient_checkpointing(family)
 
+    best = open_best(args, "validation_loss", partial(write_lora, args, family, config), state) if is_main else None
+
     def validate(step: int) -> None:
         loss = data.validation_loss()
         if loss is not None:
             log.write({"step": step, "validation_loss": loss})
+            if best is not None:
+                best.update(log.lines)
         pictures.add(f"step-{step:06d}", step)
 
     if state is None:
         validate(0)
     training_batches = data.training_batches(accelerator, first_step)
-    train_steps(args, family, training_batches, accelerator, optimization, log, init_report, validate, first_step)
+
+    def write_more(checkpoint: Path) -> None:
+        write_lora(args, family, config, checkpoint)
+        if best is not None:
+            best.copy_into(checkpoint)
+
+    loop = (optimization, log, init_report, validate, first_step, write_more)
+    train_steps(args, family, training_batches, accelerator, *loop)
 
     # ---- evaluate and save
     if is_main:
         pictures.save_grid(output_dir / "samples.png")
         config["total_s"] = round(time.perf_counter() - started, 1)
+        config["best"] = best.summary(log.lines) if best is not None else None
+        sentence = best.sentence(log.lines) if best is not None else None
         with optimization.average.applied():
-            save_result(args, family, config, init_report, log.lines, accelerator, tags=[tag])
+            save_result(args, family, config, init_report, log.lines, accelerator, tags=[tag], best=sentence)
         if repository is not None:
             upload(args, repository)
         accelerator.print(f"done in {config['total_s']} s: {output_dir}")
+        if sentence is not None:
+            accelerator.print(sentence)
     accelerator.end_training()
     return output_dir

@@ -147,6 +147,27 @@ def hold_out(samples: Sequence[Collection[str]], fraction: float) -> HeldOut:
     return found
 
 
+def hold_out_pictures(
+    pictures: Sequence[PictureT], fraction: float, decode: Callable[[PictureT], Image.Image], flag: str
+) -> tuple[list[PictureT], list[PictureT]]:
+    """Training and held-out pictures, each in their order; copies of one picture are on one side.
+
+    Args:
+        pictures: files or rows of a dataset.
+        fraction: of all different pictures; one at least is held out, and one is left.
+        decode: to RGB.
+        flag: what the fraction is from, for the message.
+
+    Raises:
+        ValueError: when there are fewer than two different pictures.
+    """
+    keys = content_keys(pictures, decode)
+    if len(set(keys)) < 2:
+        raise ValueError(f"{flag}: the data have one picture only, so none can be held out; leave it out")
+    held = hold_out([[key] for key in keys], fraction)
+    return [pictures[index] for index in held.train], [pictures[index] for index in held.validation]
+
+
 def hold_out_of_classes(
     keys: Sequence[str], classes: Sequence[str], fraction: float, shuffle: Callable[[str, list[int]], list[int]]
 ) -> set[int]:
