@@ -190,7 +190,7 @@ def read_class_dataset(args: argparse.Namespace) -> ClassData:
         images = encoded_images(datasets, rows, image_column, flag)
         records: list[ImageRecord] = []
         for row, label in enumerate(rows[label_column]):
-            if label is None or isinstance(label, (list, dict, float)) or (names is not None and label < 0):
+            if not _is_class(label, names):
                 raise ValueError(
                     f"{flag}: {split}[{row}] has the label {label!r} in the column {label_column!r}, which is no "
                     "class; remove these rows, or set --label_column"
@@ -209,6 +209,13 @@ def read_class_dataset(args: argparse.Namespace) -> ClassData:
     used = {record.caption for record in train}
     ordered = [name for name in names if name in used] if names is not None else sorted(used, key=natural_order)
     return ClassData(train, [] if validation is None else read(validation), tuple(ordered), flag, notes)
+
+
+def _is_class(label: Any, names: Sequence[str] | None) -> bool:
+    """Whether a value of the label column is a class: a text, or a whole number that counts where names do."""
+    if label is None or isinstance(label, (list, dict, float)) or not str(label).strip():
+        return False
+    return names is None or label >= 0
 
 
 def natural_order(name: str) -> tuple[int, str]:

@@ -102,6 +102,8 @@ def list_folder(folder: Path, *, skip: Collection[Path] = ()) -> Listing:
             elif entry.is_dir():
                 if os.path.realpath(path) not in skipped:
                     (linked if entry.is_symlink() else waiting).append(path)
+                elif path not in skip:
+                    repeated.append(path)
             elif entry.is_file():
                 (images if is_image(path) else others).append(path)
             elif entry.is_symlink() and path.suffix.lower() in image_suffixes():

@@ -122,6 +122,8 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> list[Row]:
                 return rows
             if not any(field.strip() for field in fields):
                 continue
+            while len(fields) > len(header) and not fields[-1].strip():
+                fields.pop()  # spreadsheets write empty columns to the right, too
             if len(fields) != len(header):
                 more = "put a field that has it in it in double quotes" if len(fields) > len(header) else "fill them in"
                 raise ValueError(
@@ -146,6 +148,8 @@ def _header(path: Path, text: str, columns: Sequence[str]) -> tuple[list[str], s
             header = [field.strip().strip("\ufeff") for field in next(reader, [])]
         except csv.Error:
             continue
+        while header and not header[-1]:
+            header.pop()
         score = (sum(column in header for column in columns), len(header))
         if score[0] > best_score[0] or (score[0] == best_score[0] == 0 and score > best_score):
             best, best_score = (header, delimiter), score

@@ -146,6 +146,14 @@ def test_linked_folders_and_files_count_once_and_circles_end(tmp_path: Path) -> 
     assert notes.left_out == {"linked folders that were read already": ["a-again", "out", "sub/up"]}
 
 
+def test_a_link_to_a_folder_that_is_skipped_is_said(tmp_path: Path) -> None:
+    draw(tmp_path / "val" / "a.png")
+    (tmp_path / "again").symlink_to(tmp_path / "val", target_is_directory=True)
+    listing = list_folder(tmp_path, skip=[tmp_path / "val"])
+    assert listing.images == ()
+    assert listing.repeated == (tmp_path / "again",)
+
+
 def test_links_to_nowhere_are_named(tmp_path: Path) -> None:
     draw(tmp_path / "a.png")
     (tmp_path / "b.txt").symlink_to(tmp_path / "none")

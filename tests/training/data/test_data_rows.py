@@ -72,6 +72,7 @@ def as_csv(delimiter: str, end: str = "\n") -> str:
         ("m.csv", as_csv(",", "\r\n")),
         ("m.csv", "sep=;\n" + as_csv(";")),
         ("m.csv", as_csv(", ")),
+        ("m.csv", as_csv(",").replace("text\n", "text,,\n").replace('flat"\n', 'flat",,\n')),
         ("m.csv", as_csv(",") + "\n\n,\n"),
     ],
 )
