@@ -16,7 +16,8 @@ SCRIPTS = ROOT / "train_scripts"
 MAY_IMPORT: dict[str, set[str]] = {
     "linalg": set(),
     "eigenbasis": {"linalg"},
-    "statistics": {"linalg", "eigenbasis"},
+    "ridged": set(),
+    "statistics": {"linalg", "eigenbasis", "ridged"},
     "budget": {"statistics"},
     "quantized": set(),
     "hooks": {"quantized"},
