@@ -18,10 +18,10 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lorainit_diffusers.budget import MemoryBudget
 from lorainit_diffusers.hooks import model_state_preserved, observe_inputs, observe_weight_gradients
+from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, InputsAndReference, Statistic
 
 # float16 gradients of a mean loss underflow; a power of two scales them exactly and is divided out in float32.
@@ -184,7 +184,7 @@ def collect(
                 parameter.requires_grad_(False)
         watch_inputs = observe_inputs(layers, on_input) if observes != "gradients" else nullcontext()
         watch_gradients = observe_weight_gradients(layers, on_gradient) if gradients else nullcontext()
-        bar = tqdm(total=total, desc=f"collecting {observes}", unit=batch_name, disable=not progress, leave=True)
+        bar = progress_bar(total=total, desc=f"collecting {observes}", unit=batch_name, shown=progress)
         with watch_inputs, watch_gradients as leaves, bar:
             for index, batch in enumerate(islice(batches, num_batches)):
                 shared = _SharedInputs()

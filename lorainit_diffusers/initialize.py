@@ -32,8 +32,8 @@ from lorainit_diffusers.ranges import (
     Range,
     check_keywords,
 )
-from lorainit_diffusers.ranks import allocate_ranks, check_rank_fits, uniform_ranks
-from lorainit_diffusers.report import InitReport, LayerReport
+from lorainit_diffusers.ranks import allocate_ranks, check_rank_fits, marginal_components, uniform_ranks
+from lorainit_diffusers.report import InitReport, LayerReport, RankAllocation
 from lorainit_diffusers.statistics import InputsAndGradient, InputsAndReference, SketchedSecondMoment, Statistic
 
 if TYPE_CHECKING:  # families import diffusers' pipelines, which a user's own script may not need
@@ -268,6 +268,7 @@ def initialize(
 
     start = time.perf_counter()
     solutions, fallbacks = _solve(name, method, layers, collection, ranks, caps, scalings, seed, keep=variable_rank)
+    allocation: RankAllocation | None = None
     if variable_rank:
         scores: dict[str, Tensor] = {}
         for full_name, solution in solutions.items():
@@ -276,6 +277,7 @@ def initialize(
             # A layer that fell back competes for nothing beyond min_rank.
             scores[full_name] = torch.zeros(caps[full_name]) if solution.scores is None else solution.scores
         ranks = allocate(scores)
+        allocation = _allocation(scores, shapes, ranks, rank_budget, parameter_budget, min_rank, max(most.values()))
     weights: dict[str, dict[str, adapters.AdapterWeights]] = {component: {} for component in modules}
     for full_name, solution in solutions.items():
         if ranks[full_name] == 0:
@@ -335,7 +337,27 @@ def initialize(
         peak_statistics_bytes=budget.peak,
         memory_budget_bytes=None if budget.num_bytes is None else int(budget.num_bytes),
         statistics_device=None if budget.device is None else str(budget.device),
+        allocation=allocation,
     )
+
+
+def _allocation(
+    scores: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, int]],
+    ranks: Mapping[str, int],
+    rank_budget: int | None,
+    parameter_budget: int | None,
+    min_rank: int,
+    max_rank: int,
+) -> RankAllocation:
+    """What decided these ranks."""
+    per_parameter = parameter_budget is not None
+    budget = parameter_budget if per_parameter else rank_budget
+    assert budget is not None
+    kept, refused = marginal_components(
+        scores, shapes, ranks, per_parameter=per_parameter, min_rank=min_rank, max_rank=max_rank
+    )
+    return RankAllocation(budget, per_parameter, min_rank, max_rank, last_kept=kept, first_refused=refused)
 
 
 def _parts(statistic: Observed | None) -> list[Statistic]:

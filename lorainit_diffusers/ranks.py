@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lorainit_diffusers.report import RankedComponent
+
 
 def uniform_ranks(layers: Mapping[str, tuple[int, int]], rank: int) -> dict[str, int]:
     """The same rank everywhere.
@@ -95,3 +97,37 @@ def allocate_ranks(
             ranks[name] += 1
             left -= costs[name]
     return ranks
+
+
+def marginal_components(
+    scores: Mapping[str, Tensor],
+    layers: Mapping[str, tuple[int, int]],
+    ranks: Mapping[str, int],
+    *,
+    per_parameter: bool = False,
+    min_rank: int = 1,
+    max_rank: int,
+) -> tuple[RankedComponent | None, RankedComponent | None]:
+    """The last component that got a rank, and the first that was refused, among those that competed.
+
+    Args:
+        scores: as :func:`allocate_ranks` got them.
+        layers: name -> (out_features, in_features).
+        ranks: what it returned.
+        per_parameter: whether components competed by their score per parameter (a parameter budget).
+        min_rank: of every layer; what it gives away competes for nothing.
+        max_rank: of every layer; what lies beyond it does not compete either.
+
+    Returns:
+        Both; the former is ``None`` where every layer has its ``min_rank``, the latter where every layer has as much
+        as it may have.
+    """
+    kept: list[tuple[float, int, RankedComponent]] = []
+    refused: list[tuple[float, int, RankedComponent]] = []
+    for position, (name, rank) in enumerate(ranks.items()):
+        worth = (scores[name] / (sum(layers[name]) if per_parameter else 1)).tolist()
+        if rank > min_rank:
+            kept.append((worth[rank - 1], -position, RankedComponent(name, rank, worth[rank - 1])))
+        if rank < min(max_rank, *layers[name], len(worth)):
+            refused.append((worth[rank], -position, RankedComponent(name, rank + 1, worth[rank])))
+    return (min(kept)[2] if kept else None), (max(refused)[2] if refused else None)

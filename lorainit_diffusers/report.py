@@ -2,11 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lorainit_diffusers.files import write_json
+
+# What `step_zero` says, in words.
+STEP_ZERO = {
+    "equal": "step 0 is the base model, because B is zero",
+    "offset": "step 0 is the base model, because the product that B A starts with is taken off again",
+    "moved": "step 0 is not the base model any more: B A starts with a change",
+}
+
+
+@dataclass(frozen=True)
+class RankedComponent:
+    """A component of a layer at the edge of the rank budget.
+
+    Attributes:
+        layer: its name.
+        component: its number in the layer, 1 for the first: the rank that the layer has with it.
+        score: what it is worth; per parameter under a parameter budget.
+    """
+
+    layer: str
+    component: int
+    score: float
+
+
+@dataclass(frozen=True)
+class RankAllocation:
+    """What decided the ranks under ``variable_rank``.
+
+    Attributes:
+        budget: sum of the ranks, or of the parameters where ``per_parameter``.
+        per_parameter: whether components competed by their score per parameter.
+        min_rank: that every layer got first.
+        max_rank: that no layer gets more than.
+        last_kept: the component with the lowest score that got a rank; ``None`` where nothing competed.
+        first_refused: the one with the highest score that got none; ``None`` where every layer has all it may have.
+    """
+
+    budget: int
+    per_parameter: bool
+    min_rank: int
+    max_rank: int
+    last_kept: RankedComponent | None
+    first_refused: RankedComponent | None
+
+    def sentence(self) -> str:
+        """Which score was the last to get a rank, and which the first to get none."""
+        worth = "score per parameter" if self.per_parameter else "score"
+        parts: list[str] = []
+        if self.last_kept is not None:
+            kept = self.last_kept
+            parts.append(f"the last rank went to {kept.layer}, component {kept.component}, {worth} {kept.score:.3g}")
+        if self.first_refused is not None:
+            refused = self.first_refused
+            parts.append(
+                f"the first to get none was {refused.layer}, component {refused.component}, {worth} {refused.score:.3g}"
+            )
+        return "; ".join(parts) or "nothing competed for a rank"
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """One rank, or what they go from and to and their mean."""
+    if not ranks:
+        return "none"
+    low, high = min(ranks), max(ranks)
+    mean = f"{sum(ranks) / len(ranks):.1f}".removesuffix(".0")
+    return str(low) if low == high else f"{low} to {high} (mean {mean})"
 
 
 @dataclass(frozen=True)
@@ -52,6 +119,7 @@ class InitReport:
         peak_statistics_bytes: the most they took; larger where some were sketched after they had begun.
         memory_budget_bytes: what they could have taken; ``None`` without a pass.
         statistics_device: where they were kept; ``None`` without a pass.
+        allocation: what decided the ranks; ``None`` where all layers were given the same.
     """
 
     method: str
@@ -67,6 +135,7 @@ class InitReport:
     peak_statistics_bytes: int = 0
     memory_budget_bytes: int | None = None
     statistics_device: str | None = None
+    allocation: RankAllocation | None = None
 
     @property
     def overhead(self) -> float | None:
@@ -100,15 +169,26 @@ class InitReport:
 
     def summary(self) -> str:
         """A few lines for the console."""
-        ranks = ", ".join(f"{count} x rank {rank}" for rank, count in self.num_layers_by_rank.items())
-        lines = [f"init {self.method} (step 0: {self.step_zero}): {len(self.layers)} layers, {ranks}"]
-        captured = [layer.captured for layer in self.layers.values() if layer.captured is not None]
+        ranks = [layer.rank for layer in self.layers.values()]
+        if len(self.num_layers_by_rank) > 1:
+            counts = f"ranks {ranks_in_words(ranks)}"
+        else:
+            counts = ", ".join(f"{count} x rank {rank}" for rank, count in self.num_layers_by_rank.items())
+        lines = [f"init {self.method}: {len(self.layers)} layers, {counts}; {STEP_ZERO[self.step_zero]}"]
+        if self.allocation is not None:
+            lines.append(f"ranks by score: {self.allocation.sentence()}")
+        captured = {name: layer.captured for name, layer in self.layers.items() if layer.captured is not None}
         if captured:
-            lines.append(f"captured share: mean {sum(captured) / len(captured):.2f}, lowest {min(captured):.2f}")
+            least = min(captured, key=lambda name: captured[name])
+            lines.append(
+                "captured (share of a layer's total score that its kept components hold): "
+                f"{sum(captured.values()) / len(captured):.2f} on average, {captured[least]:.2f} at the least ({least})"
+            )
         if self.num_passes:
             lines.append(
-                f"{self.num_passes} passes: forward {self.forward_s:.1f} s, statistics {self.statistics_s:.2f} s, "
-                f"solve {self.solve_s:.2f} s (overhead {self.overhead:.2f})"
+                f"collection: {self.num_passes} passes, {self.forward_s:.1f} s in the model and "
+                f"{self.statistics_s:.2f} s in the statistics; {self.solve_s:.2f} s to solve "
+                f"(together {self.overhead:.2f} of the model's time on top)"
             )
         sketched = [layer.sketch_columns for layer in self.layers.values() if layer.sketch_columns is not None]
         if sketched:

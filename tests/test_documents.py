@@ -82,7 +82,8 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
     (tmp_path / "other.md").write_text("# A heading: `code`, [twice](x)\n\n## Twice\n\n## Twice\n", encoding="utf-8")
     page = tmp_path / "page.md"
     page.write_text(
-        "# Here\n[a](other.md) [b](other.md#a-heading-code-twice) [c](other.md#twice-1) [d](#here) ![e](a%20picture.png)\n"
+        "# Here\n[a](other.md) [b](other.md#a-heading-code-twice) [c](other.md#twice-1) [d](#here)\n"
+        "![e](a%20picture.png)\n"
         '![f](gone.png) [g](other.md#gone) [h](#gone) <img src="gone2.png"> [i]\n\n[i]: gone3.md\n'
         "`[code](nothing.md)` [out](https://example.com/x.png)\n\n```\n[fenced](nothing.md)\n```\n"
         '[j](gone4.md "title") [![k](gone5.png)](other.md)\n',

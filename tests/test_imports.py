@@ -21,8 +21,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "budget": {"statistics"},
     "quantized": set(),
     "hooks": {"quantized"},
-    "ranks": {"methods.base"},
+    "ranks": {"methods.base", "report"},
     "report": {"files"},
+    "progress": set(),
     "files": set(),
     "finite": set(),
     "checkpoints": {"files", "finite"},
@@ -31,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": {"ranges", "loading"},
     "ranges": set(),
     "methods": {"statistics", "linalg", "eigenbasis", "ranges"},
-    "collect": {"statistics", "budget", "hooks", "methods.base", "families.base", "linalg"},
+    "collect": {"statistics", "budget", "hooks", "methods.base", "families.base", "linalg", "progress"},
     "checkpoint_hooks": {"adapters", "files", "finite"},
     "training": {
         *(
@@ -45,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "loading",
             "methods",
             "ranges",
+            "progress",
             "report",
         ),
     },

@@ -162,6 +162,13 @@ def test_ranks_follow_the_scores():
         kept += layer.scores[1 : layer.rank]
         left += layer.scores[layer.rank : 6]
     assert min(kept) >= max(left)
+    allocation = report.allocation
+    assert allocation.last_kept.score == pytest.approx(min(kept), rel=1e-4)
+    assert allocation.first_refused.score == pytest.approx(max(left), rel=1e-4)
+    assert report.layers[allocation.last_kept.layer].rank == allocation.last_kept.component
+    assert report.layers[allocation.first_refused.layer].rank == allocation.first_refused.component - 1
+    assert (allocation.budget, allocation.min_rank, allocation.max_rank) == (20, 1, 6)
+    assert run(tiny_attention(), "eva").allocation is None
 
 
 def test_budgets_and_bounds_are_respected():

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lorainit_diffusers.ranks import allocate_ranks, check_rank_fits, uniform_ranks
+from lorainit_diffusers.ranks import allocate_ranks, check_rank_fits, marginal_components, uniform_ranks
 
 LAYERS = {"q": (16, 16), "k": (16, 16), "up": (64, 16), "down": (16, 64)}
 
@@ -152,3 +152,48 @@ def test_min_rank_may_drop_layers_but_never_below_it():
 def test_contradictions_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         allocate_ranks(random_scores(0), LAYERS, **arguments)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("budget", [5, 8, 13])
+@pytest.mark.parametrize("per_parameter", [False, True])
+def test_marginal_components_are_those_of_the_sorted_list(seed, budget, per_parameter):
+    """Against the list itself: what competes, by worth, cut where the budget ends."""
+    scores, min_rank, max_rank = random_scores(seed), 1, 3
+    worth = {
+        (name, index + 1): float(score) / (sum(LAYERS[name]) if per_parameter else 1)
+        for name, values in scores.items()
+        for index, score in enumerate(values[:max_rank])
+        if index >= min_rank
+    }
+    if per_parameter:
+        ranks = allocate_ranks(scores, LAYERS, parameter_budget=40 * (budget + 2), min_rank=min_rank, max_rank=max_rank)
+    else:
+        ranks = allocate_ranks(scores, LAYERS, rank_budget=budget, min_rank=min_rank, max_rank=max_rank)
+    kept, refused = marginal_components(
+        scores, LAYERS, ranks, per_parameter=per_parameter, min_rank=min_rank, max_rank=max_rank
+    )
+    inside = [key for key in worth if key[1] <= ranks[key[0]]]
+    outside = [key for key in worth if key[1] > ranks[key[0]]]
+    for found, keys, choose in ((kept, inside, min), (refused, outside, max)):
+        if not keys:
+            assert found is None
+        else:
+            key = choose(keys, key=lambda key: worth[key])
+            assert found is not None
+            assert (found.layer, found.component) == key
+            assert found.score == pytest.approx(worth[key])
+
+
+def test_equal_scores_have_the_margin_of_the_allocation():
+    scores = {name: torch.ones(4) for name in LAYERS}
+    ranks = allocate_ranks(scores, LAYERS, rank_budget=6, max_rank=4)
+    kept, refused = marginal_components(scores, LAYERS, ranks, max_rank=4)
+    assert kept is not None
+    assert refused is not None
+    assert ranks[kept.layer] == kept.component > 1
+    assert ranks[refused.layer] == refused.component - 1
+    everything = allocate_ranks(scores, LAYERS, rank_budget=16, max_rank=4)
+    assert marginal_components(scores, LAYERS, everything, max_rank=4)[1] is None
+    least = allocate_ranks(scores, LAYERS, rank_budget=4, max_rank=4)
+    assert marginal_components(scores, LAYERS, least, max_rank=4)[0] is None

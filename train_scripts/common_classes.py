@@ -13,9 +13,9 @@ from common import derive_seed
 from common_data import ImageRecord, check_images, list_images
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lorainit_diffusers.files import write_text
+from lorainit_diffusers.progress import progress_bar
 
 SETTINGS_FILE = "class_images.json"
 _GENERATED = re.compile(r"class-\d{5,}\.png")
@@ -61,7 +61,7 @@ def generate_class_images(
         # before the first image, and by every process: no generated image is ever without it
         write_text(folder / SETTINGS_FILE, text)
     share = [index for index in missing if index % num_processes == process]
-    with tqdm(desc="class images", total=len(share), disable=not progress or not share) as bar:
+    with progress_bar(desc="class images", total=len(share), shown=progress and bool(share)) as bar:
         for start in range(0, len(share), batch_size):
             indices = share[start : start + batch_size]
             images = draw([prompt] * len(indices), [derive_seed("class", index) for index in indices])

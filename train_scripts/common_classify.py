@@ -34,7 +34,6 @@ from common_run import lora_targets
 from common_tasks import STAGES, stage_label, stages
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lorainit_diffusers import adapters
 from lorainit_diffusers.evaluation import sample_grid
@@ -52,6 +51,7 @@ from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Pict
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.classifier import COMPONENT, ClassifierFamily, ImagePreparation
 from lorainit_diffusers.files import replacing, write_text
+from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.banner import Line, class_lines, count_line, size_lines
 from lorainit_diffusers.training.data.files import child_folders, list_folder
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out_of_classes, picture_key
@@ -311,7 +311,7 @@ def load_pixels(records: Sequence[ImageRecord], preparation: ImagePreparation) -
     """
     with ThreadPoolExecutor() as pool:
         pixels = pool.map(lambda record: preparation.crop(load_image(record)), records)
-        bar = tqdm(pixels, total=len(records), desc="reading images", disable=len(records) < 1000)
+        bar = progress_bar(pixels, total=len(records), desc="reading images", shown=len(records) >= 1000)
         return torch.stack(list(bar))
 
 
@@ -453,7 +453,8 @@ class ClassificationTask:
     def _validation_logits(self) -> Tensor:
         with evaluating(self.family.adapted.values()):
             chunks = self.validation_images.split(EVALUATION_BATCH_SIZE)
-            return torch.cat([self.classifier.logits(chunk).cpu() for chunk in chunks])
+            bar = progress_bar(chunks, desc="validating", leave=False)
+            return torch.cat([self.classifier.logits(chunk).cpu() for chunk in bar])
 
     def _cross_entropy(self, logits: Tensor) -> float:
         return float(F.cross_entropy(logits, self.classifier.outputs[self.validation_labels]))

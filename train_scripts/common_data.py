@@ -18,8 +18,8 @@ from common import derive_seed, seeded_generator
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
-from tqdm.auto import tqdm
 
+from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.choices import INTERPOLATIONS
 from lorainit_diffusers.training.data.captions import is_metadata
 from lorainit_diffusers.training.data.files import list_folder
@@ -328,7 +328,7 @@ class CaptionedImages(Dataset[dict[str, Tensor]]):
             members.setdefault(bucket, {}).setdefault(self.records[index], index)
         cache: dict[int, dict[str, Tensor]] = {}
         total = sum(len(unique) for unique in members.values())
-        with tqdm(desc="caching latents", total=total, disable=not progress) as bar:
+        with progress_bar(desc="caching latents", total=total, shown=progress) as bar:
             for bucket, unique in members.items():
                 indices, parts = list(unique.values()), list[dict[str, Tensor]]()
                 for start in range(0, len(indices), batch_size):

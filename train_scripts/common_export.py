@@ -15,13 +15,18 @@ from common_output import own_directory
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
-from lorainit_diffusers import export
+from lorainit_diffusers import checkpoints, export
 from lorainit_diffusers.checkpoints import TrainingState
 from lorainit_diffusers.evaluation import METRICS, plot_loss
+from lorainit_diffusers.evaluation.document import escape_cell
+from lorainit_diffusers.evaluation.plots import VALIDATION_LABEL
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
 from lorainit_diffusers.files import write_json
+from lorainit_diffusers.report import ranks_in_words
 from lorainit_diffusers.training.best import BestFolder
+from lorainit_diffusers.training.cost import command_line, peak_memory
+from lorainit_diffusers.training.run_report import RunFacts, best_step, write_run_report
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHT_NAME = "pytorch_lora_weights_kohya.safetensors"
@@ -61,8 +66,9 @@ def save_result(
     `best` is the sentence on the best step, where one was kept.
     """
     output_dir = Path(args.output_dir)
-    title = f"{args.init}, rank {args.rank}, learning rate {args.learning_rate:g}"
-    plot_loss(metrics, output_dir / "loss.png", title)
+    ranks = ranks_in_words([int(layer["rank"]) for layer in init_report["layers"].values()])
+    title = f"{args.init}, rank {ranks}, learning rate {args.learning_rate:g}"
+    plot_loss(metrics, output_dir / "loss.png", title, VALIDATION_LABEL, best_step(metrics))
     save_lora(args, family, config, accelerator)
     write_json(output_dir / "config.json", config)
     write_card(args, family, init_report, metrics, tags, best)
@@ -139,15 +145,25 @@ def describe_training(args: argparse.Namespace, init_report: Mapping[str, Any]) 
     return {
         "initialisation": f"{args.init}, {totals['num_layers']} layers, sum of ranks {totals['sum_of_ranks']}",
         "collection": f"{init_report['num_passes']} batches of {args.init_batch_size}, seed {args.init_seed}",
-        "rank, alpha": f"{args.rank}, {args.lora_alpha:g}{' (DoRA)' if args.use_dora else ''}",
+        "rank, alpha": f"{describe_ranks(args, init_report)}{' (DoRA)' if args.use_dora else ''}",
         "training": f"{args.max_train_steps} steps, {batch}, {args.optimizer}, learning rate {args.learning_rate:g}, "
         f"seed {args.seed}{average}",
     }
 
 
+def describe_ranks(args: argparse.Namespace, init_report: Mapping[str, Any]) -> str:
+    """Rank and alpha: one of each, or what the ranks go from and to and what alpha follows them with."""
+    ranks = [int(layer["rank"]) for layer in init_report["layers"].values()]
+    if len(set(ranks)) < 2:
+        return f"{args.rank}, {args.lora_alpha:g}"
+    root = args.use_rslora
+    scale = args.lora_alpha / (args.rank**0.5 if root else args.rank)
+    return f"{ranks_in_words(ranks)}, alpha {scale:g} x {'the root of ' if root else ''}each layer's rank"
+
+
 def markdown_rows(rows: Mapping[str, str]) -> str:
     """A table of two columns without a heading."""
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {escape_cell(text)} |" for name, text in rows.items())])
 
 
 def write_card(
@@ -199,6 +215,73 @@ LoRA for `{base}`, initialised with **{args.init}** (step 0: {init_report["step_
         tags=[*tags, "text-to-image", "lora", "diffusers", "lorainit-diffusers"],
         body=body,
     )
+
+
+def write_report(
+    args: argparse.Namespace,
+    family: TextToImageFamily,
+    config: Mapping[str, Any],
+    init_report: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    seconds: Mapping[str, float],
+    *,
+    name: str,
+    resumed_at: int,
+) -> None:
+    """Write `report.html` from what the run has left.
+
+    Args:
+        args: the options of the script.
+        family: the base.
+        config: as `config.json` has it, with `total_s`.
+        init_report: of the initialisation.
+        metrics: lines of `metrics.jsonl`.
+        seconds: of validation and samples.
+        name: of the script.
+        resumed_at: step that the run went on from, 0 for one in one piece.
+    """
+    output_dir = Path(args.output_dir)
+    data = args.instance_data_dir or args.train_data_dir or args.dataset_name
+    settings = {"base": args.pretrained_model_name_or_path, "data": str(data), **describe_training(args, init_report)}
+    settings |= {
+        "images": f"{config['num_images']} to train on, {config['num_heldout_images']} held out",
+        "resolution": f"{args.resolution} pixels",
+        "precision": str(config["mixed_precision"]),
+        "trained parameters": f"{config['num_trainable_parameters']:,}",
+        "device": f"{config['device']}, {config['num_processes']} process(es)",
+        "versions": ", ".join(f"{package} {version}" for package, version in config["versions"].items()),
+    }
+    passes = {"in the model": init_report["forward_s"], "in the statistics": init_report["statistics_s"]}
+    parts = {f"collection, {where}": spent for where, spent in passes.items() if init_report["num_passes"]}
+    parts |= {"initial factors": init_report["solve_s"]}
+    parts["training steps"] = sum(line.get("step_s", 0.0) for line in metrics)
+    parts |= {**seconds, "in all": config["total_s"]}
+    files: dict[str, str] = {}
+    if "diffusers" in family.EXPORTS:
+        files[WEIGHT_NAME] = "the LoRA, for diffusers"
+    if "kohya" in family.EXPORTS:
+        files[KOHYA_WEIGHT_NAME] = "the same for ComfyUI (in models/loras), A1111 and sd-scripts"
+    if args.export_merged:
+        files[f"merged/{family.DENOISER}"] = f"the whole {family.DENOISER} with the LoRA in its weights"
+    best = output_dir / "best"
+    facts = RunFacts(
+        init=args.init,
+        base=Path(args.pretrained_model_name_or_path).name,
+        data=f"{config['num_images']} images of {Path(str(data)).name or data}",
+        lines=metrics,
+        init_report=init_report,
+        settings=settings,
+        seconds=parts,
+        memory=peak_memory(config["device"]),
+        usage=_usage(args, family),
+        files=files,
+        command=command_line(name),
+        resumed_at=resumed_at,
+        best_dir=best.name if best.is_dir() else None,
+        checkpoints=[path.name for path in checkpoints.list_checkpoints(output_dir)],
+        averaged=args.use_ema,
+    )
+    write_run_report(output_dir, facts)
 
 
 def _usage(args: argparse.Namespace, family: TextToImageFamily) -> str:

@@ -33,7 +33,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lorainit_diffusers.evaluation.answers import exact_match, token_f1
 from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
@@ -41,6 +40,7 @@ from lorainit_diffusers.evaluation.plots import save_figure
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.vlm import COMPONENT, IGNORED, TooLongError, VisionLanguageFamily
 from lorainit_diffusers.files import write_text
+from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.banner import Line, caption_line, count_line, size_lines
 from lorainit_diffusers.training.data.files import find_file
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out
@@ -456,7 +456,7 @@ class EncodedQuestions:
             ValueError: naming the line of the first that cannot be encoded, and how many others are too long.
         """
         too_long: list[TooLongError] = []
-        for index in tqdm(range(len(self)), desc=description, disable=len(self) < 2000, leave=False):
+        for index in progress_bar(range(len(self)), desc=description, shown=len(self) >= 2000, leave=False):
             try:
                 if self.bytes_left > 0:
                     self.sample(index)
@@ -692,7 +692,8 @@ class QuestionAnsweringTask:
     def _chunks(self, *, prompt: bool) -> Iterator[list[int]]:
         """The validation questions in batches of about the same length."""
         order = sorted(range(self.num_validation), key=lambda index: self.validation.length(index, prompt=prompt))
-        for start in range(0, len(order), self.eval_batch_size):
+        starts = range(0, len(order), self.eval_batch_size)
+        for start in progress_bar(starts, desc="answering" if prompt else "validating", leave=False):
             yield order[start : start + self.eval_batch_size]
 
     def _describe(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -46,7 +46,6 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from lorainit_diffusers import adapters, checkpoints
 from lorainit_diffusers.evaluation import fixed_noise_loss, sample_grid
@@ -55,8 +54,10 @@ from lorainit_diffusers.families.text_to_image import TextToImageFamily
 from lorainit_diffusers.files import replacing, write_json, write_text
 from lorainit_diffusers.initialize import initialize, make_method, needs_reference
 from lorainit_diffusers.methods import Initializer
+from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.gradients import clip_gradients, gradient_error, weight_at_fault
 from lorainit_diffusers.training.output_dir import wrote
+from lorainit_diffusers.training.run_report import write_ranks
 from lorainit_diffusers.training.weighting import micro_batch_shares
 
 # --------------------------------------------------------------------------------------------------------------- start
@@ -184,7 +185,7 @@ class TrainingData:
         classes: Sequence[ImageRecord],
         progress: bool,
     ) -> None:
-        self.args, self.family = args, family
+        self.args, self.family, self.progress = args, family, progress
         buckets = None
         if args.aspect_ratio_buckets is not None:
             buckets = parse_buckets(args.aspect_ratio_buckets, args.resolution, family.resolution_multiple)
@@ -266,7 +267,17 @@ class TrainingData:
         if self.heldout is None:
             return None
         with evaluating(self.family.adapted.values()):
-            return fixed_noise_loss(self.family, fixed_batches(self.heldout), len(self.heldout))
+            bar = progress_bar(total=len(self.heldout), desc="validating", leave=False, shown=self.progress)
+            with bar:
+                batches = _counted(fixed_batches(self.heldout), bar)
+                return fixed_noise_loss(self.family, batches, len(self.heldout))
+
+
+def _counted(batches: Iterable[dict[str, Tensor]], bar: Any) -> Iterator[dict[str, Tensor]]:
+    """The batches, with the bar at their samples once they have been used."""
+    for batch in batches:
+        yield batch
+        bar.update(len(next(iter(batch.values()))))
 
 
 # ------------------------------------------------------------------------------------------------------ initialisation
@@ -371,7 +382,8 @@ def sample(
 def draw_samples(args: argparse.Namespace, family: TextToImageFamily, prompts: Sequence[str]) -> list[Image.Image]:
     """One image a prompt with the weights as they are now; column k has the same seed in every call."""
     images: list[Image.Image] = []
-    for start in range(0, len(prompts), args.sample_batch_size):
+    starts = range(0, len(prompts), args.sample_batch_size)
+    for start in progress_bar(starts, desc="sampling", leave=False):
         chunk = prompts[start : start + args.sample_batch_size]
         seeds = [derive_seed(args.seed, "sample", start + column) for column in range(len(chunk))]
         images += sample(args, family, chunk, seeds)
@@ -672,6 +684,7 @@ def write_start(
     config["num_trainable_parameters"] = sum(parameter.numel() for parameter in optimization.parameters)
     if accelerator.is_main_process:
         write_json(Path(args.output_dir) / "init_report.json", init_report)
+        write_ranks(Path(args.output_dir), init_report)
         write_json(Path(args.output_dir) / "config.json", config)
     return config
 
@@ -713,7 +726,7 @@ def train_steps(
     is_main = accelerator.is_main_process
     for module in family.adapted.values():
         module.train()
-    progress = tqdm(desc="training", initial=first_step, total=args.max_train_steps, disable=not is_main)
+    progress = progress_bar(desc="training", initial=first_step, total=args.max_train_steps, shown=is_main)
     for step in range(first_step + 1, args.max_train_steps + 1):
         step_started = time.perf_counter()
         with last_good_named(args.output_dir):

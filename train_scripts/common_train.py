@@ -22,6 +22,7 @@ from common_export import (
     upload,
     write_card,
     write_lora,
+    write_report,
 )
 from common_options import build_method, check_family_options, check_method, resolve_epochs
 from common_output import (
@@ -50,6 +51,7 @@ from common_run import (
 )
 
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
+from lorainit_diffusers.training.cost import timing
 from lorainit_diffusers.training.output_dir import owning
 
 
@@ -67,6 +69,7 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
         ValueError, FileNotFoundError: for what the user can mend, in one line.
     """
     started = time.perf_counter()
+    seconds = {"validation": 0.0, "samples": 0.0}
     method = build_method(args.init, args.init_option)
     check_method(args, method)
     check_family_options(args, family_class)
@@ -102,7 +105,8 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
         print(image_banner(args, method, family, parts, notes, list(pictures.prompts.values()), length), flush=True)
     if args.pre_compute_text_embeddings:
         family.release_text_encoders(pictures.prompts.values())
-    pictures.add("base")
+    with timing(seconds, "samples"):
+        pictures.add("base")
 
     # ---- collect and initialise
     targets = lora_targets(args, family, family.DENOISER)
@@ -136,12 +140,14 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
     best = open_best(args, "validation_loss", partial(write_lora, args, family, config), state) if is_main else None
 
     def validate(step: int) -> None:
-        loss = data.validation_loss()
+        with timing(seconds, "validation"):
+            loss = data.validation_loss()
         if loss is not None:
             log.write({"step": step, "validation_loss": loss})
             if best is not None:
                 best.update(log.lines)
-        pictures.add(f"step-{step:06d}", step)
+        with timing(seconds, "samples"):
+            pictures.add(f"step-{step:06d}", step)
 
     if state is None:
         validate(0)
@@ -163,6 +169,7 @@ def train_lora(args: argparse.Namespace, family_class: type[TextToImageFamily], 
         sentence = best.sentence(log.lines) if best is not None else None
         with optimization.average.applied():
             save_result(args, family, config, init_report, log.lines, accelerator, tags=[tag], best=sentence)
+        write_report(args, family, config, init_report, log.lines, seconds, name=name, resumed_at=first_step)
         if repository is not None:
             upload(args, repository)
         accelerator.print(f"done in {config['total_s']} s: {output_dir}")

@@ -86,14 +86,14 @@ from common_run import head_state_dict, load_heads
 from common_tasks import Task
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 
 from lorainit_diffusers import adapters
-from lorainit_diffusers.evaluation import METRICS, Comparison, load_encoder, write_report
+from lorainit_diffusers.evaluation import METRICS, Comparison, load_encoder, result_sentences, write_report
 from lorainit_diffusers.families import family_class
 from lorainit_diffusers.files import announce, replacing, save_tensors, write_json, write_text
 from lorainit_diffusers.initialize import initialize, needs_reference
 from lorainit_diffusers.methods import Initializer
+from lorainit_diffusers.progress import GridProgress
 from lorainit_diffusers.ranges import COUNT, NOT_NEGATIVE
 from lorainit_diffusers.training.gradients import clip_gradients, weight_at_fault
 from lorainit_diffusers.training.output_dir import owning
@@ -250,16 +250,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
             task = None  # each worker has its own
     accelerator.wait_for_everyone()
 
-    for phase, work, num_rows in (
-        ("training", partial(train_runs, task=task), lambda: len(runs) * len(args.eval_steps)),
-        ("sampling", score_runs, lambda: len(runs_to_score(output_dir, runs, args)) * len(snapshot_steps(args))),
+    for phase, work, chosen, steps, result in (
+        ("training", partial(train_runs, task=task), lambda: list(runs), args.eval_steps, "result.json"),
+        ("sampling", score_runs, lambda: runs_to_score(output_dir, runs, args), snapshot_steps(args), "scores.json"),
     ):
         if args.part is not None and phase != os.environ["LORAINIT_COMPARE_PHASE"]:
             continue
-        if (total := num_rows()) == 0:
+        files = [output_dir / "runs" / run.name / result for run in chosen()]
+        if not files:
             continue
         # of several processes, the first shows its own part
-        with tqdm(total=total // num_parts, desc=phase, unit="evaluation", disable=not is_main) as bar:
+        total = len(files) * len(steps) // num_parts
+        with GridProgress(phase, total, len(files), partial(count_files, files), shown=is_main) as bar:
             if workers > 1:
                 run_workers(
                     output_dir, argv, phase, workers, bar, lambda p=phase: count_rows(output_dir, runs, args, p)
@@ -271,8 +273,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
             write_results(output_dir, runs, args)
         accelerator.wait_for_everyone()
     if is_main:
-        for path in write_report(output_dir):
-            print(path)
+        paths = write_report(output_dir)
+        for line in [*(result_sentences(output_dir) if paths else []), *map(str, paths)]:
+            print(line)
     return output_dir
 
 
@@ -283,7 +286,7 @@ def train_runs(
     device: torch.device,
     part: int,
     num_parts: int,
-    bar: tqdm[Any],
+    bar: GridProgress,
     task: ComparedTask | None = None,
 ) -> None:
     """Train this process's part of the grid; the runs of one init and seed share the initialisation."""
@@ -293,7 +296,7 @@ def train_runs(
     heads: dict[str, torch.Tensor] | None = None
     for group in list(groups.values())[part::num_parts]:
         missing = [run for run in group if not (output_dir / "runs" / run.name / "result.json").exists()]
-        bar.update((len(group) - len(missing)) * len(args.eval_steps))
+        bar.skip((len(group) - len(missing)) * len(args.eval_steps))
         if not missing:
             continue
         task = task or make_task(args, device)
@@ -348,7 +351,7 @@ def train(
     directory: Path,
     init_report: Mapping[str, Any],
     init_s: float,
-    bar: tqdm[Any],
+    bar: GridProgress,
 ) -> None:
     """Train one run from the adapters as they are; numbers that are no longer finite end it and count as the worst."""
     (directory / "snapshots").mkdir(parents=True, exist_ok=True)
@@ -450,7 +453,7 @@ def score_runs(
     device: torch.device,
     part: int,
     num_parts: int,
-    bar: tqdm[Any],
+    bar: GridProgress,
 ) -> None:
     """Draw samples from this process's part of the runs at the image steps and score them."""
     scorer: ImageScorer | None = None
@@ -458,7 +461,7 @@ def score_runs(
     for run in runs_to_score(output_dir, runs, args)[part::num_parts]:
         directory = output_dir / "runs" / run.name
         if (directory / "scores.json").exists():
-            bar.update(len(args.image_steps))
+            bar.skip(len(args.image_steps))
             continue
         (directory / "samples").mkdir(exist_ok=True)
         scored: dict[int, dict[str, float]] = {}
@@ -482,7 +485,7 @@ def score_runs(
 
 
 def run_workers(
-    output_dir: Path, argv: Sequence[str], phase: str, workers: int, bar: tqdm[Any], count: Callable[[], int]
+    output_dir: Path, argv: Sequence[str], phase: str, workers: int, bar: GridProgress, count: Callable[[], int]
 ) -> None:
     """Run this script once for each part of the grid and show their common progress.
 
@@ -498,6 +501,7 @@ def run_workers(
     }
     logs = [output_dir / f"worker-{worker}.log" for worker in range(workers)]
     processes: list[subprocess.Popen[bytes]] = []
+    bar.skip(count())
     try:
         for worker, log in enumerate(logs):
             announce(log)
@@ -526,6 +530,11 @@ def end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
+
+
+def count_files(paths: Sequence[Path]) -> int:
+    """How many of these files there are: of the results of runs, those that are finished."""
+    return sum(path.exists() for path in paths)
 
 
 def count_rows(output_dir: Path, runs: Sequence[Run], args: argparse.Namespace, phase: str) -> int:

@@ -172,6 +172,7 @@ from tqdm.auto import tqdm
 from lorainit_diffusers.evaluation.comparison import bootstrap
 from lorainit_diffusers.files import replacing, write_json, write_text
 from lorainit_diffusers.initialize import initialize
+from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.data.files import find_file
 from lorainit_diffusers.training.data.splits import split_kinds
 from lorainit_diffusers.training.data.text import read_text, split_lines
@@ -373,7 +374,7 @@ def run_missing(
     """Run what has not finished; the images are decoded once, the base is loaded anew for each."""
     task: ClassificationTask | None = None
     missing = [setting for setting in settings if results.get(setting) is None]
-    for setting in tqdm(missing, desc=data.source, disable=not missing):
+    for setting in progress_bar(missing, desc=data.source, shown=bool(missing)):
         own = run_arguments(args, setting)
         if task is None:
             task = ClassificationTask(own, accelerator.device, weight_dtype(accelerator.mixed_precision), data)

@@ -2,7 +2,7 @@
 
 from lorainit_diffusers.evaluation.comparison import Comparison
 from lorainit_diffusers.evaluation.encoders import ImageEncoder, ImageTextEncoder, load_encoder, require_text_encoder
-from lorainit_diffusers.evaluation.html_report import write_report
+from lorainit_diffusers.evaluation.html_report import result_sentences, write_report
 from lorainit_diffusers.evaluation.metrics import (
     METRICS,
     KidEstimate,
@@ -37,6 +37,7 @@ __all__ = [
     "perceptual_distance",
     "plot_loss",
     "require_text_encoder",
+    "result_sentences",
     "sample_grid",
     "smooth",
     "text_alignment",

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
@@ -22,7 +21,7 @@ from PIL import Image
 
 from lorainit_diffusers.evaluation.comparison import Comparison, Run, higher_is_better
 from lorainit_diffusers.evaluation.metrics import METRICS
-from lorainit_diffusers.evaluation.plots import sample_grid
+from lorainit_diffusers.evaluation.plots import rank_colors, sample_grid
 
 _BASELINE_COLORS = ("#000000", "#8a8a8a", "#b5b5b5")
 _COLORS = (
@@ -173,16 +172,16 @@ def ranks_figure(comparison: Comparison) -> Figure | None:
     rank = next(iter(comparison.best_runs(next(iter(reports))).values())).rank
     for axis, (title, shown, table) in zip(axes, panels, strict=True):
         if title == "rank":
-            top = max(2.0 * rank, float(np.nanmax(table)))
-            image = axis.imshow(
-                table, cmap="RdBu_r", norm=TwoSlopeNorm(rank, 0, top), aspect="auto", interpolation="none"
-            )
+            colors, norm = rank_colors(table, rank)
+            image = axis.imshow(table, cmap=colors, norm=norm, aspect="auto", interpolation="none")
+            if np.nanmin(table) == np.nanmax(table):
+                title = f"rank: {np.nanmin(table):.0f} in every layer"
         else:
             image = axis.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="none")
-        axis.set_facecolor("#e6e6e6")  # a layer without a value
+        axis.set_facecolor("#ffffff")  # a layer without a value
         axis.set_title(title, fontsize=10)
         labels = [_wrap(init, 24) for init in shown]
-        if title == "rank":
+        if title.startswith("rank"):
             labels = [f"{label}  Σ {int(np.nansum(table[:, column]))}" for column, label in enumerate(labels)]
         axis.set_xticks(range(len(shown)), labels, rotation=90, fontsize=8.5)
         axis.set_xticks(np.arange(0.5, len(shown) - 1), minor=True)

@@ -69,10 +69,17 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a heading; the first column names the row."""
+    """Rows under a heading; the first column names the row.
+
+    Attributes:
+        header: of the columns.
+        rows: each with as many cells.
+        folded: what a reader clicks on to see a long table (HTML only); empty for one that is open.
+    """
 
     header: list[str]
     rows: list[list[Cell]]
+    folded: str = ""
 
 
 Block = Heading | Text | Bullets | Code | Picture | Table
@@ -114,7 +121,7 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
                 parts.append(f"{fence}{language}\n{_readable(text)}\n{fence}")
             case Picture(path, alt):
                 parts.append(f"![{escape(alt)}]({quote(path.name)})")
-            case Table(header, rows):
+            case Table(header, rows, _):
                 lines = [
                     header,
                     ["---"] * len(header),
@@ -161,8 +168,9 @@ def _html_table(table: Table) -> str:
     lines: list[str] = []
     for first, *rest in table.rows:
         # long labels may break after their separators
-        name = re.sub(r"([:,=_])", r"\1<wbr>", _html(first.text))
-        cells = [f'<th scope="row">{_thumbnails(first)}{name}</th>']
+        name = re.sub(r"([:,=_.])", r"\1<wbr>", _html(first.text))
+        wide = ' class="long"' if len(first.text) > _LONG // 2 else ""
+        cells = [f'<th scope="row"{wide}>{_thumbnails(first)}{name}</th>']
         for cell in rest:
             verdict = [cell.verdict] if cell.verdict in ("better", "worse") else []
             classes = verdict + ["long"] * (max(map(len, cell.text.split("\n"))) > _LONG)
@@ -171,10 +179,11 @@ def _html_table(table: Table) -> str:
             text = _html(cell.text).replace("\n", "<br>")
             cells.append(f"<td{kind}>{_thumbnails(cell)}{text}{detail}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return (
+    whole = (
         '<div class="box" tabindex="0"><table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody>\n</table></div>"
     )
+    return f"<details><summary>{_html(table.folded)}</summary>{whole}</details>" if table.folded else whole
 
 
 def _thumbnails(cell: Cell) -> str:
@@ -228,6 +237,9 @@ table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.
   font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 12px; text-align: left; border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; }
+th.long { min-width: 13em; }
+details { margin: 14px 0; }
+summary { cursor: pointer; color: var(--accent); }
 td.long { white-space: normal; min-width: 15em; overflow-wrap: anywhere; }
 thead th { background: var(--panel); color: var(--soft); font-weight: 600; vertical-align: bottom; min-width: 5em; }
 tbody tr:last-child > * { border-bottom: 0; }
@@ -247,7 +259,8 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8p
   th, td { padding: 6px 9px; }
   tbody th { max-width: 9.5em; }
   .picture { padding: 4px; }
-  tbody th { overflow-wrap: anywhere; }
+  tbody th { overflow-wrap: break-word; }
+  th.long { min-width: 9.5em; }
   pre { padding: 10px; }
 }
 """

@@ -79,6 +79,12 @@ def write_report(directory: str | os.PathLike[str]) -> list[Path]:
     return [summary, *figures.values(), report]
 
 
+def result_sentences(directory: str | os.PathLike[str]) -> list[str]:
+    """What the report of these results begins with: the result in sentences."""
+    comparison = Comparison.load(directory)
+    return headline(comparison, comparison.summary())
+
+
 def report_blocks(comparison: Comparison, figures: dict[str, Path]) -> list[Block]:
     """Everything that the report says.
 
@@ -445,9 +451,9 @@ _FIGURE_TEXTS = {
         "No run has samples.",
     ),
     "ranks.png": (
-        "Rank of every layer, of the first seed at the best learning rate; Σ is the sum. White is the nominal rank, "
-        "red above it, blue below. Beside it, where the method scores its components, the share that the kept ones "
-        "capture.",
+        "Rank of every layer, of the first seed at the best learning rate; Σ is the sum. Light grey is the nominal "
+        "rank, red above it, blue below; one blue where all ranks are equal. Beside it, where the method scores its "
+        "components, the share that the kept ones capture.",
         "Heat map: rank of every layer for {inits}",
         "No run has an init_report.json to take ranks from.",
     ),

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from lorainit_diffusers.evaluation import plot_loss, sample_grid, smooth
+from lorainit_diffusers.evaluation.plots import VALIDATION_LABEL, block_of, plot_ranks, rank_colors
 
 
 def test_smooth_keeps_a_constant_and_lags_a_step() -> None:
@@ -48,3 +51,63 @@ def test_sample_grid_refuses_ragged_rows() -> None:
         sample_grid({"base": [image, image], "end": [image]}, ["a", "b"])
     with pytest.raises(ValueError, match="at least one row"):
         sample_grid({}, ["a"])
+
+
+def share_of_white(path: Path) -> float:
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return float((pixels == 255).all(axis=2).mean())
+
+
+def test_the_best_step_is_marked(tmp_path: Path) -> None:
+    metrics = [{"step": step, "validation_loss": loss} for step, loss in ((0, 0.8), (50, 0.5), (100, 0.6))]
+    green = (0, 109, 44)
+    pictures = [
+        plot_loss(metrics, tmp_path / f"{best}.png", "", VALIDATION_LABEL, best).read_bytes() for best in (None, 50, 75)
+    ]
+    for content, marked in zip(pictures, (False, True, False), strict=True):
+        with Image.open(io.BytesIO(content)) as image:
+            colors = {color for _, color in image.convert("RGB").getcolors(1 << 20) or []}
+        assert (green in colors) is marked
+
+
+BLOCKS = [f"unet.up_blocks.{block}.attentions.0.transformer_blocks.0" for block in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("layer", "block", "name"),
+    [
+        (f"{BLOCKS[2]}.attn1.to_q", BLOCKS[2], "attn1.to_q"),
+        (f"{BLOCKS[2]}.attn2.to_out.0", BLOCKS[2], "attn2.to_out.0"),
+        (f"{BLOCKS[2]}.ff.net.0.proj", BLOCKS[2], "ff.net.0.proj"),
+        ("text_encoder.encoder.layers.11.self_attn.q_proj", "text_encoder.encoder.layers.11", "self_attn.q_proj"),
+        ("transformer.proj_out", "transformer", "proj_out"),
+        ("to_q", "", "to_q"),
+    ],
+)
+def test_layers_are_grouped_by_block(layer: str, block: str, name: str) -> None:
+    assert block_of(layer) == (block, name)
+
+
+def test_a_map_of_ranks_is_never_blank(tmp_path: Path) -> None:
+    names = [f"{block}.attn1.{name}" for block in BLOCKS for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    uniform = plot_ranks(dict.fromkeys(names, 8), tmp_path / "uniform.png", "8 everywhere", nominal_rank=8)
+    different = plot_ranks({name: 3 + index % 11 for index, name in enumerate(names)}, tmp_path / "different.png")
+    lost = plot_ranks({name: index % 2 for index, name in enumerate(names)}, tmp_path / "lost.png", nominal_rank=1)
+    empty = plot_ranks(dict.fromkeys(names, 0), tmp_path / "zero.png")
+    for path in (uniform, different, lost, empty):
+        assert share_of_white(path) < 0.75
+    with Image.open(uniform) as image:
+        counts = {color: count for count, color in image.convert("RGB").getcolors(1 << 20) or [] if min(color) < 220}
+        assert max(counts.values()) > 0.2 * image.width * image.height, "one colour fills the cells"
+    with pytest.raises(ValueError, match="no layers"):
+        plot_ranks({}, tmp_path / "none.png")
+
+
+def test_ranks_have_colours_by_their_distance_to_the_nominal_one() -> None:
+    colors, scale = rank_colors([[4.0, 8.0], [12.0, np.nan]], 8)
+    less, equal, more = (colors(scale(rank))[:3] for rank in (4, 8, 12))
+    assert less[2] > less[0]
+    assert more[0] > more[2]
+    assert max(equal) - min(equal) < 0.05
+    assert max(equal) < 0.95, "the nominal rank is no white"

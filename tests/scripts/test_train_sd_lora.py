@@ -80,7 +80,7 @@ def test_writes_everything(run: Run) -> None:
     names = {path.name for path in out.iterdir()}
     assert names == {
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "init_report.json"),
-        *("metrics.jsonl", "loss.png", "samples.png", "samples", "config.json", "README.md"),
+        *("metrics.jsonl", "loss.png", "samples.png", "samples", "config.json", "README.md", "report.html"),
         *("checkpoint-2", "checkpoint-4", ".lorainit"),
     }
     rows = sorted(path.name for path in (out / "samples").iterdir())

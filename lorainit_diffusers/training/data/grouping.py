@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from PIL import Image
-from tqdm.auto import tqdm
+
+from lorainit_diffusers.progress import progress_bar
 
 
 class Picture(Protocol):
@@ -56,10 +57,12 @@ def content_keys(pictures: Sequence[PictureT], decode: Callable[[PictureT], Imag
 
     quiet = len(pictures) < 1000
     with ThreadPoolExecutor() as pool:
-        files = list(tqdm(pool.map(file_key, pictures), total=len(pictures), desc="comparing files", disable=quiet))
+        files = list(
+            progress_bar(pool.map(file_key, pictures), total=len(pictures), desc="comparing files", shown=not quiet)
+        )
         first = dict(reversed(list(zip(files, pictures, strict=True))))
         decoded = pool.map(lambda picture: picture_key(decode(picture)), first.values())
-        keys = list(tqdm(decoded, total=len(first), desc="reading images", disable=quiet))
+        keys = list(progress_bar(decoded, total=len(first), desc="reading images", shown=not quiet))
     known = dict(zip(first, keys, strict=True))
     return [known[key] for key in files]
 

@@ -14,8 +14,8 @@ from typing import Any
 import fsspec
 import numpy as np
 from PIL import ExifTags, Image
-from tqdm.auto import tqdm
 
+from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.data.files import PLUGIN_SUFFIXES, image_suffixes
 
 # EXIF's orientation -> how the stored image is turned to be upright.
@@ -91,7 +91,7 @@ def decoded_sizes(records: Sequence[ImageRecord]) -> list[tuple[int, int]]:
 
     with ThreadPoolExecutor() as pool:
         checks = pool.map(decoded_size, records)
-        return list(tqdm(checks, total=len(records), desc="reading images", disable=len(records) < 1000))
+        return list(progress_bar(checks, total=len(records), desc="reading images", shown=len(records) >= 1000))
 
 
 def shared_files(first: Sequence[ImageRecord], second: Sequence[ImageRecord]) -> list[ImageRecord]:

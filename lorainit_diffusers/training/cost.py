@@ -1,0 +1,64 @@
+"""What a run cost, and the command that it was started with."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Generator, MutableMapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+# Options whose values are nobody else's business.
+_SECRETS = ("--hub_token",)
+
+
+@contextmanager
+def timing(seconds: MutableMapping[str, float], part: str) -> Generator[None, None, None]:
+    """Add the seconds that the block takes to those of this part."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - started
+
+
+def peak_memory(device: str) -> str:
+    """The most memory that this process has taken, in words: of the GPU, and of the machine."""
+    machine = f"{_peak_bytes() / 1e9:.2f} GB of the machine"
+    if not device.startswith("cuda"):
+        return machine
+    return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of {torch.cuda.get_device_name(device)}, {machine}"
+
+
+def _peak_bytes() -> int:
+    """The largest resident size of this process; the present one on systems that do not keep the largest."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().rss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def command_line(script: str, argv: Sequence[str] | None = None) -> str:
+    """How this process was started, to be copied; empty where it runs something else than `script`.
+
+    Args:
+        script: name of the script without its ending.
+        argv: `sys.argv`, unless it is said otherwise.
+    """
+    words = list(sys.argv if argv is None else argv)
+    if not words or Path(words[0]).stem != script:
+        return ""
+    for place, word in enumerate(words):
+        flag, equals, _ = word.partition("=")
+        if flag in _SECRETS:
+            if equals:
+                words[place] = f"{flag}=..."
+            elif place + 1 < len(words):
+                words[place + 1] = "..."
+    return shlex.join(["accelerate", "launch", *words])
