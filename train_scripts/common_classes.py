@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from lorainit_diffusers.files import write_text
 from lorainit_diffusers.progress import progress_bar
 
 SETTINGS_FILE = "class_images.json"
-_GENERATED = re.compile(r"class-\d{5,}\.png")
 
 
 def generate_class_images(
@@ -32,6 +31,7 @@ def generate_class_images(
     process: int = 0,
     num_processes: int = 1,
     progress: bool = True,
+    scratch: Path | None = None,
 ) -> list[ImageRecord]:
     """The first `count` class images of a folder; those that it lacks are drawn and stay there.
 
@@ -48,6 +48,7 @@ def generate_class_images(
         process: index of this process.
         num_processes: how many draw.
         progress: show a bar.
+        scratch: another folder for what is drawn, where the first one is to stay as it is.
 
     Raises:
         ValueError: as `missing_class_images`.
@@ -55,7 +56,8 @@ def generate_class_images(
     folder = Path(directory)
     missing = missing_class_images(folder, prompt=prompt, count=count, settings=settings)
     present = set(list_images(folder))
-    if missing:
+    target = folder if scratch is None else scratch
+    if missing and scratch is None:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_description(prompt, settings), indent=2) + "\n"
         # before the first image, and by every process: no generated image is ever without it
@@ -66,13 +68,13 @@ def generate_class_images(
             indices = share[start : start + batch_size]
             images = draw([prompt] * len(indices), [derive_seed("class", index) for index in indices])
             for index, image in zip(indices, images, strict=True):
-                path = _generated_path(folder, index)
-                scratch = path.with_suffix(".tmp")
-                image.save(scratch, format="PNG")
-                os.replace(scratch, path)
+                path = _generated_path(target, index)
+                half = path.with_suffix(".tmp")
+                image.save(half, format="PNG")
+                os.replace(half, path)
             bar.update(len(indices))
     # the other processes' images may not be there yet
-    paths = sorted(present | {_generated_path(folder, index) for index in missing})
+    paths = sorted(present | {_generated_path(target, index) for index in missing})
     return [ImageRecord(path, prompt) for path in paths[:count]]
 
 
@@ -105,8 +107,9 @@ def missing_class_images(
                 )
     paths = list_images(folder) if folder.is_dir() else []
     check_images([ImageRecord(path, prompt) for path in paths])
-    own = [path for path in paths if path.parent != folder or not _GENERATED.fullmatch(path.name)]
-    return [index for index in range(count - len(own)) if not _generated_path(folder, index).is_file()]
+    # whoever made the images that are there, each of them counts
+    free = (index for index in itertools.count() if not os.path.lexists(_generated_path(folder, index)))
+    return list(itertools.islice(free, max(0, count - len(paths))))
 
 
 def pair_batches(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,9 +166,18 @@ def class_images(args: argparse.Namespace, family: TextToImageFamily, accelerato
         process=accelerator.process_index,
         num_processes=accelerator.num_processes,
         progress=accelerator.is_main_process,
+        scratch=_dry_run_folder() if args.dry_run else None,
     )
     accelerator.wait_for_everyone()  # each draws its share
     return records
+
+
+@functools.cache
+def _dry_run_folder() -> Path:
+    """A folder for images that a dry run needs and leaves nowhere; it goes when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="lorainit-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class TrainingData:

@@ -140,3 +140,33 @@ def test_pairs_hold_instances_first() -> None:
     assert pairs[0]["is_class"].dtype == torch.bool
     with pytest.raises(ValueError, match="shorter"):
         list(pair_batches(instances, classes[:1]))
+
+
+@pytest.mark.parametrize("name", ["class-00001.png", "class-00150.png", "photo.png", "more/class-00000.png"])
+def test_images_of_the_user_count_once_whatever_they_are_called(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "classes"
+    (folder / name).parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(folder / name)
+    mine = (folder / name).read_bytes()
+    for _ in range(2):  # and the next run finds the same images
+        records = generate(folder, Drawer())
+        assert len(records) == 5
+        assert folder / name in {record.path for record in records}
+        assert len(list(folder.rglob("*.png"))) == 5
+        assert (folder / name).read_bytes() == mine
+
+
+def test_a_folder_that_is_to_stay_as_it_is(tmp_path: Path) -> None:
+    folder, scratch = tmp_path / "classes", tmp_path / "scratch"
+    scratch.mkdir()
+    records = generate_class_images(
+        folder,
+        prompt="a cat",
+        count=3,
+        draw=Drawer(),
+        batch_size=2,
+        settings=SETTINGS,
+        scratch=scratch,
+    )
+    assert [record.path.parent for record in records] == [scratch] * 3
+    assert not folder.exists()
