@@ -81,7 +81,7 @@ def test_writes_everything(run: Run) -> None:
     assert names == {
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "init_report.json"),
         *("metrics.jsonl", "loss.png", "samples.png", "samples", "config.json", "README.md", "report.html"),
-        *("checkpoint-2", "checkpoint-4", ".lorainit"),
+        *("checkpoint-2", "checkpoint-4", ".lorainit", "best"),
     }
     rows = sorted(path.name for path in (out / "samples").iterdir())
     assert rows == ["base.png", "step-000000.png", "step-000002.png", "step-000004.png"]
