@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"families.base", "files", "loading"},
     "families": {"ranges", "loading"},
     "ranges": set(),
-    "methods": {"statistics", "linalg", "eigenbasis", "ranges"},
+    "methods": {"statistics", "linalg", "eigenbasis", "ranges", "ridged"},
     "collect": {"statistics", "budget", "hooks", "methods.base", "families.base", "linalg", "progress"},
     "checkpoint_hooks": {"adapters", "files", "finite"},
     "training": {
