@@ -153,7 +153,7 @@ def versions() -> dict[str, str]:
 
 
 # What a script keeps in its namespace beside options, and the access token.
-_NOT_PUBLIC = ("hub_token", "option_defaults", "default_output_dir", "identity")
+_NOT_PUBLIC = ("hub_token", "defaults_of", "option_defaults", "default_output_dir", "identity")
 
 
 def public_arguments(args: argparse.Namespace) -> dict[str, Any]:

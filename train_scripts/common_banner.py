@@ -25,6 +25,7 @@ from lorainit_diffusers.training.banner import (
     shorten,
     size_lines,
 )
+from lorainit_diffusers.training.defaults import default_lines
 
 
 @runtime_checkable
@@ -135,6 +136,7 @@ def run_facts(args: argparse.Namespace, method: Initializer, rates: str) -> RunF
         adapter=adapter_text(args),
         output=str(args.output_dir),
         init_batches=None if method.observes == "nothing" else batches,
+        notes=default_lines(vars(args)),
     )
 
 

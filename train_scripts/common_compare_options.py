@@ -23,6 +23,7 @@ from common_options import (
 from lorainit_diffusers.training.bundled import BUNDLED_BASES, BUNDLED_DATA
 from lorainit_diffusers.training.choices import init_names, names_in
 from lorainit_diffusers.training.cli_parser import ScriptParser
+from lorainit_diffusers.training.defaults import REAL, is_tiny
 from lorainit_diffusers.training.option_defaults import OptionDefaults
 
 # Fractions of the budget at which runs are evaluated: dense where the curves are steep.
@@ -90,8 +91,15 @@ def parse_comparison(description: str | None, argv: Sequence[str] | None) -> arg
     """
     chosen_family = ScriptParser(add_help=False)
     chosen_family.add_argument("--family", default="sd")
-    kind = TASKS.get(chosen_family.parse_known_args(argv)[0].family)  # each family has options of its own
+    chosen_family.add_argument("--pretrained_model_name_or_path")
+    chosen = chosen_family.parse_known_args(argv)[0]
+    kind = TASKS.get(chosen.family)  # each family has options of its own
     defaults: dict[str, Any] = {**DEFAULTS, **(kind.defaults if kind is not None else {})}
+    if chosen.family in REAL and not is_tiny(chosen.pretrained_model_name_or_path):
+        usual = REAL[chosen.family]
+        defaults["learning_rates"] = [usual.learning_rate, 2 * usual.learning_rate]
+        defaults["max_train_steps"] = usual.max_train_steps
+        defaults["train_batch_size"] = usual.train_batch_size * usual.gradient_accumulation_steps
     parser = ScriptParser(description)
     add = parser.add_argument_group("comparison").add_argument
     add("--output_dir", default="outputs/compare-inits")

@@ -20,6 +20,7 @@ from lorainit_diffusers.training.choices import (
     names_in,
 )
 from lorainit_diffusers.training.cli_parser import ScriptParser, closest, unknown_name
+from lorainit_diffusers.training.defaults import TINY, describe_defaults
 from lorainit_diffusers.training.option_defaults import OptionDefaults
 from lorainit_diffusers.training.ranges import check_options, check_schedule
 
@@ -176,27 +177,48 @@ def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_training_arguments(
     parser: argparse.ArgumentParser,
+    families: Sequence[str],
     *,
     second_lr: str = "text_encoder_lr",
-    max_train_steps: int = 200,
-    batch_size: int = 8,
 ) -> None:
-    """Learning rates, accumulation, averages; `second_lr` is the rate of text encoders or of heads."""
+    """Learning rates, accumulation, averages; `second_lr` is the rate of text encoders or of heads.
+
+    The defaults are those of tiny bases of the first family, until `parse_with_defaults` knows the base.
+    """
+    tiny = TINY[families[0]]
     add = parser.add_argument_group("training").add_argument
-    add("--learning_rate", type=float, default=1e-3)
+    rate_help = describe_defaults("learning_rate", families)
+    add("--learning_rate", type=float, default=tiny.learning_rate, help=f"{rate_help}; 0 freezes")
     add(f"--{second_lr}", type=float, help="default: learning_rate")
     add("--scale_lr", action="store_true", help="multiply learning rates by processes x accumulation x batch size")
     add("--num_train_epochs", type=int, help="instead of --max_train_steps: passes over the images")
-    add("--gradient_accumulation_steps", type=int, default=1)
+    number = tiny.gradient_accumulation_steps
+    accumulation_help = f"batches of one step ({describe_defaults('gradient_accumulation_steps', families)})"
+    add("--gradient_accumulation_steps", type=int, default=number, help=accumulation_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--use_dora", action="store_true", help="train magnitude and direction (DoRA, arXiv:2402.09353)")
     add("--use_ema", action="store_true", help="sample and save a moving average of the LoRA weights")
     add("--ema_decay", type=float, default=0.999, help="its decay, reached as (1 + step) / (10 + step) (default 0.999)")
-    add_optimizer_arguments(parser, max_train_steps, batch_size)
+    steps, batch_size = (describe_defaults(name, families) for name in ("max_train_steps", "train_batch_size"))
+    add_optimizer_arguments(parser, tiny.max_train_steps, tiny.train_batch_size, steps, batch_size)
 
 
-def add_optimizer_arguments(parser: argparse.ArgumentParser, max_train_steps: int, batch_size: int = 8) -> None:
-    """Optimiser, schedule, length and precision: what one run and a comparison of runs have in common."""
+def add_optimizer_arguments(
+    parser: argparse.ArgumentParser,
+    max_train_steps: int,
+    batch_size: int,
+    about_steps: str | None = None,
+    about_batch_size: str | None = None,
+) -> None:
+    """Optimiser, schedule, length and precision: what one run and a comparison of runs have in common.
+
+    Args:
+        parser: gets the options.
+        max_train_steps: default of the option.
+        batch_size: default of `--train_batch_size`.
+        about_steps: what the help says of the default instead of the number.
+        about_batch_size: likewise.
+    """
     add = parser.add_argument_group("optimiser").add_argument
     add("--optimizer", default="adamw", choices=("adamw", "sgd", "prodigy"))
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes)")
@@ -214,8 +236,13 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser, max_train_steps: in
     add("--lr_warmup_steps", type=int, default=0)
     add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts (default 1)")
     add("--lr_power", type=float, default=1.0, help="power of polynomial (default 1)")
-    add("--max_train_steps", type=int, default=max_train_steps, help=f"optimiser steps (default {max_train_steps})")
-    default = f"samples a process and micro-step (default {batch_size})"
+    add(
+        "--max_train_steps",
+        type=int,
+        default=max_train_steps,
+        help=f"optimiser steps ({about_steps or f'default {max_train_steps}'})",
+    )
+    default = f"samples a process and micro-step ({about_batch_size or f'default {batch_size}'})"
     add("--train_batch_size", type=int, default=batch_size, help=default)
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is configured for")
 
@@ -229,15 +256,15 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--validation_guidance_scale", type=float, default=5.0)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, *, validation_steps: int = 50) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser, families: Sequence[str]) -> None:
     """Seeds, validation, checkpoints and outputs."""
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", help="a directory of its own (default: outputs/<script>-<init>, with a number if it is taken)")
     add("--overwrite_output_dir", action="store_true", help="replace the run in output_dir, and what it wrote alone")
     add("--seed", type=int, default=0)
-    default = f"steps between validations (default {validation_steps})"
-    add("--validation_steps", type=int, default=validation_steps, help=default)
-    add("--checkpointing_steps", type=int, default=500, help="steps between checkpoints (default 500)")
+    for name, what in (("validation_steps", "validations"), ("checkpointing_steps", "checkpoints")):
+        about = f"steps between {what} ({describe_defaults(name, families)})"
+        add(f"--{name}", type=int, default=getattr(TINY[families[0]], name), help=about)
     add("--checkpoints_total_limit", type=int, help="the oldest are deleted first")
     yes_or_no = argparse.BooleanOptionalAction
     add(
@@ -259,8 +286,10 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, validation_steps: int 
     parser.set_defaults(option_defaults=OptionDefaults(parser))
 
 
-def make_training_parser(description: str | None, default_base: str | None) -> argparse.ArgumentParser:
-    """All options of a script that trains one LoRA."""
+def make_training_parser(
+    description: str | None, default_base: str | None, families: Sequence[str] = ("sd",)
+) -> argparse.ArgumentParser:
+    """All options of a script that trains one LoRA on bases of these families."""
     parser = ScriptParser(description)
     add_init_arguments(parser)
     add_model_arguments(parser, default_base)
@@ -268,9 +297,9 @@ def make_training_parser(description: str | None, default_base: str | None) -> a
     add_data_arguments(parser)
     add_dreambooth_arguments(parser)
     add_loss_arguments(parser)
-    add_training_arguments(parser)
+    add_training_arguments(parser, families)
     add_sample_arguments(parser)
-    add_run_arguments(parser)
+    add_run_arguments(parser, families)
     return parser
 
 

@@ -23,20 +23,17 @@ def make_task_parser(
     description: str | None,
     default_base: str,
     add_data_arguments: Callable[[argparse.ArgumentParser], None],
-    *,
-    max_train_steps: int,
-    batch_size: int,
-    validation_steps: int,
+    family: str,
 ) -> ScriptParser:
-    """All options of a script that trains one LoRA on a task."""
+    """All options of a script that trains one LoRA on a task, with the defaults of tiny bases of the family."""
     parser = ScriptParser(description)
     add_init_arguments(parser)
     add = add_base_arguments(parser, default_base)
     add("--cache_dir", help="where downloads are kept (default: Hugging Face's own)")
     add_lora_arguments(parser, text_encoders=False)
     add_data_arguments(parser)
-    add_training_arguments(parser, second_lr="head_lr", max_train_steps=max_train_steps, batch_size=batch_size)
-    add_run_arguments(parser, validation_steps=validation_steps)
+    add_training_arguments(parser, [family], second_lr="head_lr")
+    add_run_arguments(parser, [family])
     return parser
 
 

@@ -29,6 +29,7 @@ from common_options import (
 
 from lorainit_diffusers.training.bundled import BUNDLED_BASES, BUNDLED_DATA
 from lorainit_diffusers.training.cli_parser import run_script
+from lorainit_diffusers.training.defaults import parse_with_defaults
 
 # What each family's model cards are tagged with.
 FAMILIES = {
@@ -42,7 +43,7 @@ FAMILIES = {
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = make_training_parser(__doc__, default_base=None)
+    parser = make_training_parser(__doc__, None, list(FAMILIES))
     add_flow_arguments(parser)
     parser.add_argument("--quantization", choices=("nf4",), help="hold the transformer in 4 bits (bitsandbytes)")
     parser.add_argument("--family", choices=list(FAMILIES), default="sd3", help="what the base is (default sd3)")
@@ -55,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
-    args = make_parser().parse_args(argv)
+    args = parse_with_defaults(make_parser(), argv, lambda args: args.family)
     default_data = None
     if args.pretrained_model_name_or_path is None and args.family in BUNDLED_BASES:
         args.pretrained_model_name_or_path, default_data = BUNDLED_BASES[args.family], BUNDLED_DATA

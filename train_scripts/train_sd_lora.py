@@ -20,6 +20,7 @@ from common_options import make_training_parser, resolve_defaults, validate_argu
 
 from lorainit_diffusers.training.bundled import BUNDLED_BASES, BUNDLED_DATA
 from lorainit_diffusers.training.cli_parser import run_script
+from lorainit_diffusers.training.defaults import parse_with_defaults
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
-    args = make_parser().parse_args(argv)
+    args = parse_with_defaults(make_parser(), argv, "sd")
     resolve_defaults(args, "sd-lora", BUNDLED_DATA)
     validate_arguments(args)
     return args

@@ -16,6 +16,7 @@ from pathlib import Path
 from common_options import make_training_parser, resolve_defaults, validate_arguments
 
 from lorainit_diffusers.training.cli_parser import run_script
+from lorainit_diffusers.training.defaults import parse_with_defaults
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,7 +25,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
-    args = make_training_parser(__doc__, default_base=None).parse_args(argv)
+    args = parse_with_defaults(make_training_parser(__doc__, None, ["sdxl"]), argv, "sdxl")
     resolve_defaults(args, "sdxl-lora", default_data=None)
     validate_arguments(args)
     return args

@@ -26,6 +26,7 @@ from common_task_options import make_task_parser, resolve_task_options
 
 from lorainit_diffusers.training.bundled import BUNDLED_BASES
 from lorainit_diffusers.training.cli_parser import run_script
+from lorainit_diffusers.training.defaults import parse_with_defaults
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,9 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
         __doc__,
         BUNDLED_BASES["vlm"],
         add_question_arguments,
-        max_train_steps=100,
-        batch_size=16,
-        validation_steps=25,
+        "vlm",
     )
 
 
@@ -46,7 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
-    args = make_parser().parse_args(argv)
+    args = parse_with_defaults(make_parser(), argv, "vlm")
     if args.head_lr is not None:
         raise ValueError(f"--head_lr {args.head_lr} has no effect: nothing is trained in full here; leave it out")
     resolve_task_options(args, "vlm-lora")

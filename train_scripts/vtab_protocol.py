@@ -101,7 +101,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     own, rest = parser.parse_known_args(argv)
     # 1,600 steps of 64 are about a hundred passes over a thousand images
     base, add_data = BUNDLED_BASES["classifier"], add_classification_arguments
-    training = make_task_parser(None, base, add_data, max_train_steps=1600, batch_size=64, validation_steps=1)
+    training = make_task_parser(None, base, add_data, "classifier")
+    training.set_defaults(max_train_steps=1600, train_batch_size=64, validation_steps=1)
     training.more_options = tuple(parser.flags)
     # the protocol augments nothing: some of its tasks are about where things are, and how they are turned
     training.set_defaults(lr_scheduler="cosine", random_flip=False, crop_scale=[1.0, 1.0])
