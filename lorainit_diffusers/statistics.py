@@ -32,6 +32,8 @@ from lorainit_diffusers.ridged import CholeskyRidged, RidgedMoment, ThinRidged
 
 # Updates that are summed in float32 before they are added to a float64 scatter.
 UPDATES_PER_FLUSH = 8
+# Below this width, one product is as fast as those of its lower triangle.
+MIN_TRIANGLE_WIDTH = 256
 # Rows of a float32 scatter that are widened to float64 at once.
 CHUNK_ROWS = 512
 
@@ -273,6 +275,7 @@ class SecondMoment(_MeanAndCount):
         # none.
         self._recent: Tensor | None = None
         self._num_recent = 0
+        self._lower_only = False  # what lies above the diagonal blocks is out of date
 
     def _flush(self) -> None:
         """Move what the latest updates added into the scatter."""
@@ -280,6 +283,14 @@ class SecondMoment(_MeanAndCount):
             self._scatter += self._recent
             self._recent.zero_()
         self._num_recent = 0
+
+    def _settle(self) -> None:
+        """Make the scatter whole: everything added, and both halves of it."""
+        self._flush()
+        if self._scatter is not None and self._lower_only:
+            lower = self._scatter.tril(-1)
+            self._scatter.tril_().add_(lower.mT)
+            self._lower_only = False
 
     def _squares(self) -> Tensor:
         scatter = self._scatter
@@ -307,6 +318,7 @@ class SecondMoment(_MeanAndCount):
             if self._scatter is None:
                 self._scatter = torch.zeros(self._features, self._features, dtype=step.dtype, device=step.device)
             if self._device is not None:
+                self._settle()
                 self._scatter += (centred.mT @ centred).to(self._device)
                 return
             if self._recent is None:
@@ -315,15 +327,15 @@ class SecondMoment(_MeanAndCount):
                     if self._scatter.dtype == centred.dtype
                     else torch.zeros_like(self._scatter, dtype=centred.dtype)
                 )
-            self._recent.addmm_(centred.mT, centred)  # adding inside the product makes no temporary
+            self._lower_only |= _add_product(self._recent, centred)
             self._num_recent += 1
             if self._num_recent == UPDATES_PER_FLUSH:
                 self._flush()
 
     def merge(self, other: SecondMoment) -> None:
         """Add everything that ``other`` has seen."""
-        self._flush()
-        other._flush()
+        self._settle()
+        other._settle()
         if other._mean is None or other._scatter is None:
             return
         if self._mean is None or self._scatter is None:
@@ -407,7 +419,7 @@ class SecondMoment(_MeanAndCount):
 
     def move(self, device: torch.device) -> None:
         """Keep the accumulators on this device from now on; products are still taken where the rows are."""
-        self._flush()
+        self._settle()
         self._device, self._recent = device, None
         if self._mean is None or self._scatter is None or self._scatter.device == device:
             return
@@ -432,7 +444,7 @@ class SecondMoment(_MeanAndCount):
 
     def state_dict(self) -> dict[str, Tensor]:
         """``num_rows``, ``mean`` (features,) and ``scatter`` (features, features); empty before the first row."""
-        self._flush()
+        self._settle()
         if self._mean is None or self._scatter is None:
             return {}
         return {
@@ -447,13 +459,33 @@ class SecondMoment(_MeanAndCount):
         self._num_rows = int(state["num_rows"]) if state else 0
         self._mean = state["mean"].clone() if state else None
         self._scatter = state["scatter"].clone() if state else None
-        self._recent, self._num_recent = None, 0
+        self._recent, self._num_recent, self._lower_only = None, 0, False
 
     def _require_scatter(self) -> Tensor:
         self.mean()  # raises when empty
-        self._flush()
+        self._settle()
         assert self._scatter is not None
         return self._scatter
+
+
+def _add_product(target: Tensor, rows: Tensor) -> bool:
+    """Add ``rows' rows`` to a (features, features) matrix; of a wide one, only the blocks on and below the diagonal.
+
+    The product is symmetric, so a library that does not know it computes half of it for nothing: four block columns
+    save three eighths. Adding inside the products makes no temporary.
+
+    Returns:
+        Whether the blocks above the diagonal were left out.
+    """
+    features = len(target)
+    if features < MIN_TRIANGLE_WIDTH:
+        target.addmm_(rows.mT, rows)
+        return False
+    step = -(-features // (4 * 16)) * 16  # multiples of 16 columns, a whole number of vector registers
+    for start in range(0, features, step):
+        end = min(start + step, features)
+        target[start:end, :end].addmm_(rows[:, start:end].mT, rows[:, :end])
+    return True
 
 
 # Sketches of one size share their projection, which is as large as a sketch itself; it is freed with the last of them.

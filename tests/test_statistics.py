@@ -13,6 +13,7 @@ from core_fixtures import largest_principal_angle, relative_error, rows_with_spe
 from torch import Tensor
 
 from lorainit_diffusers.statistics import (
+    MIN_TRIANGLE_WIDTH,
     GradientMean,
     InputsAndReference,
     SecondMoment,
@@ -552,3 +553,41 @@ def test_the_gradient_that_was_passed_may_be_reused_by_the_caller():
     statistic.update(gradient)
     gradient.zero_()
     assert torch.equal(statistic.mean(), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("width", [MIN_TRIANGLE_WIDTH - 1, MIN_TRIANGLE_WIDTH, MIN_TRIANGLE_WIDTH + 37, 800])
+def test_a_moment_of_any_width_is_whole_and_symmetric(width):
+    """Wide ones are accumulated in their lower triangle; every way to read or move them completes it."""
+    rows = torch.randn(90, width, generator=torch.Generator().manual_seed(0)) + 0.5
+    expected = np.cov(rows.numpy().T.astype(np.float64), bias=True)
+
+    def filled(parts: list[torch.Tensor]) -> SecondMoment:
+        statistic = SecondMoment(width)
+        for part in parts:
+            statistic.update(part)
+        return statistic
+
+    def reloaded(statistic: SecondMoment) -> SecondMoment:
+        copy = SecondMoment(width)
+        copy.load_state_dict(statistic.state_dict())
+        return copy
+
+    read_between = filled([rows[:30]])
+    read_between.covariance()
+    read_between.update(rows[30:])
+    merged = filled([rows[:50]])
+    merged.merge(filled([rows[50:]]))
+    moved = filled([rows[:40]])
+    moved.move(torch.device("cpu"))
+    moved.update(rows[40:])
+    for statistic in (
+        filled([rows]),
+        filled(list(rows.split(7))),
+        read_between,
+        merged,
+        moved,
+        reloaded(filled([rows])),
+    ):
+        covariance = statistic.covariance()
+        assert torch.equal(covariance, covariance.mT) or statistic in (merged, moved)
+        np.testing.assert_allclose(covariance.numpy(), expected, atol=2e-6)
