@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import torch
+from sd_fixtures import ROOT
 
+from lorainit_diffusers.methods import METHODS
 from lorainit_diffusers.report import (
     STEP_ZERO,
     InitReport,
@@ -78,3 +82,23 @@ def test_a_budget_of_parameters_and_budgets_that_decide_nothing_are_said():
     )
     assert RankAllocation(4, False, 1, 4, None, None).sentence() == "nothing competed for a rank"
     assert make_report([4]).to_json()["allocation"] is None
+
+
+def test_the_page_on_reports_knows_every_key_and_every_method():
+    page = (ROOT / "docs" / "init_report.md").read_text(encoding="utf-8")
+    report = make_report([4])
+    layer, *_ = report.to_json()["layers"].values()
+    for key in (*layer, *(key for key in report.to_json() if key not in ("method", "options", "layers"))):
+        assert f"`{key}`" in page, f"docs/init_report.md does not explain {key}"
+    for step_zero in STEP_ZERO:
+        row = re.search(rf"^\| `{step_zero}` \| ([^|]*) \|", page, re.MULTILINE)
+        named = set(re.findall(r"`(\w+)`", row[1]))
+        assert named == {name for name, method in METHODS.items() if method().step_zero == step_zero}
+    without = re.search(r"that rank nothing \(([^)]*)\)", page)
+    unranked = set()
+    for name, method in METHODS.items():
+        if method().observes == "nothing":
+            generator = torch.Generator().manual_seed(0)
+            if method().solve(torch.eye(8), None, 2, scaling=1.0, generator=generator).scores is None:
+                unranked.add(name)
+    assert set(re.findall(r"`(\w+)`", without[1])) == unranked

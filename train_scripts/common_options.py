@@ -59,7 +59,7 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
     add("--init_num_batches", type=int, default=64, help="batches that the collection pass sees (default 64)")
     add("--init_batch_size", type=int, help="their size (default: train_batch_size)")
     add("--init_seed", type=int, help="seed of the collection pass and of random initialisations (default: seed)")
-    add("--init_option", action="append", default=[], metavar="KEY=VALUE", help="of the method (see docs/methods.md)")
+    add("--init_option", action="append", default=[], metavar="KEY=VALUE", help="of the method; `help` lists them")
     add(
         "--init_mask_padding",
         action=argparse.BooleanOptionalAction,
@@ -584,7 +584,11 @@ def check_init_name(name: str, given: str = "") -> None:
 
 def _unknown_option(name: str, option: str, known: Sequence[str]) -> str:
     """What to give instead of an option that a method has not."""
+    from lorainit_diffusers.training.method_options import describe_options
+
     key, _, value = option.partition("=")
+    if key == "help":
+        return describe_options(name)
     meant = closest(key, known)
     question = f"; did you mean {meant}={value or '...'}?" if meant is not None else ""
     if not known:

@@ -47,8 +47,8 @@ def check_weight(layer: str, weight: Tensor, method: str) -> None:
     """
     if not _is_finite(weight):
         raise ValueError(
-            f"layer {layer!r} cannot be decomposed or adapted by init {method!r}: its weight has NaN or infinity; load the "
-            "base in float32 or bfloat16 if it overflows in float16, or give a checkpoint that was not damaged"
+            f"layer {layer!r} cannot be decomposed or adapted by init {method!r}: its weight has NaN or infinity; load "
+            "the base in float32 or bfloat16 if it overflows in float16, or give a checkpoint that was not damaged"
         )
 
 
