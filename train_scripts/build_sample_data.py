@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -28,7 +27,8 @@ from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = ScriptParser(__doc__)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="a directory of its own")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the sets in it")
     parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="archives of the npm packages")
     parser.add_argument("--size", type=int, default=128, help="pixels, of the sets to draw")
     parser.add_argument("--task_size", type=int, default=64, help="pixels, of classes and questions")
@@ -42,6 +42,8 @@ import emoji
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
+
+from lorainit_diffusers.training.output_dir import Wish, claim_directory, owning
 
 CAPTIONS = {"blobs": "a blob emoji of {}", "high-contrast": "a black line emoji of {}", "cats": "a noto emoji of {}"}
 # Pictures of each kind in a set of 40. The blobs are in the faces; in black and white every kind looks different.
@@ -166,9 +168,13 @@ def write_questions(directory: Path, icons: emoji.IconSet, subgroups: Mapping[st
         (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+@owning
 def main(argv: list[str] | None = None) -> None:
-    """Writes all sets, replacing what is there."""
+    """Writes all sets."""
     args = parse_args(argv)
+    directory_of_sets = claim_directory(Wish(args.output_dir, "build_sample_data", overwrite=args.overwrite_output_dir))
+    directory_of_sets.begin(anew=True)
+    directory_of_sets.others.append(args.output_dir)  # everything that is new in it at the end is of this run
 
     kinds = emoji.emoji_kinds(args.cache_dir)
     known = emoji.concepts({key: emoji.IconSet(key, args.cache_dir).names() for key in emoji.BASE_STYLES}, kinds)
@@ -176,7 +182,6 @@ def main(argv: list[str] | None = None) -> None:
         icons = emoji.IconSet(style, args.cache_dir)
         names = [name for name in known if name in icons.data["icons"]]
         available = {name: kinds[name] for name in names if not any(word in name for word in UNSUITABLE)}
-        shutil.rmtree(args.output_dir / style, ignore_errors=True)
         for split, names in zip(("train", "heldout"), choose(available, quotas), strict=True):
             write_split(args.output_dir / style / split, icons, names, CAPTIONS[style], args.size)
         write_licence(args.output_dir / style, style, args.size)
@@ -186,12 +191,10 @@ def main(argv: list[str] | None = None) -> None:
         names = [n for n in known if n in icons.data["icons"] and not any(word in n for word in UNSUITABLE)]
         _, held_out = choose({name: kinds[name] for name in names}, QUOTAS[style])
         names = sorted(set(names) - set(held_out), key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:count]
-        shutil.rmtree(args.output_dir / large, ignore_errors=True)
         for split, chosen in (("train", sorted(names)), ("heldout", held_out)):
             write_split(args.output_dir / large / split, icons, chosen, CAPTIONS[style], args.size)
         write_licence(args.output_dir / large, style, args.size)
 
-    shutil.rmtree(args.output_dir / "cats", ignore_errors=True)
     icons = emoji.IconSet("noto", args.cache_dir)
     write_split(args.output_dir / "cats" / "train", icons, list(emoji.CAT_FACES), CAPTIONS["cats"], args.size)
     write_licence(args.output_dir / "cats", "noto", args.size)
@@ -201,7 +204,6 @@ def main(argv: list[str] | None = None) -> None:
     subgroups = {name: kinds[name].subgroup for name in emoji.concepts(styles, kinds)}
     for name, write in (("classes", write_classes), ("questions", write_questions)):
         directory = args.output_dir / f"{TASK_STYLE}-{name}"
-        shutil.rmtree(directory, ignore_errors=True)
         write(directory, icons, subgroups, args.task_size)
         write_licence(directory, TASK_STYLE, args.task_size)
 

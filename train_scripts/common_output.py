@@ -93,6 +93,8 @@ def begin_output(args: argparse.Namespace, state: TrainingState | None) -> None:
     directory = own_directory(args)
     if directory is not None:
         directory.begin(anew=state is None)
+        if getattr(args, "report_to", None):
+            directory.others.append(directory.path / args.logging_dir)
 
 
 def own_directory(args: argparse.Namespace) -> RunDirectory | None:

@@ -23,6 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lorainit_diffusers.files import filling
+from lorainit_diffusers.training.output_dir import RunDirectory, Wish, claim_directory
+
 Model = Any  # models, schedulers and pipelines: their libraries annotate them too narrowly to check calls
 IMAGE_SIZE = 64
 MAX_TOKENS = 16
@@ -261,11 +264,28 @@ def load_trained(args: argparse.Namespace, phase: str, module: nn.Module) -> Non
     load_ema(module, {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")})
 
 
+def claim_model_dir(args: argparse.Namespace, script: str) -> RunDirectory | None:
+    """The directory that a recipe's model goes to, in the process that exports it; nobody's files are replaced.
+
+    The caller is decorated with `output_dir.owning`, and calls `begin` before it writes.
+
+    Raises:
+        ValueError: when the directory holds files that no run of this recipe wrote.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if "export" not in args.phases or rank != 0:
+        return None
+    return claim_directory(Wish(args.output_dir, script, goes_on=True))
+
+
 def save_half(model: Model, directory: Path, save_rest: Callable[[Path], None]) -> None:
     """Writes a model of transformers over `directory`, in half precision, with what `save_rest` writes beside it."""
-    scratch = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    with filling(directory) as scratch:
+        _save_half(model, scratch)
+        save_rest(scratch)
+
+
+def _save_half(model: Model, scratch: Path) -> None:
     model.half().save_pretrained(scratch)
     config_path = scratch / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -273,11 +293,6 @@ def save_half(model: Model, directory: Path, save_rest: Callable[[Path], None]) 
         part["dtype"] = "float32"  # transformers 5 loads in the type that the config names
         part.pop("_name_or_path", None)  # a path of one machine
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_rest(scratch)
-    for path in scratch.iterdir():
-        path.chmod(0o644)  # the library writes weights for their owner alone
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(scratch, directory)
 
 
 def _hardware() -> str:
@@ -341,8 +356,11 @@ def rename_weights(path: Path, pattern: str, replacement: str) -> None:
 
 def save_pipeline(pipeline: Model, directory: Path, tokenizer_dir: Path) -> None:
     """Writes the pipeline in half precision, with the tokenizer files of old and new transformers, over `directory`."""
-    scratch = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
+    with filling(directory) as scratch:
+        _save_pipeline(pipeline, scratch, tokenizer_dir)
+
+
+def _save_pipeline(pipeline: Model, scratch: Path, tokenizer_dir: Path) -> None:
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.half()
@@ -369,8 +387,6 @@ def save_pipeline(pipeline: Model, directory: Path, tokenizer_dir: Path) -> None
     text = index.read_text(encoding="utf-8")
     # transformers 4 has another class for T5's tokenizer without a SentencePiece file
     index.write_text(text.replace('"T5Tokenizer"', '"T5TokenizerFast"'), encoding="utf-8")
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(scratch, directory)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -82,11 +81,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import load_checkpoint, save_checkpoint
-from common_pretrain import waves
+from common_pretrain import claim_model_dir, waves
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from lorainit_diffusers.files import filling, write_text
+from lorainit_diffusers.training.output_dir import owning
 
 Model = Any  # transformers annotates its models and tokenizers too narrowly to check calls
 IMAGE_SIZE = 64
@@ -715,9 +717,11 @@ used as training data. The weights are published under the Apache License 2.0 of
 
 def save_model(model: Model, directory: Path, tokenizer_dir: Path) -> None:
     """Writes model, image processor and tokenizer over `directory`, in half precision."""
-    scratch = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    with filling(directory) as scratch:
+        _save_model(model, scratch, tokenizer_dir)
+
+
+def _save_model(model: Model, scratch: Path, tokenizer_dir: Path) -> None:
     model.half().save_pretrained(scratch)
     model.float()
     # transformers 5 loads in the type that the config names: without this, a plain `from_pretrained` computes in half
@@ -735,8 +739,6 @@ def save_model(model: Model, directory: Path, tokenizer_dir: Path) -> None:
     ).save_pretrained(scratch)
     for path in sorted(tokenizer_dir.iterdir()):
         shutil.copyfile(path, scratch / path.name)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(scratch, directory)
 
 
 def write_model_card(
@@ -789,17 +791,19 @@ def write_model_card(
         flags=f"--minutes {minutes:.0f}" if args.minutes else f"--minutes 0 --steps {step}",
         sources=sources,
     )
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    write_text(directory / "README.md", card)
 
 
 # ---------------------------------------------------------------------------------------------------------- main
 
 
+@owning
 def main(argv: list[str] | None = None) -> None:
     """Runs the phases in order; what is finished is skipped."""
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
+    model_dir = claim_model_dir(args, "pretrain_tiny_clip")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if "data" in args.phases and not (args.work_dir / "images.safetensors").exists():
         render_data(args.work_dir, args.cache_dir, args.data_dir, args.seed)
@@ -813,7 +817,8 @@ def main(argv: list[str] | None = None) -> None:
         model.set_attn_implementation("eager")
     if "train" in args.phases:
         train(model, images["train"], Batches(data, tokenizer), args)
-    if "export" in args.phases:
+    if model_dir is not None:
+        model_dir.begin(anew=True)
         checkpoint = args.work_dir / "checkpoint.safetensors"
         if not checkpoint.exists():
             raise FileNotFoundError(f"{checkpoint} is missing; run the phase `train` first")

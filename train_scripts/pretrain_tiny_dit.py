@@ -70,6 +70,7 @@ from common_pretrain import (
     MAX_TOKENS,
     Model,
     caption_tokens,
+    claim_model_dir,
     draw_batch,
     encode,
     load_ema,
@@ -91,6 +92,9 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from lorainit_diffusers.files import replacing, write_text
+from lorainit_diffusers.training.output_dir import owning
 
 # Text tokens that the pipeline adds in the place of T5's, which are zeros: its own default of 256, the 77 of diffusers'
 # training script, and what our training script takes here; each with the share of steps that see it.
@@ -370,16 +374,18 @@ def write_model_card(directory: Path, pipeline: Model, args: argparse.Namespace,
         zero_tokens=", ".join(map(str, ZERO_TOKENS)),
         sources=sources,
     )
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    write_text(directory / "README.md", card)
 
 
 # ---------------------------------------------------------------------------------------------------------- main
 
 
+@owning
 def main(argv: list[str] | None = None) -> None:
     """Runs the phases in order."""
     args = parse_args(argv)
     device, rank, world_size = start_process(args.seed)
+    model_dir = claim_model_dir(args, "pretrain_tiny_dit")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if "data" in args.phases and rank == 0 and not (args.work_dir / "images.safetensors").exists():
         emoji.render_training_set(args.work_dir, args.cache_dir, IMAGE_SIZE, num_line_icons=0, seed=args.seed)
@@ -422,7 +428,8 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:
             save_checkpoint(args.work_dir / "transformer" / "final.safetensors", ema, {})
 
-    if "export" in args.phases and rank == 0:
+    if model_dir is not None:
+        model_dir.begin(anew=True)
         trained = Denoiser(first_encoder).to(device)
         load_ema(trained, load_checkpoint(args.work_dir / "transformer" / "final.safetensors")[0])
         pipeline = make_pipeline(vae, tokenizer, trained)
@@ -431,7 +438,8 @@ def main(argv: list[str] | None = None) -> None:
             pipeline, args.work_dir / "samples.png", GRID_NAMES, args.sample_steps, max_sequence_length=MAX_TOKENS
         )
         save_pipeline(pipeline, args.output_dir, args.base / "tokenizer")
-        shutil.copyfile(args.work_dir / "samples.png", args.output_dir / "samples.png")
+        with replacing(args.output_dir / "samples.png") as scratch:
+            shutil.copyfile(args.work_dir / "samples.png", scratch)
         write_model_card(args.output_dir, pipeline, args, device)
         tqdm.write(f"wrote {args.output_dir}")
     if world_size > 1:

@@ -72,6 +72,7 @@ from common_pretrain import (
     Model,
     batch_indices,
     caption_tokens,
+    claim_model_dir,
     draw_batch,
     encode,
     load_ema,
@@ -87,6 +88,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lorainit_diffusers.files import replacing, write_text
+from lorainit_diffusers.training.output_dir import owning
 
 LATENT_CHANNELS = 16
 TEXT_WIDTH = 128
@@ -426,16 +430,18 @@ def write_model_card(directory: Path, pipeline: Model, args: argparse.Namespace,
         flags=" ".join(flags),
         sources=sources,
     )
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    write_text(directory / "README.md", card)
 
 
 # ---------------------------------------------------------------------------------------------------------- main
 
 
+@owning
 def main(argv: list[str] | None = None) -> None:
     """Runs the phases in order; each one that has used its budget is skipped."""
     args = parse_args(argv)
     device, rank, world_size = start_process(args.seed)
+    model_dir = claim_model_dir(args, "pretrain_tiny_sd")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     tokenizer_dir = args.work_dir / "tokenizer"
 
@@ -507,7 +513,8 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:
             save_checkpoint(decoder_path, dict(vae.state_dict()), {"psnr_valid": psnr(vae, images["valid"], device)})
 
-    if "export" in args.phases and rank == 0:
+    if model_dir is not None:
+        model_dir.begin(anew=True)
         if decoder_path.exists():
             vae.load_state_dict(load_checkpoint(decoder_path)[0])
         load_ema(denoiser, load_checkpoint(args.work_dir / "unet" / "final.safetensors")[0])
@@ -515,7 +522,8 @@ def main(argv: list[str] | None = None) -> None:
         args.output_dir.parent.mkdir(parents=True, exist_ok=True)
         sample_grid(pipeline, args.work_dir / "samples.png", GRID_NAMES, args.sample_steps)
         save_pipeline(pipeline, args.output_dir, tokenizer_dir)
-        shutil.copyfile(args.work_dir / "samples.png", args.output_dir / "samples.png")
+        with replacing(args.output_dir / "samples.png") as scratch:
+            shutil.copyfile(args.work_dir / "samples.png", scratch)
         write_model_card(args.output_dir, pipeline, args, device)
     if world_size > 1:
         dist.destroy_process_group()

@@ -44,6 +44,7 @@ from common_pretrain import (
     IMAGE_SIZE,
     batch_indices,
     card_fields,
+    claim_model_dir,
     load_styles,
     load_trained,
     save_half,
@@ -55,6 +56,8 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lorainit_diffusers.families.augment import Augmentation
+from lorainit_diffusers.files import write_text
+from lorainit_diffusers.training.output_dir import owning
 
 Model = Any  # transformers annotates its models too narrowly to check calls
 PATCH_SIZE = 8
@@ -240,13 +243,15 @@ def write_model_card(
         easy_steps=EASY_STEPS,
         **card_fields(args, "vit", names),
     )
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    write_text(directory / "README.md", card)
 
 
+@owning
 def main(argv: list[str] | None = None) -> None:
     """Runs the phases in order; what is finished is skipped."""
     args = parse_args(argv)
-    device, rank, _ = start_process(args.seed)
+    device, _, _ = start_process(args.seed)
+    model_dir = claim_model_dir(args, "pretrain_tiny_vit")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     images, names, subgroups = load_styles(args)
     concepts = sorted(subgroups)
@@ -260,7 +265,8 @@ def main(argv: list[str] | None = None) -> None:
         indices = torch.tensor([concepts.index(name) for style in styles for name in names[style]])
         targets = torch.cat([class_indices(names[style], subgroups, classes) for style in styles])
         train_vit(recipe, torch.cat([images[style] for style in styles]), indices, targets, args, device)
-    if "export" in args.phases and rank == 0:
+    if model_dir is not None:
+        model_dir.begin(anew=True)
         load_trained(args, "vit", recipe)
         save_half(recipe.model, args.output_dir, save_processor)
         model = ViTForImageClassification.from_pretrained(

@@ -49,6 +49,7 @@ from common_pretrain import (
     IMAGE_SIZE,
     batch_indices,
     card_fields,
+    claim_model_dir,
     load_styles,
     load_trained,
     rename_weights,
@@ -69,6 +70,8 @@ from transformers import (
 )
 
 from lorainit_diffusers.families.augment import Augmentation
+from lorainit_diffusers.files import write_text
+from lorainit_diffusers.training.output_dir import owning
 
 Model = Any  # transformers annotates its models and tokenizers too narrowly to check calls
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -352,13 +355,15 @@ def write_model_card(
         figures=rows,
         **card_fields(args, "vlm", names),
     )
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    write_text(directory / "README.md", card)
 
 
+@owning
 def main(argv: list[str] | None = None) -> None:
     """Runs the phases in order; what is finished is skipped."""
     args = parse_args(argv)
-    device, rank, _ = start_process(args.seed)
+    device, _, _ = start_process(args.seed)
+    model_dir = claim_model_dir(args, "pretrain_tiny_vlm")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     images, names, subgroups = load_styles(args)
     tokenizer = make_tokenizer(sorted(subgroups), subgroups, args.vocab_size)
@@ -371,7 +376,8 @@ def main(argv: list[str] | None = None) -> None:
         concepts = [name for style in emoji.CLASSIFIER_STYLES for name in names[style]]
         stacked = torch.cat([images[style] for style in emoji.CLASSIFIER_STYLES])
         train_vlm(model, conversations, stacked, concepts, subgroups, args, device)
-    if "export" in args.phases and rank == 0:
+    if model_dir is not None:
+        model_dir.begin(anew=True)
         load_trained(args, "vlm", model)
         patch_size = model.config.vision_config.patch_size
 

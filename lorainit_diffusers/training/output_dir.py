@@ -208,6 +208,7 @@ class RunDirectory:
     Attributes:
         path: of the directory.
         kind: what it was before.
+        others: folders in it that something else fills, such as a tracker: what is new in them at the end is the run's.
     """
 
     def __init__(self, path: Path, wish: Wish) -> None:
@@ -216,6 +217,7 @@ class RunDirectory:
         self._place = Path(os.path.abspath(path))
         self._guests = [Path(os.path.abspath(guest)) for guest in wish.guests]
         self._lock = RunLock(path / MARK / LOCK_NAME, wish.script)
+        self.others: list[Path] = []
         self._made: list[Path] = []
         self._written: set[str] = set()
         self._logs: set[str] | None = None
@@ -291,6 +293,8 @@ class RunDirectory:
         if not self._begun:
             self.give_back()
             return
+        for folder in self.others:
+            self._note_new(folder)
         if (mark := _read_mark(self.path)) is not None and (self._lock.is_held or self.wish.shared):
             done = error is None or mark["status"] == "finished"
             status = "finished" if done else "failed" if isinstance(error, Exception) else "unfinished"
@@ -384,7 +388,7 @@ class RunDirectory:
             kept = f"; what it did not write stays: {_some(stays)}" if stays else ""
             print(f"{self.wish.flag} {str(self.path)!r}: the earlier run is replaced{kept}")
 
-    def note_new(self, folder: Path) -> None:
+    def _note_new(self, folder: Path) -> None:
         """Note the files in a folder that were not there when the run began, and that something else has written."""
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
             name = self._name(path)

@@ -62,6 +62,23 @@ def test_the_same_seed_gives_the_same_weights(recipe: Any, styles: Path, tmp_pat
     assert str(tmp_path) not in (twice / "config.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("recipe", [vit, vlm], ids=["vit", "vlm"])
+def test_a_recipe_replaces_no_files_of_others(recipe: Any, styles: Path, tmp_path: Path) -> None:
+    phase = recipe.__name__.removeprefix("pretrain_tiny_")
+    output = tmp_path / "mine"
+    output.mkdir()
+    (output / "config.json").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"--output_dir '.*mine' holds files that no run of this project wrote"):
+        recipe.main(arguments(styles, output, phase, 2))
+    assert [path.name for path in output.iterdir()] == ["config.json"]
+    assert not (styles / phase).exists()
+    (tmp_path / "new.tmp").mkdir()
+    (tmp_path / "new.tmp" / "kept.txt").write_text("mine", encoding="utf-8")
+    recipe.main(arguments(styles, tmp_path / "new", phase, 2))
+    assert (tmp_path / "new.tmp" / "kept.txt").is_file()
+    assert len({path.stat().st_mode for path in (tmp_path / "new").iterdir() if path.is_file()}) == 1
+
+
 def test_a_killed_recipe_goes_on_where_it_was(styles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     vit.main(arguments(styles, whole, "vit", 3))
