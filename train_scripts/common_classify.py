@@ -53,6 +53,7 @@ from lorainit_diffusers.families.classifier import COMPONENT, ClassifierFamily, 
 from lorainit_diffusers.files import replacing, write_text
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.banner import Line, class_lines, count_line, size_lines
+from lorainit_diffusers.training.best import best_line
 from lorainit_diffusers.training.data.files import child_folders, list_folder
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out_of_classes, picture_key
 from lorainit_diffusers.training.data.notes import DataNotes, some
@@ -540,7 +541,9 @@ class ClassificationTask:
             for stage, line in by_stage.items()
         ]
         base = values.get("base")
-        curve = plot_accuracy(lines, output_dir / "accuracy.png", name=metric, base=base)
+        best = best_line(lines, metric, larger_is_better=True)
+        best_step = None if best is None else int(best["step"])
+        curve = plot_accuracy(lines, output_dir / "accuracy.png", name=metric, base=base, best_step=best_step)
         blocks: list[Block] = [
             Text(lead, lead=True),
             Table(["", *(key.replace("_", " ") for key in columns)], rows),

@@ -31,17 +31,19 @@ from common_run import lora_targets
 from common_tasks import STAGES, stages
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
 from lorainit_diffusers.evaluation.answers import exact_match, token_f1
 from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
-from lorainit_diffusers.evaluation.plots import save_figure
+from lorainit_diffusers.evaluation.plots import mark_best, save_figure
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.vlm import COMPONENT, IGNORED, TooLongError, VisionLanguageFamily
 from lorainit_diffusers.files import write_text
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.banner import Line, caption_line, count_line, size_lines
+from lorainit_diffusers.training.best import best_line
 from lorainit_diffusers.training.data.files import find_file
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out
 from lorainit_diffusers.training.data.rows import json_entries
@@ -791,8 +793,13 @@ def plot_scores(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     ):
         axis.plot([line["step"] for line in validations], [line[name] for line in validations], "o-", color="#08519c")
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
+    best = best_line(lines, "exact_match", larger_is_better=True)
+    if best is not None:
+        mark_best(axes[0], [(line["step"], line["exact_match"]) for line in validations], int(best["step"]))
+        axes[0].legend(frameon=False, fontsize="small")
     axes[0].set_ylim(bottom=0)
     save_figure(figure, path, dpi=120)
 

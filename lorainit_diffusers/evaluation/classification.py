@@ -11,9 +11,10 @@ from typing import Any, cast
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from lorainit_diffusers.evaluation.plots import save_figure
+from lorainit_diffusers.evaluation.plots import mark_best, save_figure
 
 # What a model with more labels than the data has classes may answer.
 OTHER = -1
@@ -119,6 +120,7 @@ def plot_accuracy(
     name: str = "accuracy",
     base: float | None = None,
     title: str = "",
+    best_step: int | None = None,
 ) -> Path:
     """Draw a metric over the steps of a run, and the level of the base.
 
@@ -128,6 +130,7 @@ def plot_accuracy(
         name: of the metric.
         base: its value for the base model.
         title: shown above.
+        best_step: the step that is marked as the best one.
 
     Returns:
         The path.
@@ -139,9 +142,11 @@ def plot_accuracy(
     if points:
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, "o-", color="#08519c", markersize=4, label=name.replace("_", " "))
+        mark_best(axes, points, best_step)
     if base is not None:
         axes.axhline(base, color="#737373", linestyle="--", linewidth=1.2, label="base")
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(name.replace("_", " "))
     axes.set_ylim(bottom=0)
     axes.set_title(title)

@@ -82,8 +82,9 @@ def plot_loss(
     if validation:
         steps, losses = [step for step, _ in validation], [loss for _, loss in validation]
         axes.plot(steps, losses, "o-", color="#d94801", label=validation_label)
-        _mark_best(axes, validation, best_step)
+        mark_best(axes, validation, best_step)
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss")
     axes.set_title(title)
     axes.grid(alpha=0.3)
@@ -93,7 +94,7 @@ def plot_loss(
     return Path(path)
 
 
-def _mark_best(axes: Any, values: Sequence[tuple[int, float]], best_step: int | None) -> None:
+def mark_best(axes: Any, values: Sequence[tuple[int, float]], best_step: int | None) -> None:
     """A star on the best of some values by step, with its number."""
     for step, value in values:
         if step == best_step:
