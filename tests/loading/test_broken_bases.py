@@ -100,7 +100,7 @@ def test_weights_are_named(kind: str, component: str, damage: str, base: Callabl
     folder, key = damaged_copy(base(kind), tmp_path / "copy", components_with_weights(kind)[component], change)
     with pytest.raises(ValueError, match=message) as error:
         load_small_base(kind, folder)
-    assert f"'{key}'" in one_line(error.value)  # as it is called in the file
+    assert f"{key}'" in one_line(error.value)  # as it is called in the file
     assert f"{component} of the base model" in str(error.value) or not component
 
 
