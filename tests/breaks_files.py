@@ -10,7 +10,7 @@ BREAKS: tuple[Break, ...] = (
         "lorainit_diffusers/export/factors.py",
         "weights.factors.lora_A, weights.factors.lora_B * weights.scaling",
         "weights.factors.lora_A, weights.factors.lora_B * 1.0",
-        ("tests/test_adapters.py::test_the_saved_file_loads_in_the_stock_pipeline",),
+        ("tests/test_adapters.py::test_rslora_scales_by_the_root_of_the_rank_and_exports",),
     ),
     Break(
         "export keeps weak directions first",
