@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import sys
@@ -46,6 +47,9 @@ if __name__ == "__main__":
     workers = [context.Process(target=work, args=(process, free, todo)) for process in range(2)]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    while any(worker.is_alive() for worker in workers):
+        multiprocessing.connection.wait([worker.sentinel for worker in workers if worker.is_alive()])
+        if any(worker.exitcode for worker in workers):  # the other one would wait for it for ever
+            for worker in workers:
+                worker.kill()
     sys.exit(max(abs(worker.exitcode or 0) for worker in workers))

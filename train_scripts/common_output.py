@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from common import run_options
 
 from lorainit_diffusers.checkpoints import TrainingState, find_checkpoint, list_checkpoints, load_training_state
@@ -45,8 +45,12 @@ def claim_output_dir(args: argparse.Namespace, script: str, *, goes_on: bool = F
     if getattr(args, "dry_run", False):
         return Path(args.output_dir)
     answer: list[Any] = [None, None]
-    joint = int(os.environ.get("WORLD_SIZE", "1")) > 1 and PartialState().num_processes > 1
-    if not joint or PartialState().is_main_process:
+    joint, is_main = False, True
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # as the accelerator makes it: on a processor it joins the processes only when told that the processor is meant
+        processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        joint, is_main = processes.num_processes > 1, processes.is_main_process
+    if is_main:
         try:
             answer[0] = str(claim_directory(_wish(args, script, goes_on, shared)).path)
         except ValueError as error:

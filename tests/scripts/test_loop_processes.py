@@ -71,7 +71,7 @@ def two(work: Path, options: dict[str, dict[str, Any]]) -> None:
     path = os.pathsep.join(map(str, (ROOT, ROOT / "train_scripts", ROOT / "tests")))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests" / "two_processes.py"), str(work / "jobs.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
 
