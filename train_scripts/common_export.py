@@ -246,9 +246,9 @@ def write_report(
     settings |= {
         "images": f"{config['num_images']} to train on, {config['num_heldout_images']} held out",
         "resolution": f"{args.resolution} pixels",
-        "precision": str(config["mixed_precision"]),
+        "precision": "float32" if config["mixed_precision"] == "no" else f"{config['mixed_precision']} (mixed)",
         "trained parameters": f"{config['num_trainable_parameters']:,}",
-        "device": f"{config['device']}, {config['num_processes']} process(es)",
+        "device": f"{config['device']}, {config['num_processes']} process{'es' * (config['num_processes'] > 1)}",
         "versions": ", ".join(f"{package} {version}" for package, version in config["versions"].items()),
     }
     passes = {"in the model": init_report["forward_s"], "in the statistics": init_report["statistics_s"]}

@@ -22,7 +22,7 @@ _MAX_INLINE_WIDTH = 1800
 # Side of an image in a cell, in pixels.
 _THUMBNAIL = 160
 # A cell of more characters is broken into lines.
-_LONG = 48
+_LONG = 26
 
 
 class Heading(NamedTuple):
@@ -169,7 +169,7 @@ def _html_table(table: Table) -> str:
     for first, *rest in table.rows:
         # long labels may break after their separators
         name = re.sub(r"([:,=_.])", r"\1<wbr>", _html(first.text))
-        wide = ' class="long"' if len(first.text) > _LONG // 2 else ""
+        wide = ' class="long"' if len(first.text) > _LONG else ""
         cells = [f'<th scope="row"{wide}>{_thumbnails(first)}{name}</th>']
         for cell in rest:
             verdict = [cell.verdict] if cell.verdict in ("better", "worse") else []

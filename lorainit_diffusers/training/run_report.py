@@ -272,11 +272,14 @@ def _cost_blocks(facts: RunFacts) -> list[Block]:
 
 def _usage_blocks(facts: RunFacts) -> list[Block]:
     blocks: list[Block] = [Code(facts.usage, "python")]
-    if facts.files:
-        blocks.append(Bullets([f"{name}: {what}" for name, what in facts.files.items()]))
+    files = [f"{name}: {what}" for name, what in facts.files.items()]
+    if facts.best_dir is not None:
+        files.append(f"{facts.best_dir}/: the LoRA of step {best_step(facts.lines)}, the best one, for diffusers")
+    if files:
+        blocks.append(Bullets(files))
     if facts.command and facts.checkpoints:
         blocks += [
-            Text(f"To go on from {facts.checkpoints[-1]}, to more steps than before:"),
+            Text(f"To go on from {facts.checkpoints[-1]} (with a larger --max_train_steps, beyond the end):"),
             Code(f"{facts.command} --resume_from_checkpoint latest"),
         ]
     return blocks
