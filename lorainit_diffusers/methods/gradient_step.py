@@ -90,7 +90,7 @@ class GradientStep:
             basis, total = vectors.mT, inputs.trace(centered=True)
         elif self.directions == "gradient":
             svd = top_svd(gradient, max_rank)
-            basis, worth, total = svd.right, svd.values.square(), float(gradient.square().sum())
+            basis, worth, total = svd.right.to(gradient), svd.values.square(), float(gradient.square().sum())
         else:
             basis, worth, total = self._whitened(gradient, inputs, max_rank)
         scores = worth / max(total, torch.finfo(worth.dtype).tiny)

@@ -11,7 +11,8 @@ from lorainit_diffusers.linalg import is_exact
 from lorainit_diffusers.methods import cntlora
 
 RANK = 6
-SHAPES = [(480, 480), (420, 640), (640, 420)]
+# The last one's moment is kept in float64, and products with its weight are in float32.
+SHAPES = [(480, 480), (420, 640), (640, 420), (800, 400)]
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -27,31 +28,32 @@ def ridged(rows: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 
 @EVERY_SHAPE
 @pytest.mark.parametrize("mean", [0.0, 5.0])
-@pytest.mark.parametrize("gauge", ["whitened", "activation", "balanced"])
 @pytest.mark.parametrize("truncation", ["activation", "weight"])
-def test_cntlora_is_its_closed_form(solve, monkeypatch, shape, mean, gauge, truncation):
+def test_cntlora_is_its_closed_form(solve, monkeypatch, shape, mean, truncation):
     assert not is_exact(min(shape), RANK)
     monkeypatch.setattr(cntlora.CNTLoRA, "_solve_in_eigenbasis", None)  # it must not be needed here
     weight, rows = draw_weight(*shape), inputs(shape[1], mean)
-    options = {"gauge": gauge, "truncation": truncation}
-    solution = solve("cntlora", weight, rows, RANK, scaling=0.5, **options)
     moment, full = ridged(rows, 0.1)
-    change = -weight.double() @ moment @ torch.linalg.inv(full)
-    factor = torch.linalg.cholesky(full) if truncation == "activation" else torch.eye(shape[1], dtype=torch.float64)
-    for rank in (3, RANK):
-        factors = solution.factors(rank)
-        wanted = best_rank(change @ factor, rank) @ torch.linalg.inv(factor)
-        assert relative_error(product(factors, 0.5), wanted) < 1e-3
-        lora_A, lora_B = factors.lora_A.double(), factors.lora_B.double()
-        assert float(lora_A.norm() / lora_B.norm()) == pytest.approx(1.0, rel=1e-4)
-        metric = full if gauge != "balanced" else torch.eye(shape[1], dtype=torch.float64)
-        hidden = lora_A @ metric @ lora_A.mT  # diagonal in the gauge's metric; equal entries when whitened
-        off_diagonal = hidden - torch.diag(hidden.diagonal())
-        assert float(off_diagonal.norm() / hidden.norm()) < 1e-3
-        if gauge == "whitened":
-            assert float(hidden.diagonal().max() / hidden.diagonal().min()) == pytest.approx(1.0, rel=1e-3)
-    energy = torch.linalg.svdvals(change @ factor).square()
-    torch.testing.assert_close(solution.scores.double(), energy[:RANK] / energy.sum(), rtol=0.05, atol=0)
+    identity = torch.eye(shape[1], dtype=torch.float64)
+    factor = torch.linalg.cholesky(full) if truncation == "activation" else identity
+    change = -weight.double() @ moment @ torch.linalg.inv(full) @ factor
+    left, singular, right = torch.linalg.svd(change, full_matrices=False)
+    energy = singular.square()
+    for gauge in ("whitened", "activation", "balanced"):
+        solution = solve("cntlora", weight, rows, RANK, scaling=0.5, gauge=gauge, truncation=truncation)
+        torch.testing.assert_close(solution.scores.double(), energy[:RANK] / energy.sum(), rtol=0.05, atol=0)
+        for rank in (3, RANK):
+            factors = solution.factors(rank)
+            wanted = left[:, :rank] * singular[:rank] @ right[:rank] @ torch.linalg.inv(factor)
+            assert relative_error(product(factors, 0.5), wanted) < 1e-3
+            lora_A, lora_B = factors.lora_A.double(), factors.lora_B.double()
+            assert float(lora_A.norm() / lora_B.norm()) == pytest.approx(1.0, rel=1e-4)
+            # hidden activations: uncorrelated in the metric of the gauge, of equal variance when whitened
+            hidden = lora_A @ (identity if gauge == "balanced" else full) @ lora_A.mT
+            variances = hidden.diagonal()
+            assert float((hidden - torch.diag(variances)).norm() / hidden.norm()) < 1e-3
+            if gauge == "whitened":
+                assert float(variances.max() / variances.min()) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_cntlora_takes_the_eigenbasis_where_the_spectrum_is_too_flat(solve):
