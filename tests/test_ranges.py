@@ -291,9 +291,9 @@ def test_every_range_of_an_option_holds_at_both_ends(name: str) -> None:
 
 def test_a_warm_up_ends_within_the_run_and_has_an_effect() -> None:
     check_schedule("constant", 0, 1)
-    check_schedule("cosine", 9, 10)
-    with pytest.raises(ValueError, match=r"--lr_warmup_steps 10: the run ends after 10 steps.*lower it"):
-        check_schedule("cosine", 10, 10)
+    check_schedule("cosine", 10, 10)
+    with pytest.raises(ValueError, match=r"--lr_warmup_steps 11: the run ends after 10 steps.*lower it"):
+        check_schedule("cosine", 11, 10)
     with pytest.raises(ValueError, match=r"--lr_warmup_steps 5 has no effect with --lr_scheduler constant"):
         check_schedule("constant", 5, 10)
 

@@ -148,7 +148,7 @@ def check_schedule(lr_scheduler: str, lr_warmup_steps: int, max_train_steps: int
             f"--lr_warmup_steps {lr_warmup_steps} has no effect with --lr_scheduler constant; leave it out, or take "
             "constant_with_warmup"
         )
-    if lr_warmup_steps >= max_train_steps:
+    if lr_warmup_steps > max_train_steps:
         raise ValueError(
             f"--lr_warmup_steps {lr_warmup_steps}: the run ends after {max_train_steps} steps, before the learning "
             "rate is reached; lower it, or raise --max_train_steps"

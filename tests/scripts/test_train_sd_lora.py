@@ -442,7 +442,8 @@ def test_two_processes_share_one_initialisation(random_sd: Path, image_dir: Path
 
 
 def test_every_option_is_in_a_test() -> None:
-    source = Path(__file__).read_text(encoding="utf-8")
+    files = (Path(__file__), Path(__file__).with_name("test_best_and_checkpoints.py"))
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
     for action in train_sd_lora.make_parser()._actions:
         if action.dest != "help":
             named = (*(f'"{prefix}{action.dest}"' for prefix in ("", "no-", "--")), f"{action.dest}=")
@@ -748,8 +749,9 @@ def test_push_to_hub(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {name: calls[1][1][name] for name in ("allow_patterns", "ignore_patterns")}
     names = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
     assert sorted(filter_repo_objects([*names, ".env", "notes/README.md", "photo.png"], **options)) == [
-        *("README.md", "config.json", "init_report.json", "metrics.jsonl"),
-        *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "samples.png"),
+        *("README.md", "best/best.json", "best/pytorch_lora_weights.safetensors"),
+        *("config.json", "init_report.json", "metrics.jsonl"),
+        *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "report.html", "samples.png"),
     ]
     for path in out.rglob("*"):
         assert path.is_dir() or b"secret" not in path.read_bytes(), path
