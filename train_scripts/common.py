@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lorainit_diffusers.files import replacing, save_tensors, write_text
+from lorainit_diffusers.files import replacing, save_tensors, write_json, write_text
 from lorainit_diffusers.methods import Initializer
 from lorainit_diffusers.training.bundled import (
     BUNDLED_BASES,
@@ -35,7 +35,7 @@ from lorainit_diffusers.training.option_defaults import OptionDefaults
 from lorainit_diffusers.training.output_dir import wrote
 
 # what other files take from here
-__all__ = ["BUNDLED_BASES", "BUNDLED_CLASSES", "BUNDLED_DATA", "BUNDLED_QUESTIONS", "ROOT", "run_script"]
+__all__ = ["BUNDLED_BASES", "BUNDLED_CLASSES", "BUNDLED_DATA", "BUNDLED_QUESTIONS", "ROOT", "run_script", "write_json"]
 
 _SAMPLE_ROW = re.compile(r"base\.png|step-\d+\.png")
 

@@ -26,6 +26,7 @@ from lorainit_diffusers.files import write_json
 from lorainit_diffusers.report import ranks_in_words
 from lorainit_diffusers.training.best import BestFolder
 from lorainit_diffusers.training.cost import command_line, peak_memory
+from lorainit_diffusers.training.output_dir import written_names
 from lorainit_diffusers.training.run_report import RunFacts, best_step, write_run_report
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -346,15 +347,13 @@ def upload(args: argparse.Namespace, repository: str, *, private_files: Sequence
     Raises:
         ValueError: when the hub refuses; the result is in the output directory all the same.
     """
-    directory = own_directory(args)
-    if directory is None:
-        return
-    directory.finish()
+    if (directory := own_directory(args)) is not None:
+        directory.finish()
     hidden = [
         *("checkpoint-*/**", ".checkpoint-*/**", f"{args.logging_dir}/**", "class_images/**", "samples/**"),
         *private_files,
     ]
-    names = filter_repo_objects(directory.results(), ignore_patterns=hidden)
+    names = filter_repo_objects(written_names(args.output_dir), ignore_patterns=hidden)
     try:
         huggingface_hub.upload_folder(
             repo_id=repository,

@@ -15,69 +15,54 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from lorainit_diffusers import files
 from lorainit_diffusers.checkpoints import list_checkpoints, recover_checkpoints
 from lorainit_diffusers.training.places import check_apart, check_can_be_output, is_inside
 from lorainit_diffusers.training.run_lock import RunLock
-
-MARK = ".lorainit"
-RUN_NAME, FILES_NAME, LOCK_NAME = "run.json", "files.txt", "lock"
-# What file managers leave in a folder that is empty for its owner.
-_IGNORED = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", ".directory"})
-# What a run may write at the top of its directory: files of these names that it did not write are in its way.
-_RESULTS = re.compile(
-    r"config\.json|init_report\.json|metrics\.jsonl|README\.md|(loss|samples|accuracy|curves|mistakes|ranks)\.png"
-    r"|pytorch_lora_weights(_kohya)?\.safetensors|adapter_(model\.safetensors|config\.json)|report\.html|labels\.json"
-    r"|per_class\.csv|predictions_[\w-]+\.jsonl|confusion_[\w-]+\.png|checkpoint-\d+|best|merged|samples"
+from lorainit_diffusers.training.run_mark import (
+    FILES_NAME,
+    LOCK_NAME,
+    MARK,
+    RESULTS,
+    RUN_NAME,
+    SAMPLE_ROW,
+    Kind,
+    Wish,
+    guests_of,
+    inspect,
+    own_version,
+    read_mark,
+    read_written,
+    resumes_here,
+    some,
+    strangers,
 )
-_ROW = re.compile(r"base\.png|step-\d+\.png")
 
-Kind = Literal["empty", "foreign", "earlier version", "failed", "unfinished", "finished"]
+# what other files take from here
+__all__ = [
+    "FILES_NAME",
+    "MARK",
+    "RUN_NAME",
+    "RunDirectory",
+    "Wish",
+    "claim_directory",
+    "directory_of",
+    "owning",
+    "written_names",
+    "wrote",
+]
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _active: list[RunDirectory] = []
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a run wants of a directory.
-
-    Attributes:
-        directory: where to.
-        script: that runs; another one's directory is refused.
-        flag: that names the directory, for messages.
-        is_default: nobody named the directory, so another name will do.
-        resume: `latest`, or the name or path of a checkpoint to go on from.
-        overwrite: the directory's earlier run may be replaced.
-        goes_on: repeated calls go on in one directory, as those of a comparison do.
-        shared: several processes may write at the same time, each its own files.
-        guests: folders within that may hold files of the user, such as class images.
-        inputs: what the run reads, by the flag that names it; it must not overlap with the directory.
-        legal_within: flags of these that may lie in the directory.
-    """
-
-    directory: Path
-    script: str
-    flag: str = "--output_dir"
-    is_default: bool = False
-    resume: str | None = None
-    overwrite: bool = False
-    goes_on: bool = False
-    shared: bool = False
-    guests: Sequence[Path] = ()
-    inputs: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
-    legal_within: Sequence[str] = ()
 
 
 def claim_directory(wish: Wish) -> RunDirectory:
@@ -153,19 +138,19 @@ def _refusal(path: Path, kind: Kind, wish: Wish) -> _Refusal | None:
     if kind == "empty":
         return None
     if kind == "foreign":
-        some = _some(_strangers(path, wish, set()))
-        text = f"holds files that no run of this project wrote ({some}); give a new or an empty directory"
+        found = some(strangers(path, wish, set()))
+        text = f"holds files that no run of this project wrote ({found}); give a new or an empty directory"
         return _Refusal(text, may_be_numbered=True)
-    marked = _read_mark(path)
+    marked = read_mark(path)
     if marked is not None and marked["script"] != wish.script:
         return _Refusal(f"belongs to a run of {marked['script']}; give another directory", may_be_numbered=True)
-    resumes = wish.goes_on or _resumes_here(path, wish)
+    resumes = wish.goes_on or resumes_here(path, wish)
     if kind != "earlier version" and (resumes or wish.overwrite or kind == "failed"):
-        written = _read_written(path)
-        found = [name for name in _strangers(path, wish, written) if _RESULTS.fullmatch(name)]
+        written = read_written(path)
+        found = [name for name in strangers(path, wish, written) if RESULTS.fullmatch(name)]
         in_the_way = [name for name in found if not (path / name).is_dir()]  # a folder can take more files
         if in_the_way:
-            text = f"holds {_some(in_the_way)}, which this project did not write; move that away, or give another one"
+            text = f"holds {some(in_the_way)}, which this project did not write; move that away, or give another one"
             return _Refusal(text)
     checkpoints = list_checkpoints(path)
     if wish.goes_on or (resumes and (checkpoints or kind in ("failed", "unfinished"))):
@@ -183,25 +168,6 @@ def _refusal(path: Path, kind: Kind, wish: Wish) -> _Refusal | None:
     return _Refusal(f"{has} {state}; {remedy}", may_be_numbered=kind == "finished")
 
 
-def inspect(path: Path, wish: Wish) -> Kind:
-    """What a directory holds."""
-    if not path.is_dir():
-        return "empty"
-    strangers = _strangers(path, wish, set())
-    marked = _read_mark(path)
-    if marked is not None:
-        status = marked.get("status")
-        if status == "failed":
-            if list_checkpoints(path):
-                return "unfinished"
-            saved = [name for name in _read_written(path) if name.endswith(".safetensors") and (path / name).is_file()]
-            return "finished" if saved else "failed"  # a result is not lost to a mistake that came after it
-        return "finished" if status == "finished" else "unfinished"
-    if not strangers:
-        return "empty"
-    return "earlier version" if _is_of_earlier_version(path, wish) else "foreign"
-
-
 class RunDirectory:
     """A directory that a run may write to; see `claim_directory`.
 
@@ -215,7 +181,7 @@ class RunDirectory:
         self.path, self.wish = path, wish
         self.kind: Kind = inspect(path, wish)
         self._place = Path(os.path.abspath(path))
-        self._guests = [Path(os.path.abspath(guest)) for guest in wish.guests]
+        self._guests = guests_of(path, wish)
         self._lock = RunLock(path / MARK / LOCK_NAME, wish.script)
         self.others: list[Path] = []
         self._made: list[Path] = []
@@ -255,14 +221,14 @@ class RunDirectory:
                 shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         if self.kind == "earlier version":
             self._adopt()
-        self._written = _read_written(self.path)
+        self._written = read_written(self.path)
         _active.append(self)
         files.add_watcher(self.note)
 
     def attach(self) -> None:
         """Note what is written here beside the process that holds the lock, as a worker of it."""
         self._begun = True
-        self._written = _read_written(self.path)
+        self._written = read_written(self.path)
         _active.append(self)
         files.add_watcher(self.note)
 
@@ -275,13 +241,13 @@ class RunDirectory:
         if self._begun:
             return
         self._begun = True
-        mark = _read_mark(self.path)
-        if not self.wish.goes_on and (anew or not _resumes_here(self.path, self.wish)):
+        mark = read_mark(self.path)
+        if not self.wish.goes_on and (anew or not resumes_here(self.path, self.wish)):
             self._remove_earlier_run()
             mark = None
         if mark is None:
             now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            mark = {"run": uuid.uuid4().hex, "script": self.wish.script, "created": now, "version": _version()}
+            mark = {"run": uuid.uuid4().hex, "script": self.wish.script, "created": now, "version": own_version()}
         files.write_json(self.path / MARK / RUN_NAME, {**mark, "status": "running"})
         self._logs = self._all_files()
 
@@ -295,7 +261,7 @@ class RunDirectory:
             return
         for folder in self.others:
             self._note_new(folder)
-        if (mark := _read_mark(self.path)) is not None and (self._lock.is_held or self.wish.shared):
+        if (mark := read_mark(self.path)) is not None and (self._lock.is_held or self.wish.shared):
             done = error is None or mark["status"] == "finished"
             status = "finished" if done else "failed" if isinstance(error, Exception) else "unfinished"
             files.write_json(self.path / MARK / RUN_NAME, {**mark, "status": status})
@@ -311,7 +277,7 @@ class RunDirectory:
 
     def finish(self) -> None:
         """Note that the result is there in full, whatever happens to it next."""
-        if (mark := _read_mark(self.path)) is not None:
+        if (mark := read_mark(self.path)) is not None:
             files.write_json(self.path / MARK / RUN_NAME, {**mark, "status": "finished"})
 
     def _remove_made(self) -> None:
@@ -330,7 +296,7 @@ class RunDirectory:
         if name is None or name in self._written:
             return
         if os.path.lexists(path):
-            self._written |= _read_written(self.path)  # another process of this run may have written it
+            self._written |= read_written(self.path)  # another process of this run may have written it
             if name in self._written:
                 return
             kept = next(kept for number in range(1, 10**6) if not os.path.lexists(kept := f"{path}.yours-{number}"))
@@ -343,10 +309,6 @@ class RunDirectory:
     def wrote(self, path: str | os.PathLike[str]) -> bool:
         """Whether a run of this directory wrote the file."""
         return self._name(Path(path)) in self._written
-
-    def results(self) -> list[str]:
-        """The names of all files of this run that exist, below the directory, with `/` between folders."""
-        return sorted(name for name in self._written if (self.path / name).is_file())
 
     def _name(self, path: Path) -> str | None:
         """The name below the directory; None for what is elsewhere, temporary, the mark's or a guest's."""
@@ -362,11 +324,11 @@ class RunDirectory:
         """Take what an earlier version of this project wrote, which left no list."""
         names: list[str] = []
         for path in sorted(self.path.iterdir()):
-            if not _RESULTS.fullmatch(path.name) and not self.wish.goes_on:
+            if not RESULTS.fullmatch(path.name) and not self.wish.goes_on:
                 continue
             below = [path] if path.is_file() else [inner for inner in sorted(path.rglob("*")) if inner.is_file()]
             if path.name == "samples":
-                below = [inner for inner in below if inner.parent == path and _ROW.fullmatch(inner.name)]
+                below = [inner for inner in below if inner.parent == path and SAMPLE_ROW.fullmatch(inner.name)]
             names += [name for inner in below if (name := self._name(inner)) is not None]
         files.write_text(self.path / MARK / FILES_NAME, "".join(f"{name}\n" for name in names))
 
@@ -384,8 +346,8 @@ class RunDirectory:
         self._written.clear()
         (self.path / MARK / FILES_NAME).unlink(missing_ok=True)
         if self.kind != "empty":
-            stays = _strangers(self.path, self.wish, set())
-            kept = f"; what it did not write stays: {_some(stays)}" if stays else ""
+            stays = strangers(self.path, self.wish, set())
+            kept = f"; what it did not write stays: {some(stays)}" if stays else ""
             print(f"{self.wish.flag} {str(self.path)!r}: the earlier run is replaced{kept}")
 
     def _note_new(self, folder: Path) -> None:
@@ -427,83 +389,15 @@ def directory_of(path: str | os.PathLike[str]) -> RunDirectory | None:
     return found[-1] if found else None
 
 
+def written_names(path: str | os.PathLike[str]) -> list[str]:
+    """What a run wrote in its directory, below it, as far as it exists; by known names where nobody kept a list."""
+    place = Path(path)
+    if (place / MARK / FILES_NAME).is_file():
+        return sorted(name for name in read_written(place) if (place / name).is_file())
+    return sorted(entry.name for entry in place.iterdir() if entry.is_file() and RESULTS.fullmatch(entry.name))
+
+
 def wrote(path: str | os.PathLike[str]) -> bool:
     """Whether a file is the run's own; true outside of claimed directories, where nobody keeps a list."""
     directory = directory_of(path)
     return directory is None or directory.wrote(path)
-
-
-# ------------------------------------------------------------------------------------------------------------- private
-
-
-def _read_mark(path: Path) -> dict[str, Any] | None:
-    """What `run.json` says, or None where there is none.
-
-    Raises:
-        ValueError: when it cannot be read.
-    """
-    file = path / MARK / RUN_NAME
-    try:
-        mark = json.loads(file.read_text(encoding="utf-8"))
-        return {**mark, "script": str(mark["script"])}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read ({error}); give another directory") from error
-
-
-def _read_written(path: Path) -> set[str]:
-    file = path / MARK / FILES_NAME
-    if not file.is_file():
-        return set()
-    return set(filter(None, file.read_text(encoding="utf-8").split("\n")))
-
-
-def _strangers(path: Path, wish: Wish, written: set[str]) -> list[str]:
-    """The names at the top of a directory that are neither of `written`, nor the mark, nor a guest's."""
-    if not path.is_dir():
-        return []
-    guests = {Path(os.path.abspath(guest)) for guest in wish.guests}
-    place = Path(os.path.abspath(path))
-    known = {name.split("/")[0] for name in written}
-    found: list[str] = []
-    for entry in sorted(place.iterdir()):
-        ours = entry.name in known or entry.name == MARK or entry.name in _IGNORED
-        temporary = entry.name.endswith(files.TEMPORARY_SUFFIX) or re.fullmatch(r"\.checkpoint-\d+.*\.tmp", entry.name)
-        guest = any(guest == entry or guest.is_relative_to(entry) for guest in guests)
-        if not ours and not temporary and not (guest and entry.is_dir()):
-            found.append(entry.name)
-    return found
-
-
-def _is_of_earlier_version(path: Path, wish: Wish) -> bool:
-    """Whether a directory without a mark was written by a version of this project that made none."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        known = {"arguments", "versions"} <= set(config)
-    except (OSError, ValueError, TypeError):
-        known = False
-    if wish.goes_on:
-        return known
-    has_state = any((checkpoint / "state.json").is_file() for checkpoint in list_checkpoints(path))
-    return has_state or (known and (path / "init_report.json").is_file())
-
-
-def _resumes_here(path: Path, wish: Wish) -> bool:
-    """Whether the run goes on from a checkpoint of this directory, not of another one."""
-    if wish.resume is None:
-        return False
-    is_name = "/" not in wish.resume and os.sep not in wish.resume
-    return is_name or (path / wish.resume).exists() or is_inside(Path(wish.resume), path)
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def _version() -> str:
-    try:
-        return version("lorainit-diffusers")
-    except PackageNotFoundError:
-        return "unknown"

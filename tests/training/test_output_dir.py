@@ -18,6 +18,7 @@ from lorainit_diffusers.training.output_dir import (
     claim_directory,
     directory_of,
     owning,
+    written_names,
     wrote,
 )
 from lorainit_diffusers.training.places import check_apart, check_can_be_output
@@ -118,6 +119,22 @@ def test_guests_are_nobody_elses_business() -> None:
     run(guests=guests, files=("config.json",), overwrite=True)
     expected = {"class_images/a.png": "mine", "class_images/class-00001.png": "of a run", "config.json": "of a run"}
     assert texts() == expected
+
+
+def test_guests_move_with_the_number_of_a_default_name() -> None:
+    guests = [Path("out/class_images")]
+    run()
+    for _ in range(2):  # a run that was killed while it drew them leaves them alone
+        write("out-2/class_images/class-00001.png")
+    second = run(is_default=True, guests=guests, files=("README.md", "class_images/class_images.json"))
+    assert second == Path("out-2")
+    assert written_names(second) == ["README.md"]
+
+
+def test_what_is_known_without_a_list() -> None:
+    for name in ("README.md", "adapter_model.safetensors", ".env", "photo.png", "private/README.md"):
+        write(f"out/{name}")
+    assert written_names("out") == ["README.md", "adapter_model.safetensors"]
 
 
 def test_overwriting_removes_what_the_run_wrote_and_says_what_stays(capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,7 +332,7 @@ def test_workers_of_a_run_add_to_its_list() -> None:
     worker.release(None)
     first.release(None)
     again = claim(goes_on=True)
-    assert again.results() == ["runs/a.json"]
+    assert written_names("out") == ["runs/a.json"]
     again.release(None)
 
 
