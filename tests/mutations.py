@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -99,8 +100,8 @@ def run_tests(tree: Path, tests: Iterable[str], *options: str) -> Run:
         )
         process.start()
         process.join(TIMEOUT_S)
-        if process.is_alive():
-            process.kill()
+        if process.pid is not None and process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)  # with whatever the tests have started
             process.join()
             return Run(None, "")
         output.seek(0)
@@ -108,8 +109,10 @@ def run_tests(tree: Path, tests: Iterable[str], *options: str) -> Run:
 
 
 def _run_tests_here(tree: Path, tests: list[str], options: Sequence[str], output: int) -> None:
+    os.setsid()
     os.dup2(output, 1)
     os.dup2(output, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
     os.chdir(tree)
     sys.dont_write_bytecode = True
     paths = [str(tree), str(tree / "train_scripts")]
@@ -117,7 +120,9 @@ def _run_tests_here(tree: Path, tests: list[str], options: Sequence[str], output
     os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}  # for scripts that tests run
     # tests of the slow tier count, too
     flags = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not gpu", "--tb=line", *(options or ("-n", "0"))]
-    os._exit(pytest.main([*flags, *tests]))
+    code = pytest.main([*flags, *tests])
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def try_break(broken: Break, tree: Path) -> Outcome:
