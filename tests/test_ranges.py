@@ -270,8 +270,6 @@ def test_all_scripts_are_walked() -> None:
         text = path.read_text("utf-8")
         numeric = "type=int" in text or "type=float" in text
         assert not (numeric and "argparse.ArgumentParser(description" in text), f"{path.name}: numbers without ranges"
-            f"{path.name} has a parser without ranges"
-        )
 
 
 @pytest.mark.parametrize("name", OPTION_RANGES)
