@@ -16,6 +16,7 @@ from common_options import (
     add_loss_arguments,
     add_optimizer_arguments,
     check_init_name,
+    check_option_names,
     validate_adapter_arguments,
     validate_shared_arguments,
 )
@@ -29,6 +30,8 @@ from lorainit_diffusers.training.option_defaults import OptionDefaults
 # Fractions of the budget at which runs are evaluated: dense where the curves are steep.
 EVAL_FRACTIONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 IMAGE_FRACTIONS = (0.0, 0.2, 1.0)
+# What may stand behind an init's name, beside the options of its method.
+RUN_OPTIONS = ("variable_rank", "init_num_batches", "a_lr_ratio")
 BASELINES = ("gaussian", "orthonormal")
 # What suits the bundled bases; a family in `TASKS` has some of its own.
 DEFAULTS = {"learning_rates": [1e-3, 2e-3], "max_train_steps": 100, "train_batch_size": 8, "init_num_batches": 64}
@@ -166,7 +169,15 @@ def parse_comparison(description: str | None, argv: Sequence[str] | None) -> arg
     else:
         validate_adapter_arguments(args)
     for label in args.inits:
-        check_init_name(label.partition(":")[0], f"--inits {label!r}")
+        name, _, options = label.partition(":")
+        check_init_name(name, f"--inits {label!r}")
+        of_method = [
+            option for option in filter(None, options.split(",")) if option.partition("=")[0] not in RUN_OPTIONS
+        ]
+        try:
+            check_option_names(name, of_method)
+        except ValueError as error:
+            raise ValueError(f"--inits {label!r}: {error}; options of the run are {', '.join(RUN_OPTIONS)}") from None
     for name in ("inits", "learning_rates", "seeds"):
         values = getattr(args, name)
         if len(set(values)) < len(values):

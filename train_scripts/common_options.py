@@ -17,6 +17,7 @@ from lorainit_diffusers.training.choices import (
     INTERPOLATIONS,
     LR_SCHEDULERS,
     init_names,
+    init_option_names,
     names_in,
 )
 from lorainit_diffusers.training.cli_parser import ScriptParser, closest, unknown_name
@@ -367,6 +368,7 @@ def validate_run_arguments(args: argparse.Namespace) -> None:
         ValueError: naming the option, its value and the remedy.
     """
     check_init_name(args.init)
+    check_option_names(args.init, args.init_option)
     if not args.variable_rank and (args.rank_budget is not None or args.max_rank is not None):
         raise ValueError("--rank_budget and --max_rank need --variable_rank")
     if args.hub_private and not args.push_to_hub:
@@ -582,12 +584,28 @@ def check_init_name(name: str, given: str = "") -> None:
         raise ValueError(f"{given}: " * bool(given) + unknown_name("init", name, init_names()))
 
 
+def check_option_names(name: str, options: Sequence[str]) -> None:
+    """See that an initialisation has these options, before it is imported; their values are checked when it is built.
+
+    Raises:
+        ValueError: naming the nearest key and all that there are.
+    """
+    try:
+        known = init_option_names(name)
+    except ValueError:  # one that a program has added
+        return
+    for option in options:
+        key, equals, _ = option.partition("=")
+        if not equals or key not in known:
+            raise ValueError(_unknown_option(name, option, known))
+
+
 def _unknown_option(name: str, option: str, known: Sequence[str]) -> str:
     """What to give instead of an option that a method has not."""
-    from lorainit_diffusers.training.method_options import describe_options
-
     key, _, value = option.partition("=")
     if key == "help":
+        from lorainit_diffusers.training.method_options import describe_options
+
         return describe_options(name)
     meant = closest(key, known)
     question = f"; did you mean {meant}={value or '...'}?" if meant is not None else ""

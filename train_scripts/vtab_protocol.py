@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common_classify_options import add_classification_arguments, check_classification_arguments
-from common_options import build_method, check_init_name, check_method
+from common_options import build_method, check_init_name, check_method, check_option_names
 from common_task_options import make_task_parser, resolve_task_options
 
 from lorainit_diffusers.training.bundled import BUNDLED_BASES
@@ -113,7 +113,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) != training.get_default(name):
             raise ValueError(f"--{name} is decided by the protocol; leave it out")
     for init in own.inits:
-        check_init_name(init.partition(":")[0], f"--inits {init!r}")
+        name, _, options = init.partition(":")
+        check_init_name(name, f"--inits {init!r}")
+        check_option_names(name, list(filter(None, options.split(","))))
     args.train_data_dir = own.vtab_dir
     args.output_dir = own.output_dir
     args.own_alpha, args.own_head_lr = args.lora_alpha, args.head_lr  # by default they follow what is varied

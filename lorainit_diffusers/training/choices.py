@@ -48,3 +48,38 @@ def init_names() -> tuple[str, ...]:
     if methods is not None and hasattr(methods, "METHODS"):
         return tuple(methods.METHODS)
     return names_in("methods/__init__.py", "METHODS")
+
+
+@cache
+def init_option_names(init: str) -> tuple[str, ...]:
+    """The keys of `--init_option` for an initialisation: the fields of its class, those that it inherits included.
+
+    Raises:
+        ValueError: when its source does not tell, as for one that a program has added to `METHODS`.
+    """
+    tree = ast.parse((_LIBRARY / "methods" / "__init__.py").read_text(encoding="utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+    place = {alias.name: str(node.module).rpartition(".")[2] for node in imports for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value == init and isinstance(value, ast.Name):
+                    source = (_LIBRARY / "methods" / f"{place[value.id]}.py").read_text(encoding="utf-8")
+                    return _fields(ast.parse(source), value.id)
+    raise ValueError(f"methods/__init__.py names no class for {init!r}")
+
+
+def _fields(tree: ast.Module, name: str) -> tuple[str, ...]:
+    """The fields of a dataclass of a file, first those of the classes of the same file that it comes from."""
+    found = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    if found is None:
+        return ()
+    inherited = [field for base in found.bases if isinstance(base, ast.Name) for field in _fields(tree, base.id)]
+    own = [
+        node.target.id
+        for node in found.body
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and "ClassVar" not in ast.unparse(node.annotation)
+    ]
+    return tuple(dict.fromkeys([*inherited, *own]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -119,6 +120,11 @@ def test_what_is_read_from_sources_is_what_the_library_has(monkeypatch):
     assert choices.names_in("families/vlm.py", "PARTS") == PARTS
     assert choices.names_in("families/vlm.py", "ROWS") == ROWS
     assert set(choices.LR_SCHEDULERS) <= {name.value for name in SchedulerType}
+    for name, method in methods.METHODS.items():
+        fields = tuple(field.name for field in dataclasses.fields(method) if field.init)
+        assert choices.init_option_names(name) == fields
+    with pytest.raises(ValueError, match="names no class for 'mine'"):
+        choices.init_option_names("mine")
     with pytest.raises(ValueError, match="assigns no names to NOTHING"):
         choices.names_in("methods/__init__.py", "NOTHING")
     monkeypatch.setitem(methods.METHODS, "mine", methods.METHODS["eva"])
@@ -166,7 +172,10 @@ def test_every_script_helps_at_once(script):
         ("train_classifier_lora.py", "--rank 0", "--rank 0"),
         ("train_vlm_lora.py", "--adapt visoin", "did you mean vision?"),
         ("train_sdxl_lora.py", "--lr_scheduler cosin", "did you mean cosine?"),
+        ("train_sd_lora.py", "--init eva --init_option centred=true", "did you mean centered=true?"),
         ("compare_inits.py", "--inits eva pisa", "did you mean pissa?"),
+        ("compare_inits.py", "--inits eva cntlora:guage=whitened", "did you mean gauge=whitened?"),
+        ("vtab_protocol.py", "--vtab_dir x --inits eva:scal=matched", "did you mean scale=matched?"),
         ("compare_inits.py", "--family vlm --image_metrics none", "unknown option --image_metrics"),
         ("vtab_protocol.py", "--vtab_dir x --inits gausian", "did you mean gaussian?"),
     ],
