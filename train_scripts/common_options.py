@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from lorainit_diffusers.families.text_to_image import TextToImageFamily
     from lorainit_diffusers.methods import Initializer
 
+
+def __getattr__(name: str) -> Any:
+    """`torch`, for those who know it as this module's, imported when it is asked for."""
+    if name == "torch":
+        return importlib.import_module(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 # Extras of the package, by the module that they install.
 EXTRAS = {
     "bitsandbytes": "8bit",

@@ -244,7 +244,7 @@ def stages(lines: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     return {stage: found[stage] for stage in STAGES if stage in found}
 
 
-def stage_label(family: ModelFamily, stage: str) -> str:
+def stage_label(family: ModelFamily | None, stage: str) -> str:
     """A stage as it is shown: a head that is new and random scores what chance does, whatever the base can."""
     untrained = stage in ("base", "step-0") and getattr(family, "has_new_head", False)
     return f"{stage} (new random head)" if untrained else stage
@@ -253,7 +253,8 @@ def stage_label(family: ModelFamily, stage: str) -> str:
 def summary(task: Task, lines: Sequence[Mapping[str, Any]]) -> str:
     """The primary metric of base, step 0 and end, in one line."""
     values = {stage: float(line[task.primary_metric]) for stage, line in stages(lines).items()}
-    named = [f"{stage_label(task.family, stage)} {value:.3f}" for stage, value in values.items()]
+    family = getattr(task, "family", None)
+    named = [f"{stage_label(family, stage)} {value:.3f}" for stage, value in values.items()]
     return f"{task.primary_metric.replace('_', ' ')}: {', '.join(named)}"
 
 
