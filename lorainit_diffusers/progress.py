@@ -44,7 +44,8 @@ class GridProgress:
 
     def __enter__(self) -> GridProgress:
         if self.lines:
-            print(f"{self.what}: {self._finished} of {self.num_runs} runs are finished already", file=sys.stderr)
+            earlier = f", {self._finished} of them finished already" if self._finished else ""
+            print(f"{self.what}: {self.num_runs} runs{earlier}", file=sys.stderr, flush=True)
         return self
 
     def __exit__(self, *_: object) -> None:

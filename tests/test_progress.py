@@ -58,7 +58,7 @@ def test_a_log_file_gets_a_line_for_each_finished_run_with_the_time_that_is_left
         finished[0] += 1
     lines = written.getvalue().splitlines()
     assert lines == [
-        "training: 1 of 4 runs are finished already",
+        "training: 4 runs, 1 of them finished already",
         "training: 2 of 4 runs finished, about 4 min left",  # 11 evaluations took 132 s, 19 are left
         "training: 3 of 4 runs finished, about 2 min left",
         "training: 4 of 4 runs finished",
