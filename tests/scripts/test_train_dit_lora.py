@@ -74,6 +74,7 @@ def test_writes_everything(run: Run) -> None:
     assert names == {
         *("pytorch_lora_weights.safetensors", "init_report.json"),
         *("metrics.jsonl", "loss.png", "samples.png", "samples", "config.json", "README.md"),
+        *(".lorainit", "best", "report.html"),
     }
     with Image.open(out / "samples" / "base.png") as base, Image.open(out / "samples" / "step-000000.png") as start:
         difference = np.asarray(base).astype(int) - np.asarray(start)
@@ -250,7 +251,7 @@ def test_base_of_a_unet_names_its_script(run: Run, random_sd: Path) -> None:
         ("dit", {"logit_std": 2.0}, "--logit_std 2.0 has no effect"),
         ("dit", {"train_text_encoder": True}, "--train_text_encoder"),
         ("pixart", {"train_text_encoder": True}, "--train_text_encoder"),
-        ("sd3", {"logit_std": 0.0}, "logit_std must be positive"),
+        ("sd3", {"logit_std": 0.0}, "--logit_std 0.0: must be positive"),
         ("sd3", {"resolution": 36}, "--resolution 36 is not a multiple of 8"),
         ("sd3", {"init_memory_budget_gb": -1.0}, "--init_memory_budget_gb -1.0"),
         ("flux", {"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is missing"),
