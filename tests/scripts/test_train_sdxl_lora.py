@@ -48,6 +48,7 @@ def test_writes_everything(run: Run) -> None:
     assert names == {
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "init_report.json"),
         *("metrics.jsonl", "loss.png", "samples.png", "samples", "config.json", "README.md"),
+        *(".lorainit", "best", "report.html"),
     }
     with Image.open(out / "samples" / "base.png") as base, Image.open(out / "samples" / "step-000000.png") as start:
         assert base.tobytes() == start.tobytes()  # the offset keeps the base's function
