@@ -140,11 +140,11 @@ BREAKS: tuple[Break, ...] = (
         ("tests/training/test_grouping.py::test_one_picture_in_many_files",),
     ),
     Break(
-        "questions about one image fall on both sides",
+        "questions that share images are torn apart",
         "lorainit_diffusers/training/data/grouping.py",
         "for number, sample in zip(connected(samples), samples, strict=True):",
         "for number, sample in enumerate(samples):",
-        ("tests/training/test_grouping.py::test_single_images_with_several_questions",),
+        ("tests/training/test_grouping.py::test_groups_that_do_not_fit_are_left_to_the_training",),
     ),
     Break(
         "hidden files are training images",

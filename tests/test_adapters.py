@@ -21,7 +21,7 @@ from core_fixtures import (
     tiny_attention,
 )
 from diffusers import StableDiffusionPipeline
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -823,6 +823,13 @@ def test_layers_whose_names_end_alike_are_told_apart(tmp_path):
     assert relative_error(restored(x), peft_model(x)) < 1e-6
     for name, layer in lora_layers(restored).items():
         assert layer.scaling["default"] == pytest.approx(weights[name].scaling)
+
+    # what diffusers gives PEFT of the file's metadata
+    path = save_diffusers_lora({"unet": peft_model}, tmp_path)
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    config = LoraConfig(**{key.removeprefix("unet."): value for key, value in metadata.items()})
+    assert ranks_of(inject_adapter_in_model(config, copy.deepcopy(module))) == ranks
 
 
 @pytest.mark.parametrize("name", OFFSET)
