@@ -843,7 +843,8 @@ def test_dora_with_an_offset_or_a_moved_start_is_refused(name):
 def test_the_remedy_for_dora_is_one_that_works():
     refused(
         tiny_attention(),
-        r"use base=down_only \(--init_option\), or a zero-delta init such as eva or orthonormal, or drop use_dora",
+        r"use make_method\('cntlora', \{'base': 'down_only'\}\) \(in the scripts, --init_option base=down_only\), "
+        "or a zero-delta init such as eva or orthonormal, or drop use_dora",
         "cntlora",
         use_dora=True,
     )

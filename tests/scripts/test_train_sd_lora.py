@@ -1101,7 +1101,7 @@ def test_bad_data_is_found_before_the_base_is_loaded(
     with pytest.raises(FileNotFoundError, match=r"names images that do not exist: gone\.png"):
         run()
     (train / "metadata.jsonl").write_text(metadata + "{oops\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"metadata\.jsonl', line 5: not a JSON object"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl', line 5: not JSON .*; write one object a line"):
         run()
     (train / "metadata.jsonl").write_text(metadata, encoding="utf-8")
     data = (train / "01.png").read_bytes()
