@@ -34,7 +34,13 @@ from lorainit_diffusers.ranges import (
 )
 from lorainit_diffusers.ranks import allocate_ranks, check_rank_fits, marginal_components, uniform_ranks
 from lorainit_diffusers.report import InitReport, LayerReport, RankAllocation
-from lorainit_diffusers.statistics import InputsAndGradient, InputsAndReference, SketchedSecondMoment, Statistic
+from lorainit_diffusers.statistics import (
+    InputsAndGradient,
+    InputsAndReference,
+    SketchedSecondMoment,
+    Statistic,
+    full_float32,
+)
 
 if TYPE_CHECKING:  # families import diffusers' pipelines, which a user's own script may not need
     from lorainit_diffusers.families.base import ModelFamily
@@ -267,7 +273,9 @@ def initialize(
     columns = {full_name: _sketch_columns(statistic) for full_name, statistic in collection.statistics.items()}
 
     start = time.perf_counter()
-    solutions, fallbacks = _solve(name, method, layers, collection, ranks, caps, scalings, seed, keep=variable_rank)
+    device = next(iter(layers.values())).weight.device
+    with full_float32(device):  # neither TF32 nor an autocast of the caller may round a decomposition
+        solutions, fallbacks = _solve(name, method, layers, collection, ranks, caps, scalings, seed, keep=variable_rank)
     allocation: RankAllocation | None = None
     if variable_rank:
         scores: dict[str, Tensor] = {}
@@ -282,9 +290,10 @@ def initialize(
     for full_name, solution in solutions.items():
         if ranks[full_name] == 0:
             continue
-        factors, replaced = _factors(
-            name, solution, ranks[full_name], full_name, layers[full_name], scalings[full_name], seed
-        )
+        with full_float32(device):
+            factors, replaced = _factors(
+                name, solution, ranks[full_name], full_name, layers[full_name], scalings[full_name], seed
+            )
         if replaced is not None:
             fallbacks.setdefault(full_name, replaced)
         offset = method.step_zero == "offset" and bool(factors.lora_B.any())

@@ -32,6 +32,7 @@ from lorainit_diffusers import METHODS, InitReport, adapter_state_dict, initiali
 from lorainit_diffusers.adapters import lora_layers, unwrap
 from lorainit_diffusers.families.base import StepRecord
 from lorainit_diffusers.initialize import ZERO_DELTA_OPTIONS
+from lorainit_diffusers.methods import Solution
 from lorainit_diffusers.offset import get_offset
 
 TARGETS = list(ATTENTION_LAYERS)
@@ -736,6 +737,38 @@ def test_non_finite_values_in_a_family_name_layer_batch_and_timesteps():
     family.poison = True
     with pytest.raises(ValueError, match=r"weight gradient at layer 'model\.\w+' in batch 0 \(timesteps \[3, 7\]\)"):
         initialize(family, "lora_ga", token_batches(1), rank=4, progress=False)
+
+
+@pytest.mark.parametrize("variable_rank", [False, True])
+def test_decompositions_are_in_full_float32_whatever_the_caller_chose(monkeypatch, variable_rank):
+    """TF32 (here by its switch) and autocast serve training; ten bits would not do for a subspace."""
+    seen: list[tuple[str, bool]] = []
+    solve = METHODS["eva"].solve
+
+    def note() -> None:
+        seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Solution:
+        note()
+        solution = solve(self, *args, **kwargs)
+
+        def factors(rank: int) -> Any:
+            note()
+            return solution.factors(rank)
+
+        return Solution(solution.scores, factors)
+
+    monkeypatch.setattr(METHODS["eva"], "solve", noted)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            run(tiny_attention(), "eva", variable_rank=variable_rank)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(seen) >= 2 * len(TARGETS)
+    assert set(seen) == {("highest", False)}
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
