@@ -569,6 +569,29 @@ def test_an_exact_match_is_what_greedy_decoding_gives(base: Path, questions: Pat
     assert generated[-1] > 0.8
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_wrong_token_makes_an_answer_wrong(
+    base: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """A model that is sure of every token, but for one of the first question's answer: its first, or its end."""
+    task = make_task(base, questions, eval_batch_size=2)
+    own, done = task.base.answer_logits, []
+
+    def sure(batch: Any) -> Any:
+        answers = own(batch)
+        logits = torch.nn.functional.one_hot(answers.tokens, answers.logits.shape[1]).float()
+        wrong = (answers.samples == 0).nonzero().flatten()[place]
+        if not done:
+            logits[wrong] = logits[wrong].roll(1)
+        done.append(int((answers.samples == 0).sum()))
+        return answers._replace(logits=logits)
+
+    monkeypatch.setattr(task.base, "answer_logits", sure)
+    assert task.validate()["exact_match"] == pytest.approx(1 - 1 / task.num_validation)
+    assert done[0] > 1
+    assert len(done) > 1
+
+
 def test_evaluation_does_not_depend_on_the_size_of_its_batches(base: Path, questions: Path) -> None:
     scores = [make_task(base, questions, eval_batch_size=size, max_new_tokens=4) for size in (1, 6)]
     one, six = (task.validate() for task in scores)
