@@ -5,6 +5,7 @@ The processes are forked once everything is imported, which a launcher would do 
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import multiprocessing
@@ -28,6 +29,7 @@ def free_port() -> int:
 
 
 def work(process: int, ports: list[int], jobs: list[tuple[str, dict[str, Any]]]) -> None:
+    faulthandler.dump_traceback_later(200, exit=True)  # a hang says where, and ends
     torch.set_num_threads(1)
     os.environ |= {
         **{"RANK": str(process), "LOCAL_RANK": str(process), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
@@ -47,8 +49,9 @@ if __name__ == "__main__":
     workers = [context.Process(target=work, args=(process, free, todo)) for process in range(2)]
     for worker in workers:
         worker.start()
-    while any(worker.is_alive() for worker in workers):
-        multiprocessing.connection.wait([worker.sentinel for worker in workers if worker.is_alive()])
+    # Asked once a round: waiting for nobody, when both have just ended, would never end.
+    while alive := [worker.sentinel for worker in workers if worker.is_alive()]:
+        multiprocessing.connection.wait(alive)
         if any(worker.exitcode for worker in workers):  # the other one would wait for it for ever
             for worker in workers:
                 worker.kill()
