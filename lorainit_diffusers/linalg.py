@@ -68,8 +68,8 @@ def solve_dtype(size: int, device: torch.device) -> torch.dtype:
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """The precision of full decompositions: float64, except where an accelerator lacks it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """The precision of full decompositions: float64 on CPU; most accelerators are slow in it, or lack it."""
+    return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def eigh_descending(matrix: Tensor) -> Eigen:
