@@ -5,7 +5,7 @@ function that multiplies it by a few columns), so products of weights, moments a
 :func:`leading_eigenpairs` builds an orthonormal basis of the block Krylov space {X, K X, K^2 X, ...} with full
 reorthogonalisation, takes the best eigenpairs that this space holds (Rayleigh-Ritz), and stops when their residuals say
 that the wanted subspace is right (Golub & Underwood 1977; Musco & Musco 2015, arXiv:1504.05477). Where the space would
-become a large part of the matrix, the matrix is decomposed in full, in float64.
+become a large part of the matrix, the matrix is decomposed in full, on CPU in float64.
 
 Everything here is a function of its arguments: random starts are drawn with a fixed seed of their own, and the global
 random state is left alone.
@@ -73,9 +73,9 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 def eigh_descending(matrix: Tensor) -> Eigen:
-    """Eigendecomposition of a symmetric positive semi-definite matrix, in float64.
+    """Eigendecomposition of a symmetric positive semi-definite matrix, in the precision of :func:`exact_dtype`.
 
-    float32 would lose the directions whose eigenvalues are below 1e-6 of the largest, and a mean that dwarfs
+    float32 loses the directions whose eigenvalues are below 1e-6 of the largest, and a mean that dwarfs
     the variance makes that many of them.
 
     Args:
@@ -316,7 +316,7 @@ def krylov_svd(
 
     Returns:
         The triplets, and ``||M||_F^2`` (that of the Krylov space, unless asked for); ``None`` where the spectrum is so
-        flat, or so steep, that only a full decomposition in float64 is right.
+        flat, or so steep, that only a full decomposition is right.
     """
     leading = krylov_eigenpairs(
         lambda block: operator(transposed(block)),
