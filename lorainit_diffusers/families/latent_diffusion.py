@@ -15,8 +15,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from lorainit_diffusers.families.captions import replace
 from lorainit_diffusers.families.ddpm import DenoisingFamily
-from lorainit_diffusers.families.text_to_image import replace
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 

@@ -27,7 +27,7 @@ from lorainit_diffusers.loading.single_file import check_single_file, is_single_
 from lorainit_diffusers.loading.weights import check_complete, check_finite, check_vocabulary, load_whole, on_no_device
 
 if TYPE_CHECKING:
-    from lorainit_diffusers.families.text_to_image import TextToImageFamily
+    from lorainit_diffusers.families.loading import BaseParts
 
 BASE = "base model"
 LAYOUT = "a folder in the diffusers layout"
@@ -46,7 +46,7 @@ SCRIPTS = {
     "Lumina2Pipeline": "train_dit_lora.py --family lumina2",
 }
 
-Family = type["TextToImageFamily"]
+Family = type["BaseParts"]
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def load_base(
     weight_dtype: torch.dtype,
     quantization_config: Any,
 ) -> LoadedBase:
-    """Load all parts of a base; for the arguments see `TextToImageFamily.from_pretrained`.
+    """Load all parts of a base; for the arguments see `BaseParts.from_pretrained`.
 
     Raises:
         FileNotFoundError: when there is no such base or VAE, or it has no safetensors weights, or the hub cannot be

@@ -26,8 +26,8 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
+from lorainit_diffusers.families.captions import hidden_state
 from lorainit_diffusers.families.flow_matching import FlowMatchingFamily
-from lorainit_diffusers.families.text_to_image import hidden_state
 
 # Which hidden state of CLIP is used when no `clip_skip` moves it further to the front.
 HIDDEN_STATE = -2

@@ -19,8 +19,8 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lorainit_diffusers.families.captions import hidden_state
 from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
-from lorainit_diffusers.families.text_to_image import hidden_state
 
 
 @dataclass
