@@ -47,7 +47,7 @@ from lorainit_diffusers.evaluation.classification import (
     plot_accuracy,
     plot_confusion,
 )
-from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
+from lorainit_diffusers.evaluation.document import Block, Cell, Heading, Picture, Table, Text, to_html
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.classifier import COMPONENT, ClassifierFamily, ImagePreparation
 from lorainit_diffusers.files import replacing, write_text

@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorainit_diffusers.evaluation.answers import exact_match, token_f1
-from lorainit_diffusers.evaluation.html_report import Block, Cell, Heading, Picture, Table, Text, to_html
+from lorainit_diffusers.evaluation.document import Block, Cell, Heading, Picture, Table, Text, to_html
 from lorainit_diffusers.evaluation.plots import mark_best, save_figure
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.vlm import COMPONENT, IGNORED, TooLongError, VisionLanguageFamily

@@ -1,20 +1,23 @@
 """A report as a list of blocks, and the two ways to write it: one HTML file with everything in it, and Markdown.
 
-Texts come from captions, file names and labels of anyone: all of them are escaped, in both.
+Texts come from captions, file names and labels of anyone: all of them are escaped, in both, by the environments of the
+templates (`templates/`), so that a template cannot forget it.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from PIL import Image
 
 _MAX_INLINE_BYTES = 600_000
@@ -98,6 +101,11 @@ def escape_cell(markdown: str) -> str:
     return " ".join(_readable(markdown).split()).replace("|", r"\|")
 
 
+def code_fence(code: str) -> str:
+    """What code stands between in Markdown: more backticks than any run of them in the code."""
+    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", code)), default=0))
+
+
 def _readable(text: str) -> str:
     """The text without what no file and no page can hold: bytes of a file name that are no text, control characters."""
     text = text.encode("utf-8", "replace").decode("utf-8")
@@ -106,89 +114,103 @@ def _readable(text: str) -> str:
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
     """The blocks as GitHub Markdown; pictures are links to the files beside it."""
-    escape = escape_markdown
-    parts = [f"# {escape(title)}"]
-    for block in blocks:
-        match block:
-            case Heading(text):
-                parts.append(f"## {escape(text)}")
-            case Text(text, lead):
-                parts.append(f"**{escape(text)}**" if lead else escape(text))
-            case Bullets(items):
-                parts.append("\n".join(f"- {escape(item)}" for item in items))
-            case Code(text, language):
-                fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-                parts.append(f"{fence}{language}\n{_readable(text)}\n{fence}")
-            case Picture(path, alt):
-                parts.append(f"![{escape(alt)}]({quote(path.name)})")
-            case Table(header, rows, _):
-                lines = [
-                    header,
-                    ["---"] * len(header),
-                    *([f"{c.text} {c.detail}".strip() for c in row] for row in rows),
-                ]
-                texts = [[cell if cell == "---" else escape(cell) for cell in line] for line in lines]
-                parts.append("\n".join(f"| {' | '.join(line)} |" for line in texts))
-    return "\n\n".join(parts) + "\n"
+    return _markdown_templates().get_template("document.md.jinja").render(title=title, blocks=blocks)
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """The blocks as one HTML file with its style and pictures in it: nothing is loaded from anywhere."""
-    parts: list[str] = []
-    for block in blocks:
-        match block:
-            case Heading(text):
-                parts.append(f"<h2>{_html(text)}</h2>")
-            case Text(text, lead):
-                parts.append(f'<p class="lead">{_html(text)}</p>' if lead else f"<p>{_html(text)}</p>")
-            case Bullets(items):
-                parts.append("<ul>" + "".join(f"<li>{_html(item)}</li>" for item in items) + "</ul>")
-            case Code(text, _):
-                parts.append(f"<pre><code>{_html(text)}</code></pre>")
-            case Picture(path, alt):
-                source = _data_uri(path)
-                parts.append(f'<div class="box picture"><img src="{source}" alt="{_html(alt)}"></div>')
-            case Table():
-                parts.append(_html_table(block))
-    body = "\n".join(parts)
-    name = _html(title)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{name}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+    return _html_templates().get_template("document.html.jinja").render(title=title, blocks=blocks)
+
+
+class _Markdown(str):
+    """A text that is Markdown already; every other text that a template shows is escaped."""
+
+
+@cache
+def _html_templates() -> Environment:
+    """Templates whose texts are escaped for HTML, all of them."""
+    filters = {
+        "breakable": _breakable,
+        "with_line_ends": _with_line_ends,
+        "row_classes": _row_classes,
+        "cell_classes": _cell_classes,
+        "thumbnails": _thumbnails,
+        "data_uri": _data_uri,
+    }
+    return _templates(filters, autoescape=True, finalize=_readable_value)
+
+
+@cache
+def _markdown_templates() -> Environment:
+    """Templates whose texts are escaped for Markdown, all of them: Jinja's own escaping knows HTML alone."""
+    filters = {"fence": _fence, "verbatim": _verbatim, "address": _address, "both_texts": _both_texts}
+    return _templates(filters, autoescape=False, finalize=_markdown_value)
+
+
+def _templates(filters: Mapping[str, Callable[[Any], Any]], *, autoescape: bool, finalize: Any) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("lorainit_diffusers.evaluation"),
+        autoescape=autoescape,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters.update({"kind": _kind, **filters})
+    return environment
 
 
-def _html(text: str) -> str:
-    return html.escape(_readable(text))
+def _kind(block: Block) -> str:
+    return type(block).__name__
 
 
-def _html_table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_html(text)}</th>' for text in table.header)
-    lines: list[str] = []
-    for first, *rest in table.rows:
-        # long labels may break after their separators
-        name = re.sub(r"([:,=_.])", r"\1<wbr>", _html(first.text))
-        wide = ' class="long"' if len(first.text) > _LONG else ""
-        cells = [f'<th scope="row"{wide}>{_thumbnails(first)}{name}</th>']
-        for cell in rest:
-            verdict = [cell.verdict] if cell.verdict in ("better", "worse") else []
-            classes = verdict + ["long"] * (max(map(len, cell.text.split("\n"))) > _LONG)
-            kind = f' class="{" ".join(classes)}"' if classes else ""
-            detail = f"<br><small>{_html(cell.detail)}</small>" if cell.detail else ""
-            text = _html(cell.text).replace("\n", "<br>")
-            cells.append(f"<td{kind}>{_thumbnails(cell)}{text}{detail}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    whole = (
-        '<div class="box" tabindex="0"><table>\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody>\n</table></div>"
-    )
-    return f"<details><summary>{_html(table.folded)}</summary>{whole}</details>" if table.folded else whole
+def _readable_value(value: object) -> object:
+    return _readable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _thumbnails(cell: Cell) -> str:
-    """The images of a cell, small; whole factors enlarge without smoothing."""
-    parts: list[str] = []
+def _markdown_value(value: object) -> object:
+    return value if isinstance(value, _Markdown) else escape_markdown(str(value))
+
+
+def _fence(code: str) -> _Markdown:
+    return _Markdown(code_fence(code))
+
+
+def _verbatim(code: str) -> _Markdown:
+    return _Markdown(_readable(code))
+
+
+def _address(path: Path) -> _Markdown:
+    """Of a picture beside the report."""
+    return _Markdown(quote(path.name))
+
+
+def _both_texts(cell: Cell) -> str:
+    return f"{cell.text} {cell.detail}".strip()
+
+
+def _breakable(text: str) -> Markup:
+    """A label that may break after its separators."""
+    return Markup(re.sub(r"([:,=_.])", r"\1<wbr>", str(escape(_readable(text)))))
+
+
+def _with_line_ends(text: str) -> Markup:
+    return Markup("<br>").join(_readable(text).split("\n"))
+
+
+def _row_classes(cell: Cell) -> str:
+    return "long" if len(cell.text) > _LONG else ""
+
+
+def _cell_classes(cell: Cell) -> str:
+    verdict = [cell.verdict] if cell.verdict in ("better", "worse") else []
+    return " ".join(verdict + ["long"] * (max(map(len, cell.text.split("\n"))) > _LONG))
+
+
+def _thumbnails(cell: Cell) -> list[str]:
+    """The images of a cell as addresses, small; whole factors enlarge without smoothing."""
+    sources: list[str] = []
     for image in cell.images:
         larger = max(image.size)
         factor = _THUMBNAIL // larger if larger <= _THUMBNAIL // 2 else min(1.0, _THUMBNAIL / larger)
@@ -196,9 +218,8 @@ def _thumbnails(cell: Cell) -> str:
         resampling = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
         buffer = io.BytesIO()
         image.convert("RGB").resize(size, resampling).save(buffer, "png")
-        source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-        parts.append(f'<img src="{source}" alt="" style="margin: 0 0 4px">')
-    return "".join(parts)
+        sources.append(f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}")
+    return sources
 
 
 def _data_uri(path: Path) -> str:
@@ -212,55 +233,3 @@ def _data_uri(path: Path) -> str:
         picture.save(buffer, "jpeg", quality=90)
         content, kind = buffer.getvalue(), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-_STYLE = """
-:root { color-scheme: light dark; --text: #1c1e21; --soft: #5d636b; --page: #ffffff; --panel: #f5f6f8; --line: #dcdfe4;
-  --good: #0b6b34; --good-back: #e3f4e9; --bad: #a3261d; --bad-back: #fbe7e5; --accent: #1f5fae; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e4e6ea; --soft: #a3a9b3; --page: #15171a; --panel: #1f2226; --line: #363b42;
-    --good: #7fd6a0; --good-back: #173524; --bad: #f3a199; --bad-back: #42211f; --accent: #7fb2ee; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
-  Roboto, "Liberation Sans", sans-serif; -webkit-text-size-adjust: 100%; }
-main { max-width: 1320px; margin: 0 auto; padding: 32px 20px 80px; }
-h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 16px; }
-h2 { font-size: 1.25rem; margin: 44px 0 12px; padding-bottom: 6px; border-bottom: 1px solid var(--line); }
-h1, h2 { overflow-wrap: anywhere; }
-p, ul { max-width: 78ch; margin: 10px 0; overflow-wrap: anywhere; }
-ul { padding-left: 1.2em; }
-li { margin: 4px 0; }
-.lead { font-size: 1.15rem; font-weight: 600; border-left: 4px solid var(--accent); padding-left: 14px; }
-.box { overflow-x: auto; margin: 14px 0; border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.86rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 12px; text-align: left; border-bottom: 1px solid var(--line); }
-td { white-space: nowrap; }
-th.long { min-width: 13em; }
-details { margin: 14px 0; }
-summary { cursor: pointer; color: var(--accent); }
-td.long { white-space: normal; min-width: 15em; overflow-wrap: anywhere; }
-thead th { background: var(--panel); color: var(--soft); font-weight: 600; vertical-align: bottom; min-width: 5em; }
-tbody tr:last-child > * { border-bottom: 0; }
-tbody th { font-weight: 600; position: sticky; left: 0; background: var(--page); max-width: 16em; }
-small { font-size: 0.88em; opacity: 0.85; }
-.better { color: var(--good); background: var(--good-back); }
-.worse { color: var(--bad); background: var(--bad-back); }
-.picture { background: #ffffff; padding: 8px; }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
-pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px;
-  font-size: 0.86rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (max-width: 700px) {
-  body { font-size: 15px; }
-  main { padding: 20px 14px 60px; }
-  h1 { font-size: 1.4rem; }
-  .lead { font-size: 1.05rem; }
-  th, td { padding: 6px 9px; }
-  tbody th { max-width: 9.5em; }
-  .picture { padding: 4px; }
-  tbody th { overflow-wrap: break-word; }
-  th.long { min-width: 9.5em; }
-  pre { padding: 10px; }
-}
-"""
