@@ -50,8 +50,8 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "latents are not scaled",
         "lorainit_diffusers/families/text_to_image.py",
-        "return (posterior.mean.float() - shift) * factor, posterior.std.float() * factor",
-        "return (posterior.mean.float() - shift), posterior.std.float() * factor",
+        "return (mean.float() - shift) * factor, std.float() * factor",
+        "return (mean.float() - shift), std.float() * factor",
         ("tests/families/test_sd.py::test_loss_is_the_one_of_diffusers_examples",),
     ),
     Break(
@@ -162,12 +162,8 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "a pipeline's shift reaches the training",
         "lorainit_diffusers/families/flow_matching.py",
-        (
-            "FlowMatchEulerDiscreteScheduler, "
-            "FlowMatchEulerDiscreteScheduler.from_config(self.noise_scheduler.config)\n"
-            "        )"
-        ),
-        "FlowMatchEulerDiscreteScheduler, self.noise_scheduler\n        )",
+        "return kind.from_config(self.noise_scheduler.config)",
+        "return self.noise_scheduler",
         ("tests/families/test_flow_matching.py::test_table_is_not_touched_by_sampling",),
     ),
     Break(

@@ -25,18 +25,30 @@ class StepRecord:
         token_masks: for each component that has padded token inputs, a boolean (batch, tokens); True is a real token.
         masked_layers: for components where only some layers see these tokens (a transformer's others see those of the
             image, of which there may be as many), the endings of the names of those that do.
+        layer_masks: for components whose layers see several sequences: for each of these, the endings of the names of
+            the layers that see it, and its mask. They go before `token_masks`.
     """
 
     timesteps: Tensor | None = None
     token_masks: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     masked_layers: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    layer_masks: dict[str, list[tuple[tuple[str, ...], Tensor]]] = field(
+        default_factory=dict[str, list[tuple[tuple[str, ...], Tensor]]]
+    )
 
     def token_mask(self, component: str, layer: str) -> Tensor | None:
         """The mask of the tokens that this layer of a component sees, or None where none of them is padding."""
+        for endings, mask in self.layer_masks.get(component, ()):
+            if _ends_with(layer, endings):
+                return mask
         endings = self.masked_layers.get(component)
-        if endings is not None and not any(f".{layer}".endswith(f".{ending}") for ending in endings):
+        if endings is not None and not _ends_with(layer, endings):
             return None
         return self.token_masks.get(component)
+
+
+def _ends_with(layer: str, endings: tuple[str, ...]) -> bool:
+    return any(f".{layer}".endswith(f".{ending}") for ending in endings)
 
 
 class AdaptedModules(dict[str, nn.Module]):

@@ -54,6 +54,8 @@ class BaseParts(_Parts, EvaluationMode, ABC):
     # Field name -> class of the text encoders; their tokenizers and token ids have the same suffix. Only those of CLIP
     # are ever trained.
     TEXT_ENCODERS: ClassVar[Mapping[str, type[nn.Module]]]
+    # Classes of a text encoder that differs between the family's bases: `model_index.json` says which of them it is.
+    ENCODER_CLASSES: ClassVar[Mapping[str, tuple[type[nn.Module], ...]]] = {}
     # Text encoders that a base may do without.
     OPTIONAL_ENCODERS: ClassVar[frozenset[str]] = frozenset()
     # What the denoiser's class was called when older bases were saved.
@@ -260,7 +262,7 @@ class BaseParts(_Parts, EvaluationMode, ABC):
         Raises:
             ValueError: when they are not.
         """
-        latent_channels = int(cast(Any, self.vae.config)["latent_channels"])
+        latent_channels = self._latent_channels
         if channels != latent_channels:
             raise ValueError(
                 f"the {self.DENOISER} takes {channels} channels but the VAE makes {latent_channels}: an inpainting or "
@@ -282,7 +284,13 @@ class BaseParts(_Parts, EvaluationMode, ABC):
         return int(cast(Any, self.text_encoders[component]).config.num_hidden_layers)
 
     @property
-    def _latent_shift_and_scale(self) -> tuple[float, float]:
+    def _latent_channels(self) -> int:
+        """Channels of the VAE's latents."""
+        return int(cast(Any, self.vae.config)["latent_channels"])
+
+    @property
+    def _latent_shift_and_scale(self) -> tuple[float | Tensor, float | Tensor]:
+        """What is taken from the VAE's latents and what they are then multiplied by, by channel where it differs."""
         config = cast(Any, self.vae.config)
         return float(config.get("shift_factor") or 0.0), float(config["scaling_factor"])
 

@@ -179,6 +179,8 @@ def _check_entry(family: Family, name: str, index: Mapping[str, Any], component:
     if library not in libraries:
         raise custom_code_error(f"{component} of the {BASE}", name)
     expected = _modules(family).get(component, ())
+    if component in family.ENCODER_CLASSES:
+        expected = tuple(cast(type, known).__name__ for known in family.ENCODER_CLASSES[component])
     if expected and kind not in expected:
         raise BrokenModelError(
             f"the {component} of the {BASE} {name!r} is a {kind}, not a {' or '.join(expected)}; give a base of this "
@@ -197,6 +199,12 @@ def is_absent(family: Family, index: Mapping[str, Any], component: str) -> bool:
     encoder = component.replace("tokenizer", "text_encoder")
     entry = index.get(encoder)
     return encoder in family.OPTIONAL_ENCODERS and (entry is None or entry in ([None, None], (None, None)))
+
+
+def _encoder_class(family: Family, index: Mapping[str, Any], component: str) -> Any:
+    """The class that `model_index.json` names, of those that the family has; None where it has but one."""
+    known = family.ENCODER_CLASSES.get(component, ())
+    return next((kind for kind in known if kind.__name__ == index[component][1]), None)
 
 
 def tokenizer_of(text_encoder: str) -> str:
@@ -241,11 +249,12 @@ def load_base(
     with loading_errors(f"scheduler of the {BASE}", name, REMEDY):
         scheduler: Any = diffusers.DDPMScheduler.load_config(name, subfolder="scheduler", **source)
     parts: dict[str, Any] = {}
-    for component, kind in family.TEXT_ENCODERS.items():
+    for component, usual in family.TEXT_ENCODERS.items():
         tokenizer = tokenizer_of(component)
         if is_absent(family, index, component):
             parts[tokenizer] = parts[component] = None
             continue
+        kind = _encoder_class(family, index, component) or usual
         tokenizer_class: Any = CLIPTokenizer if kind in CLIP_ENCODERS else AutoTokenizer
         with loading_errors(f"{tokenizer} of the {BASE}", name, REMEDY):
             parts[tokenizer] = tokenizer_class.from_pretrained(

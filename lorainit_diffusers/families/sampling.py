@@ -72,7 +72,8 @@ class Sampling(CaptionEncoding):
                 num_inference_steps=num_inference_steps,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="latent",
-            ).images
+                return_dict=False,
+            )[0]
             return self._decode(self._sampled_latents(output, side, side))
 
     def _sampling_inputs(
@@ -89,7 +90,11 @@ class Sampling(CaptionEncoding):
     def _decode(self, latents: Tensor) -> list[Image.Image]:
         """Images of scaled latents, in the VAE's dtype."""
         shift, factor = self._latent_shift_and_scale
-        decoded = cast(Any, self.vae).decode(latents.to(self.vae.dtype) / factor + shift, return_dict=False)[0]
+        decoded = self._decoded(latents.to(self.vae.dtype) / factor + shift)
         pixels = (decoded.float() / 2 + 0.5).clamp(0, 1) * 255
         arrays = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(image) for image in arrays]
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """(batch, 3, height, width) in [-1, 1] of the VAE's own latents."""
+        return cast(Any, self.vae).decode(latents, return_dict=False)[0]

@@ -122,9 +122,18 @@ class TextToImageFamily(Sampling):
             Two (batch, channels, height, width) float32 tensors in latent pixels, on the family's device.
         """
         with self._on_device(self.vae), torch.autocast(self.device.type, enabled=False):
-            posterior = cast(Any, self.vae).encode(pixel_values.to(self.device, self.vae.dtype)).latent_dist
+            mean, std = self._posterior(pixel_values.to(self.device, self.vae.dtype))
         shift, factor = self._latent_shift_and_scale
-        return (posterior.mean.float() - shift) * factor, posterior.std.float() * factor
+        return (mean.float() - shift) * factor, std.float() * factor
+
+    def _posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's latents, as it makes them.
+
+        Args:
+            pixel_values: in the VAE's dtype and on its device.
+        """
+        posterior = cast(Any, self.vae).encode(pixel_values).latent_dist
+        return posterior.mean, posterior.std
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
         """The denoising loss of diffusers' examples: a scalar, float32.
@@ -157,7 +166,8 @@ class TextToImageFamily(Sampling):
         embeds = self._look_up(batch, dropped) if encoded else self._encode_batch(batch, dropped)
         with self._autocast():
             prediction = self._predict(noisy.latents.to(self.weight_dtype), noisy.timesteps, embeds, batch).float()
-        losses = F.mse_loss(prediction, noisy.target.float(), reduction="none").mean(dim=(1, 2, 3))
+        losses = F.mse_loss(prediction, noisy.target.float(), reduction="none")
+        losses = losses.mean(dim=tuple(range(1, losses.ndim)))
         if noisy.weights is not None:
             losses = losses * noisy.weights
         if "is_class" not in batch:
