@@ -19,6 +19,14 @@ from lorainit_diffusers.collect import Collection, collect, known_length
 from lorainit_diffusers.families.base import loss_weight
 from lorainit_diffusers.methods import METHODS, Initializer, LoraFactors, Solution
 from lorainit_diffusers.methods.base import Observed
+from lorainit_diffusers.methods.declared import (
+    fewest_rows,
+    gives_scores,
+    largest_rank,
+    needs_reference,
+    reference_options,
+    zero_delta_options,
+)
 from lorainit_diffusers.methods.guard import check_weight, check_weights, guarded_factors, why_nothing_to_learn
 from lorainit_diffusers.methods.kaiming import Kaiming
 from lorainit_diffusers.quantized import is_packed
@@ -61,12 +69,6 @@ RANGES: dict[str, Range] = {
     "seed": SEED,
     "lora_dropout": SHARE_BELOW_ONE,
     "memory_budget_gb": FINITE,  # `MemoryBudget` says what else
-}
-# What makes a method that starts elsewhere start from the base model, without an offset.
-ZERO_DELTA_OPTIONS: dict[str, dict[str, Any]] = {
-    "cntlora": {"base": "down_only"},
-    "gradient_step": {"step": 0},
-    "gradient_whitened": {"step": 0},
 }
 
 
@@ -229,8 +231,10 @@ def initialize(
         most = {key: max_rank if max_rank is not None else MAX_RANK_RATIO * value for key, value in ranks.items()}
     else:
         if rank_budget is not None or parameter_budget is not None or max_rank is not None:
-            raise ValueError("rank_budget, parameter_budget and max_rank need variable_rank=True (--variable_rank)")
+            raise ValueError("rank_budget, parameter_budget and max_rank need variable_rank=True")
         most = ranks
+    if variable_rank and not gives_scores(method):
+        raise ValueError(f"init {name!r} gives no scores to allocate ranks by; drop variable_rank")
     caps = _largest_ranks(method, shapes, ranks, most)
     allocate = partial(
         allocate_ranks,
@@ -242,7 +246,8 @@ def initialize(
     )
     if variable_rank:  # a budget that cannot be met is refused now, not after the pass
         allocate({full_name: torch.zeros(caps[full_name]) for full_name in layers})
-    _check_reference(name, method, reference_batches)
+    first, (out_features, in_features) = next(iter(shapes.items()))
+    _check_reference(name, method, reference_batches, method.statistic(in_features, out_features, caps[first]))
     check_weights(layers, name)
 
     collection = Collection()
@@ -281,7 +286,7 @@ def initialize(
         scores: dict[str, Tensor] = {}
         for full_name, solution in solutions.items():
             if solution.scores is None and full_name not in fallbacks:
-                raise ValueError(f"init {name!r} gives no scores to allocate ranks by; drop --variable_rank")
+                raise ValueError(f"init {name!r} gives no scores to allocate ranks by; drop variable_rank")
             # A layer that fell back competes for nothing beyond min_rank.
             scores[full_name] = torch.zeros(caps[full_name]) if solution.scores is None else solution.scores
         ranks = allocate(scores)
@@ -420,27 +425,23 @@ def _largest_ranks(
     most: Mapping[str, int],
 ) -> dict[str, int]:
     """The largest rank up to ``most`` that each layer and the method can use; at least its rank, or an error."""
-    caps = {full_name: min(most[full_name], *shape) for full_name, shape in shapes.items()}
+    caps: dict[str, int] = {}
     for full_name, (out_features, in_features) in shapes.items():
+        at_most = min(most[full_name], out_features, in_features)
         # Under variable ranks the cap above `rank` is an offer, which a method may not be able to use in full.
-        smallest = min(ranks[full_name], caps[full_name])
-        for cap in range(caps[full_name], smallest - 1, -1):
-            caps[full_name] = cap
-            try:
-                method.statistic(in_features, out_features, cap)
-                break
-            except ValueError as error:
-                if cap == smallest:
-                    raise ValueError(f"layer {full_name!r}: {error}") from None
+        cap = largest_rank(method, in_features, out_features, at_most)
+        at_least = min(ranks[full_name], at_most)
+        caps[full_name] = max(cap, at_least)
+        try:
+            method.statistic(in_features, out_features, caps[full_name])
+        except ValueError as error:
+            raise ValueError(f"layer {full_name!r}: {error}") from None
+        if cap < at_least:
+            raise ValueError(
+                f"layer {full_name!r}: the init can give it rank {cap} at most, not {at_least}; lower the rank, or "
+                "leave the layer out of the target modules"
+            )
     return caps
-
-
-def needs_reference(method: Initializer) -> bool:
-    """Whether a method compares the data with samples of the pre-training distribution: its statistic says so."""
-    try:
-        return isinstance(method.statistic(64, 64, 2), InputsAndReference)
-    except ValueError:  # the kind of statistic does not depend on the size; what does not fit is refused layer by layer
-        return False
 
 
 def check_zero_delta(name: str, method: Initializer) -> None:
@@ -451,10 +452,11 @@ def check_zero_delta(name: str, method: Initializer) -> None:
     """
     if method.step_zero == "equal":
         return
-    options = ZERO_DELTA_OPTIONS.get(name, {})
-    flags = " ".join(f"{option}={value}" for option, value in options.items())
-    own = [f"make_method({name!r}, {options}) (in the scripts, --init_option {flags})"] if options else []
-    remedies = ", or ".join([*own, "a zero-delta init such as eva or orthonormal"])
+    options = dict(zero_delta_options(method))
+    own = f"it with {' '.join(f'{key}={value}' for key, value in options.items())}"
+    if name in METHODS:
+        own += f", which is make_method({name!r}, {options})"
+    remedies = ", or ".join([*([own] if options else []), "a zero-delta init such as eva or orthonormal"])
     raise ValueError(
         f"init {name!r} starts from B A != 0, which DoRA's magnitudes do not allow; use {remedies}, or drop use_dora"
     )
@@ -464,18 +466,23 @@ def _check_reference(
     name: str,
     method: Initializer,
     reference_batches: Iterable[Any] | None,
+    statistic: Observed | None,
 ) -> None:
-    """Reference batches are given exactly where the method's statistic has a place for them."""
-    needed = needs_reference(method)
+    """Reference batches are given exactly where the method compares the data with them."""
+    needed = needs_reference(method, statistic)
     if needed and reference_batches is None:
         raise ValueError(
             f"init {name!r} with these options compares the data with a reference: pass reference_batches, samples of "
             "the pre-training distribution such as DreamBooth's class images"
         )
     if not needed and reference_batches is not None:
+        users = [
+            f", or use {known} with " + " and ".join(f"{key}={value!r}" for key, value in options.items())
+            for known, kind in METHODS.items()
+            if (options := reference_options(kind))
+        ]
         raise ValueError(
-            f"init {name!r} with these options does not use reference_batches; leave them out, or use cntlora with "
-            "constraint='alignment' and pretraining='measured'"
+            f"init {name!r} with these options does not use reference_batches; leave them out{''.join(users)}"
         )
 
 
@@ -596,7 +603,7 @@ def _solve(
         statistic = collection.statistics.pop(full_name, None)
         rank = ranks[full_name]
         solver: Initializer = method
-        if method.observes.startswith("inputs") and statistic is not None and statistic.num_rows < rank:
+        if statistic is not None and statistic.num_rows < fewest_rows(method, rank):
             solver = Kaiming()
             fallbacks[full_name] = f"only {statistic.num_rows} rows for rank {rank}: Kaiming A, zero B"
         elif (reason := why_nothing_to_learn(method, statistic)) is not None:

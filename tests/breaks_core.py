@@ -276,7 +276,7 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "layers with fewer rows than rank are solved all the same",
         "lorainit_diffusers/initialize.py",
-        "statistic.num_rows < rank:",
+        "statistic.num_rows < fewest_rows(method, rank):",
         "statistic.num_rows < 0:",
         ("tests/test_initialize.py::test_a_layer_with_fewer_rows_than_rank_falls_back_and_says_so",),
     ),

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from lorainit_diffusers import METHODS, InitReport, adapter_state_dict, initialize, make_method
 from lorainit_diffusers.adapters import lora_layers, unwrap
 from lorainit_diffusers.families.base import StepRecord
-from lorainit_diffusers.initialize import ZERO_DELTA_OPTIONS
 from lorainit_diffusers.methods import Solution
+from lorainit_diffusers.methods.declared import zero_delta_options
 from lorainit_diffusers.offset import get_offset
 
 TARGETS = list(ATTENTION_LAYERS)
@@ -876,14 +876,16 @@ def test_dora_with_an_offset_or_a_moved_start_is_refused(name):
 def test_the_remedy_for_dora_is_one_that_works():
     refused(
         tiny_attention(),
-        r"use make_method\('cntlora', \{'base': 'down_only'\}\) \(in the scripts, --init_option base=down_only\), "
-        "or a zero-delta init such as eva or orthonormal, or drop use_dora",
+        r"use it with base=down_only, which is make_method\('cntlora', \{'base': 'down_only'\}\), or a zero-delta init "
+        "such as eva or orthonormal, or drop use_dora",
         "cntlora",
         use_dora=True,
     )
     refused(tiny_attention(), r"; use a zero-delta init such as eva", "pissa", use_dora=True)
-    for name, options in ZERO_DELTA_OPTIONS.items():
-        method = make_method(name, options)
+    for name, kind in METHODS.items():
+        if not zero_delta_options(kind):
+            continue
+        method = make_method(name, zero_delta_options(kind))
         assert method.step_zero == "equal"
         module = tiny_attention()
         run(module, method, use_dora=True)

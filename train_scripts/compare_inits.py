@@ -91,8 +91,9 @@ from lorainit_diffusers import adapters
 from lorainit_diffusers.evaluation import METRICS, Comparison, load_encoder, result_sentences, write_report
 from lorainit_diffusers.families import family_class
 from lorainit_diffusers.files import announce, replacing, save_tensors, write_json, write_text
-from lorainit_diffusers.initialize import initialize, needs_reference
+from lorainit_diffusers.initialize import initialize
 from lorainit_diffusers.methods import Initializer
+from lorainit_diffusers.methods.declared import gives_scores, needs_reference
 from lorainit_diffusers.progress import GridProgress
 from lorainit_diffusers.ranges import COUNT, NOT_NEGATIVE
 from lorainit_diffusers.training.gradients import clip_gradients, weight_at_fault
@@ -167,10 +168,8 @@ class Init:
         for key, allowed in (("init_num_batches", COUNT), ("a_lr_ratio", NOT_NEGATIVE)):
             if key in of_run:
                 allowed.check(f"--inits {label!r}: {key}", of_run[key], "{name}={value} {reason}")
-        if init.variable_rank and init.method.observes == "nothing":
-            solved = init.method.solve(torch.eye(8), None, 2, scaling=1.0, generator=torch.Generator())
-            if solved.scores is None:
-                raise ValueError(f"--inits {label!r}: {name} gives no scores to allocate ranks by; drop variable_rank")
+        if init.variable_rank and not gives_scores(init.method):
+            raise ValueError(f"--inits {label!r}: {name} gives no scores to allocate ranks by; drop variable_rank")
         if needs_reference(init.method):
             raise ValueError(f"--inits {label!r}: pretraining=measured needs class images, which a comparison has not")
         return init

@@ -50,6 +50,9 @@ class Solution:
 class Initializer(Protocol):
     """An initialisation: a frozen dataclass of hyper-parameters, without state.
 
+    That much it must have. What more it can say of itself, such as the largest rank that it can give a layer, and what
+    holds of one that does not say it, is in :mod:`~lorainit_diffusers.methods.declared`.
+
     Attributes:
         observes: what its collection pass looks at. A method of ``"inputs"`` whose statistic is an
             ``InputsAndReference`` gets a second pass over reference batches.

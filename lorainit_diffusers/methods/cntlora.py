@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ from lorainit_diffusers.methods.base import (
     kaiming_input_power,
     one_if_zero,
 )
+from lorainit_diffusers.methods.declared import Declared
 from lorainit_diffusers.ranges import Range
 from lorainit_diffusers.ridged import RidgedMoment
 from lorainit_diffusers.statistics import InputsAndReference, InputStatistic, SecondMoment
@@ -53,7 +54,7 @@ SMALLEST_SINGULAR_VALUE = 1e-5
 
 
 @dataclass(frozen=True)
-class CNTLoRA:
+class CNTLoRA(Declared):
     """The closed-form estimate D of the weight change, truncated to rank r and factored.
 
     Attributes:
@@ -74,6 +75,17 @@ class CNTLoRA:
     """
 
     observes: ClassVar[Observes] = "inputs"
+    summary: ClassVar[str] = (
+        "Constraints on the layer's inputs, solved in closed form for the change of the weight, whose factors are "
+        "subtracted again from the base."
+    )
+    source: ClassVar[str] = "arXiv:2507.08044 (the paper's abstract; the equations are our derivation)"
+    cost: ClassVar[str] = (
+        "one forward pass a batch, a second moment for each group of layers with the same input, a truncated SVD "
+        "and a solve a layer"
+    )
+    zero_delta: ClassVar[Mapping[str, Any]] = {"base": "down_only"}
+    with_reference: ClassVar[Mapping[str, Any]] = {"constraint": "alignment", "pretraining": "measured"}
     RANGES: ClassVar[Mapping[str, Range]] = {"ridge": Range(0, 10**6), "gamma": Range(-(10**6), 10**6)}
 
     constraint: Literal["alignment", "decorrelation"] = "decorrelation"
@@ -98,6 +110,11 @@ class CNTLoRA:
         """Follows from ``base``."""
         steps: dict[str, StepZero] = {"offset": "offset", "down_only": "equal", "active": "moved"}
         return steps[self.base]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Follows from ``pretraining``."""
+        return self.pretraining == "measured"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Observed | None:
         """The exact second moment of the inputs; with ``pretraining="measured"``, that of the reference too."""

@@ -20,12 +20,13 @@ from lorainit_diffusers.methods.base import (
     input_statistic,
     one_if_zero,
 )
+from lorainit_diffusers.methods.declared import Declared
 from lorainit_diffusers.ranges import Range
 from lorainit_diffusers.statistics import InputStatistic, SecondMoment, Statistic
 
 
 @dataclass(frozen=True)
-class CorDA:
+class CorDA(Declared):
     """Top-r triplets of SVD(W0 S), with S^-1 multiplied back on the right; the adapter is offset.
 
     Attributes:
@@ -34,6 +35,12 @@ class CorDA:
     """
 
     observes: ClassVar[Observes] = "inputs"
+    summary: ClassVar[str] = "The weight's singular directions, weighted by the inputs, subtracted again from the base."
+    source: ClassVar[str] = "arXiv:2406.05223"
+    cost: ClassVar[str] = (
+        "one forward pass a batch, a second moment for each group of layers with the same input, a truncated SVD "
+        "and a solve a layer"
+    )
     # CorDA inverts the second moment
     RANGES: ClassVar[Mapping[str, Range]] = {"ridge": Range(0, 10**6, above=True)}
 

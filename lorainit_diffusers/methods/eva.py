@@ -21,12 +21,13 @@ from lorainit_diffusers.methods.base import (
     one_if_zero,
     zeros_of_output,
 )
+from lorainit_diffusers.methods.declared import Declared, Signal
 from lorainit_diffusers.ranges import COUNT, Range
 from lorainit_diffusers.statistics import SecondMoment, SketchedSecondMoment, Statistic
 
 
 @dataclass(frozen=True)
-class EVA:
+class EVA(Declared):
     """A = the top-r eigenvectors of the input covariance, B = 0; ranks by explained-variance ratio.
 
     Where the authors and PEFT run an incremental SVD until it converges, this reads the eigenvectors off the exact
@@ -43,6 +44,12 @@ class EVA:
     """
 
     observes: ClassVar[Observes] = "inputs"
+    summary: ClassVar[str] = "The directions in which the layer's inputs vary most as A, B = 0."
+    source: ClassVar[str] = "arXiv:2410.07170"
+    cost: ClassVar[str] = (
+        "one forward pass a batch, a second moment and its leading eigenvectors for each group of layers with the "
+        "same input"
+    )
     RANGES: ClassVar[Mapping[str, Range]] = {"sketch_columns": COUNT}
 
     centered: bool = True
@@ -57,6 +64,15 @@ class EVA:
     def step_zero(self) -> StepZero:
         """B A = 0."""
         return "equal"
+
+    @property
+    def learns_from(self) -> frozenset[Signal]:
+        """Centred, from what varies in the inputs; else from the inputs."""
+        return frozenset({"variation" if self.centered else "inputs"})
+
+    def largest_rank(self, in_features: int, out_features: int, at_most: int) -> int:
+        """No more than the columns of the sketch."""
+        return at_most if self.sketch_columns is None else min(at_most, self.sketch_columns)
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """The exact covariance of the inputs, or its sketch.

@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, zeros_of_output
+from lorainit_diffusers.methods.declared import Declared
 from lorainit_diffusers.statistics import Statistic
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Declared):
     """A from N(0, 1 / rank^2), B = 0, as PEFT's ``init_lora_weights="gaussian"``."""
 
     observes: ClassVar[Observes] = "nothing"
+    summary: ClassVar[str] = "A from a normal distribution as diffusers' scripts draw it, B = 0."
+    source: ClassVar[str] = "diffusers' default"
+    cost: ClassVar[str] = "nothing: random numbers only"
+    gives_scores: ClassVar[bool] = False
 
     @property
     def step_zero(self) -> StepZero:

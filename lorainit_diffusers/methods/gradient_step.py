@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,12 +33,13 @@ from lorainit_diffusers.methods.base import (
     one_if_zero,
     zeros_of_output,
 )
+from lorainit_diffusers.methods.declared import Declared, Signal
 from lorainit_diffusers.ranges import Range
 from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, InputStatistic, SecondMoment
 
 
 @dataclass(frozen=True)
-class GradientStep:
+class GradientStep(Declared):
     """A from the data, B after one gradient step.
 
     Attributes:
@@ -50,6 +51,13 @@ class GradientStep:
     """
 
     observes: ClassVar[Observes] = "inputs and gradients"
+    summary: ClassVar[str] = "A along the weight's mean gradient, B after one step of gradient descent."
+    source: ClassVar[str] = "our own; up to one scalar a layer it is arXiv:2502.01235's (LoRA-One)"
+    cost: ClassVar[str] = (
+        "one forward and backward pass a batch, a second moment for each group of layers with the same input, one "
+        "gradient in the size of the weight and its truncated SVD a layer"
+    )
+    zero_delta: ClassVar[Mapping[str, Any]] = {"step": 0}
     # a step of 0 starts from the base model; without a ridge, directions without data would be blown up
     RANGES: ClassVar[Mapping[str, Range]] = {"step": Range(0, 100), "ridge": Range(0, 10**6, above=True)}
 
@@ -65,6 +73,11 @@ class GradientStep:
     def step_zero(self) -> StepZero:
         """Without a step, B A = 0; with one, the model starts after it."""
         return "moved" if self.step else "equal"
+
+    @property
+    def learns_from(self) -> frozenset[Signal]:
+        """From what varies in the inputs where these give the directions, else from inputs and gradient."""
+        return frozenset({"variation"}) if self.directions == "inputs" else frozenset({"inputs", "gradient"})
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Observed | None:
         """The exact second moment of the inputs and the mean gradient of the weight."""
@@ -147,6 +160,13 @@ class GradientStep:
 @dataclass(frozen=True)
 class GradientWhitened(GradientStep):
     """A = the leading directions of the whitened gradient, B = 0; attributes as in :class:`GradientStep`."""
+
+    summary: ClassVar[str] = "A along the weight's mean gradient where the inputs are white, B = 0."
+    source: ClassVar[str] = "our own; it preconditions by the matrix of K-FAC, arXiv:1503.05671"
+    cost: ClassVar[str] = (
+        "one forward and backward pass a batch, a second moment for each group of layers with the same input, one "
+        "gradient in the size of the weight, its truncated SVD and a solve a layer"
+    )
 
     directions: Literal["inputs", "gradient", "whitened_gradient"] = "whitened_gradient"
     step: float = 0.0

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorainit_diffusers.methods.base import Initializer, LoraFactors, Observed, Solution
+from lorainit_diffusers.methods.declared import learns_from
 from lorainit_diffusers.methods.kaiming import Kaiming
 from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, InputsAndReference
 
@@ -70,18 +71,13 @@ def why_nothing_to_learn(method: Initializer, statistic: Observed | None) -> str
         inputs, gradient = statistic.inputs, statistic.gradient
     elif isinstance(statistic, InputsAndReference):
         inputs = statistic.inputs
-    options: Any = method
+    signals = learns_from(method)
     if inputs is not None:
         if inputs.trace(centered=False) == 0.0:
             return "all its inputs are zero"
-        centred = getattr(options, "centered", False) or getattr(options, "directions", "") == "inputs"
-        if centred and inputs.trace(centered=True) <= 1e-12 * inputs.trace(centered=False):
+        if "variation" in signals and inputs.trace(centered=True) <= 1e-12 * inputs.trace(centered=False):
             return "its inputs never vary"
-    if (
-        gradient is not None
-        and getattr(options, "directions", "gradient") != "inputs"
-        and not bool(gradient.mean().any())
-    ):
+    if gradient is not None and "gradient" in signals and not bool(gradient.mean().any()):
         return "its mean gradient is zero"
     return None
 

@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, zeros_of_output
+from lorainit_diffusers.methods.declared import Declared
 from lorainit_diffusers.statistics import Statistic
 
 
 @dataclass(frozen=True)
-class Kaiming:
+class Kaiming(Declared):
     """A uniform in +-1/sqrt(in_features) (Kaiming with a = sqrt(5)), B = 0, as ``init_lora_weights=True`` in PEFT."""
 
     observes: ClassVar[Observes] = "nothing"
+    summary: ClassVar[str] = "A uniform as PEFT draws it by default (Kaiming), B = 0."
+    source: ClassVar[str] = "PEFT's default"
+    cost: ClassVar[str] = "nothing: random numbers only"
+    gives_scores: ClassVar[bool] = False
 
     @property
     def step_zero(self) -> StepZero:

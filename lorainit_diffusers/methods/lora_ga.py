@@ -11,12 +11,13 @@ from torch import Tensor
 
 from lorainit_diffusers.linalg import top_svd
 from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, check_hyperparameters
+from lorainit_diffusers.methods.declared import Declared
 from lorainit_diffusers.ranges import Range
 from lorainit_diffusers.statistics import GradientMean, Statistic
 
 
 @dataclass(frozen=True)
-class LoraGA:
+class LoraGA(Declared):
     """A and B are disjoint singular directions of the mean gradient; the adapter is offset.
 
     With ``G = U S V'``, the first gradient step on A and B then moves B A along the best rank-2r approximation of G
@@ -31,6 +32,13 @@ class LoraGA:
     """
 
     observes: ClassVar[Observes] = "gradients"
+    summary: ClassVar[str] = (
+        "Directions of the weight's mean gradient in A and, disjoint from them, in B, subtracted again from the base."
+    )
+    source: ClassVar[str] = "arXiv:2407.05000"
+    cost: ClassVar[str] = (
+        "one forward and backward pass a batch, one gradient in the size of the weight and its truncated SVD a layer"
+    )
     RANGES: ClassVar[Mapping[str, Range]] = {"gamma": Range(0, 10**6, above=True)}
 
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
@@ -44,6 +52,10 @@ class LoraGA:
     def step_zero(self) -> StepZero:
         """The adapter subtracts the initial B A."""
         return "offset"
+
+    def largest_rank(self, in_features: int, out_features: int, at_most: int) -> int:
+        """Half of the layer's singular directions: A and B have disjoint ones."""
+        return min(at_most, min(in_features, out_features) // 2)
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """The mean gradient of the weight.

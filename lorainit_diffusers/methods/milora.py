@@ -10,15 +10,20 @@ from torch import Tensor
 
 from lorainit_diffusers.linalg import SVD, solve_dtype
 from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero
+from lorainit_diffusers.methods.declared import Declared
 from lorainit_diffusers.methods.pissa import balanced_factors
 from lorainit_diffusers.statistics import Statistic
 
 
 @dataclass(frozen=True)
-class MiLoRA:
+class MiLoRA(Declared):
     """A and B are the bottom-r singular triplets of W0; the adapter is offset."""
 
     observes: ClassVar[Observes] = "nothing"
+    summary: ClassVar[str] = "The smallest singular directions of the weight, subtracted again from the base."
+    source: ClassVar[str] = "arXiv:2406.09044"
+    cost: ClassVar[str] = "one full SVD a layer; no data"
+    gives_scores: ClassVar[bool] = False
 
     @property
     def step_zero(self) -> StepZero:

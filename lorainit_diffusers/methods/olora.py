@@ -10,17 +10,24 @@ from torch import Tensor
 
 from lorainit_diffusers.linalg import solve_dtype
 from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero
+from lorainit_diffusers.methods.declared import Declared
 from lorainit_diffusers.statistics import Statistic
 
 
 @dataclass(frozen=True)
-class OLoRA:
+class OLoRA(Declared):
     """W0 = Q R, B = Q[:, :r], A = R[:r]; the adapter is offset.
 
     As in PEFT, A and B are not divided by the scaling: the offset is ``scaling * B A``.
     """
 
     observes: ClassVar[Observes] = "nothing"
+    summary: ClassVar[str] = (
+        "The first columns and rows of the weight's QR decomposition, subtracted again from the base."
+    )
+    source: ClassVar[str] = "arXiv:2406.01775"
+    cost: ClassVar[str] = "one full QR a layer; no data"
+    gives_scores: ClassVar[bool] = False
 
     @property
     def step_zero(self) -> StepZero:

@@ -9,22 +9,31 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero
+from lorainit_diffusers.methods.declared import Declared
 from lorainit_diffusers.statistics import Statistic
 
 
 @dataclass(frozen=True)
-class Orthogonal:
+class Orthogonal(Declared):
     """A and B random in orthogonal halves of an r-dimensional space, so that B A = 0 although neither is zero.
 
     As PEFT's ``init_lora_weights="orthogonal"`` (https://datta0.github.io/posts/rethink-lora-init/).
     """
 
     observes: ClassVar[Observes] = "nothing"
+    summary: ClassVar[str] = "A and B random in orthogonal halves, so that B A = 0 although neither is zero."
+    source: ClassVar[str] = "PEFT's orthogonal"
+    cost: ClassVar[str] = "one QR of a rank x rank matrix a layer"
+    gives_scores: ClassVar[bool] = False
 
     @property
     def step_zero(self) -> StepZero:
         """B A = 0."""
         return "equal"
+
+    def largest_rank(self, in_features: int, out_features: int, at_most: int) -> int:
+        """An even one."""
+        return at_most - at_most % 2
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Statistic | None:
         """Nothing is observed.

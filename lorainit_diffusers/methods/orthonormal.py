@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, zeros_of_output
+from lorainit_diffusers.methods.declared import Declared
 from lorainit_diffusers.statistics import Statistic
 
 
 @dataclass(frozen=True)
-class Orthonormal:
+class Orthonormal(Declared):
     """A uniform among the matrices with orthonormal rows, B = 0. Not PEFT's ``orthogonal``, whose B is not zero."""
 
     observes: ClassVar[Observes] = "nothing"
+    summary: ClassVar[str] = "A random with orthonormal rows, B = 0."
+    source: ClassVar[str] = "our control; its draw is arXiv:math-ph/0609050's"
+    cost: ClassVar[str] = "one thin QR of a random matrix a layer"
+    gives_scores: ClassVar[bool] = False
 
     @property
     def step_zero(self) -> StepZero:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorainit_diffusers.linalg import SVD, top_svd
 from lorainit_diffusers.methods.base import LoraFactors, Observed, Observes, Solution, StepZero, one_if_zero
+from lorainit_diffusers.methods.declared import Declared
 from lorainit_diffusers.statistics import Statistic
 
 
@@ -20,13 +21,16 @@ def balanced_factors(svd: SVD, rank: int, scaling: float) -> LoraFactors:
 
 
 @dataclass(frozen=True)
-class PiSSA:
+class PiSSA(Declared):
     """A and B are the top-r singular triplets of W0; the base is offset, so that step 0 is the base model.
 
     The offset is a part of the adapter instead of the paper's changed base weights; the function is the same.
     """
 
     observes: ClassVar[Observes] = "nothing"
+    summary: ClassVar[str] = "The largest singular directions of the weight, subtracted again from the base."
+    source: ClassVar[str] = "arXiv:2404.02948"
+    cost: ClassVar[str] = "one truncated SVD a layer; no data"
 
     @property
     def step_zero(self) -> StepZero:

@@ -1,54 +1,11 @@
-"""What the hyper-parameters of the initialisations take and mean, read off their dataclasses."""
+"""The initialisations and their options in words: the answer of a command line, and the tables of docs/methods.md."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import re
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from lorainit_diffusers.methods import METHODS
-from lorainit_diffusers.ranges import Range
-
-_WORDS = {bool: "true, false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}
-
-
-@dataclass(frozen=True)
-class MethodOption:
-    """One key of `--init_option`.
-
-    Attributes:
-        key: its name.
-        values: what it takes, with its range.
-        default: what it is when nothing is said.
-        meaning: as the method's docstring has it.
-    """
-
-    key: str
-    values: str
-    default: str
-    meaning: str
-
-
-def method_options(name: str) -> list[MethodOption]:
-    """The options of the initialisation `name`, in the order of its class."""
-    method: Any = METHODS[name]
-    hints, meanings = typing.get_type_hints(method), _meanings(method)
-    ranges: Mapping[str, Range] = getattr(method, "RANGES", {})
-    return [
-        MethodOption(
-            field.name,
-            _values(hints[field.name], ranges.get(field.name)),
-            str(field.default).lower() if field.default in (True, False, None) else f"{field.default}",
-            meanings.get(field.name, ""),
-        )
-        for field in dataclasses.fields(method)
-        if field.init
-    ]
+from lorainit_diffusers.methods.describe import describe_methods, method_options
 
 
 def describe_options(name: str) -> str:
@@ -63,42 +20,35 @@ def options_table(name: str) -> str:
         f"| `{option.key}` | {option.values} | `{option.default}` | {option.meaning} |"
         for option in method_options(name)
     ]
-    return "\n".join(["| key | values | default | meaning |", "|---|---|---|---|", *rows]) if rows else "No options."
+    return _table(["key", "values", "default", "meaning"], rows) if rows else "No options."
+
+
+def methods_table() -> str:
+    """All initialisations, what they look at, need and cost, and where they come from, as a table in Markdown."""
+    rows: list[str] = []
+    for method in describe_methods():
+        zero = " ".join(f"{key}={value}" for key, value in method.zero_delta.items())
+        step_zero = f"`{method.step_zero}`" + (f" (`equal` with `{zero}`)" if zero else "")
+        needs = "; ".join(method.needs) or "nothing"
+        ranks = "yes" if method.gives_scores else "no"
+        cells = [f"`{method.name}`", method.summary, method.observes, needs, step_zero, ranks, method.cost]
+        rows.append(f"| {' | '.join([*cells, method.source])} |")
+    head = ["init", "what it does", "observes", "needs", "step 0", "variable ranks", "cost", "source"]
+    return _table(head, rows)
 
 
 def document(page: str) -> str:
-    """A page with its tables as they are now: what stands between `<!-- options of NAME -->` and `<!-- end -->`."""
+    """A page with its tables as they are now.
 
-    def renewed(match: re.Match[str]) -> str:
-        return f"<!-- options of {match[1]} -->\n\n{options_table(match[1])}\n\n<!-- end -->"
+    They stand between `<!-- initialisations -->` or `<!-- options of NAME -->` and `<!-- end -->`.
+    """
 
-    return re.sub(r"<!-- options of (\w+) -->.*?<!-- end -->", renewed, page, flags=re.DOTALL)
+    def renewed(make_table: Callable[[str], str]) -> Callable[[re.Match[str]], str]:
+        return lambda match: f"<!-- {match[1]} -->\n\n{make_table(match[2] or '')}\n\n<!-- end -->"
 
-
-def _values(hint: Any, allowed: Range | None) -> str:
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    words = [
-        f"one of {', '.join(map(str, typing.get_args(kind)))}"
-        if typing.get_origin(kind) is typing.Literal
-        else _WORDS[kind]
-        for kind in kinds
-    ]
-    if allowed is not None:
-        words[0] += f" {allowed.words}" if allowed.words.startswith(("at", "in", "between")) else f", {allowed.words}"
-    return " or ".join(words)
+    page = re.sub(r"<!-- (initialisations()) -->.*?<!-- end -->", renewed(lambda _: methods_table()), page, flags=re.S)
+    return re.sub(r"<!-- (options of (\w+)) -->.*?<!-- end -->", renewed(options_table), page, flags=re.S)
 
 
-def _meanings(method: type) -> dict[str, str]:
-    """The entries of `Attributes:` in the docstrings of a class and of those that it comes from."""
-    found: dict[str, str] = {}
-    for kind in reversed(method.__mro__):
-        text = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
-        _, _, block = text.partition("Attributes:\n")
-        block = re.split(r"\n\s*\n", block)[0]
-        for entry in re.split(r"\n(?= {4}\S)", "\n" + block):
-            key, colon, meaning = entry.strip().partition(":")
-            if colon and key.isidentifier():
-                place = f"`{kind.__module__.replace('.', '/')}.py`"
-                meaning = " ".join(meaning.split()).replace("the module's docstring", place)
-                found[key] = meaning.replace("``", "`").replace("|", r"\|")
-    return found
+def _table(head: Sequence[str], rows: Sequence[str]) -> str:
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])
