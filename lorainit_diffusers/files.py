@@ -112,6 +112,15 @@ def write_json(path: str | os.PathLike[str], document: Any) -> None:
     write_text(path, json.dumps(document, indent=2, default=str) + "\n")
 
 
+def csv_cell(text: str) -> str:
+    """A text of the user's data as a cell of a CSV file that a spreadsheet shows, and does not take for a formula.
+
+    A spreadsheet computes a cell that begins with `=`, `+`, `-` or `@`, or with a tab or a carriage return before it.
+    An apostrophe in front makes it a text.
+    """
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def _rights_of_new_file(path: Path) -> int:
     """The mode that the umask leaves a new file; `path` is made for it (asking for the umask would change it)."""
     with path.open("xb") as file:

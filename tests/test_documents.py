@@ -1,4 +1,4 @@
-"""Every relative link and picture of every Markdown file leads somewhere, anchors included."""
+"""What the documents promise: links and pictures lead somewhere, the README stays short, named files are there."""
 
 from __future__ import annotations
 
@@ -65,6 +65,88 @@ def broken_links(path: Path) -> list[str]:
 
 
 DOCUMENTS = tracked_documents()
+
+
+MAX_LINES, MAX_WORDS, MAX_WIDTH = 170, 2000, 119
+
+
+def test_the_readme_is_read_in_one_go():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    assert len(text.split()) <= MAX_WORDS
+    assert [line for line in text.splitlines() if len(line) > MAX_WIDTH] == []
+
+
+def test_the_index_leads_to_every_page():
+    index = ROOT / "docs" / "index.md"
+    named = {target.partition("#")[0] for target in links(index.read_text(encoding="utf-8"))}
+    assert {path.name for path in index.parent.glob("*.md")} - {"index.md"} <= named
+
+
+def rows_of(heading: str, path: Path) -> list[list[str]]:
+    """The cells of the first table under a heading, without its head."""
+    part = re.search(
+        rf"^## {re.escape(heading)}$(.*?)(?=^## |\Z)", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert part, f"{path.name} has no part {heading!r}"
+    lines = [line for line in part[1].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def missing_places(text: str) -> list[str]:
+    """The files that a text names between back quotes and that are not there, and the symbols that they do not have.
+
+    `NAME` in a file's name stands for what is to be added: only its folder has to be there.
+    """
+    missing: list[str] = []
+    for name, symbol in re.findall(r"`([\w.-]+/[\w./-]*)`(?: \(`(\w+)`\))?", text):
+        place = ROOT / name
+        if not (place.parent if "NAME" in place.name else place).exists():
+            missing.append(name)
+        elif symbol and not re.search(
+            rf"^(?:    )?(?:def |class )?{symbol}\b\s*[:=(]", place.read_text("utf-8"), re.MULTILINE
+        ):
+            missing.append(f"{symbol} in {name}")
+    return missing
+
+
+def test_contributing_says_where_to_add_what_and_it_is_there():
+    rows = rows_of("Where to add what", ROOT / "CONTRIBUTING.md")
+    added = " ".join(row[0] for row in rows)
+    for kind in ("method", "family", "format of captions", "metric", "option", "export format"):
+        assert kind in added, f"CONTRIBUTING.md does not say where to add a {kind}"
+    assert all(len(row) == len(rows[0]) and any("`" in cell for cell in row[1:3]) for row in rows)
+    assert missing_places("\n".join(" | ".join(row) for row in rows)) == []
+
+
+def test_places_that_are_missing_are_found():
+    text = (
+        "`tests/test_documents.py` (`missing_places`) `tests/NAME.py` `tests/` `no path` "
+        "`tests/gone.py` `gone/NAME.py` `tests/test_documents.py` (`GONE`) `tests/test_documents.py` (`ROOT`)"
+    )
+    here = "tests/test_documents.py"
+    assert missing_places(text) == ["tests/gone.py", "gone/NAME.py", f"GONE in {here}", f"ROOT in {here}"]
+
+
+def missing_tests(text: str) -> list[str]:
+    """The tests that a text names between back quotes and that are not there, files by their names."""
+    files = {path.name: path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    named = re.findall(r"`(?:tests/[\w/]*)?(test_\w+(?:\.py)?)`", text)
+    return [
+        name for name in named if name not in files and not any(f"def {name}(" in source for source in files.values())
+    ]
+
+
+@pytest.mark.parametrize("name", ["security.md", "reliability.md"])
+def test_the_tests_that_pages_name_are_there(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert "`test_" in text
+    assert missing_tests(text) == []
+
+
+def test_named_missing_tests_are_found():
+    text = "`test_documents.py` `tests/test_documents.py` `test_links_lead_somewhere` `test_gone` `tests/test_gone.py`"
+    assert missing_tests(text) == ["test_gone", "test_gone.py"]
 
 
 def test_the_documents_are_found():

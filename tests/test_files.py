@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorainit_diffusers.files import filling, replacing, save_tensors, watching, write_json, write_text
+from lorainit_diffusers.files import csv_cell, filling, replacing, save_tensors, watching, write_json, write_text
 
 
 def mode(path: Path) -> int:
@@ -78,3 +78,13 @@ def test_watchers_hear_of_every_path_before_it_is_there(tmp_path: Path) -> None:
     write_text(tmp_path / "e.txt", "e")
     assert heard == [("a.txt", False), ("new/b.safetensors", False), ("c/d.txt", False)]
     assert load_file(tmp_path / "new" / "b.safetensors")["a"].item() == 1
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-cmd", "@sum", "\t=1", "\r=1"])
+def test_a_cell_of_a_csv_file_is_no_formula(text: str) -> None:
+    assert csv_cell(text) == f"'{text}"
+
+
+@pytest.mark.parametrize("text", ["", "red apple", "a=b", "1-2", "'=1", " -1", "0.5"])
+def test_other_cells_stay_as_they_are(text: str) -> None:
+    assert csv_cell(text) == text

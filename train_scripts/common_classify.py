@@ -50,7 +50,7 @@ from lorainit_diffusers.evaluation.classification import (
 from lorainit_diffusers.evaluation.document import Block, Cell, Heading, Picture, Table, Text, to_html
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.classifier import COMPONENT, ClassifierFamily, ImagePreparation
-from lorainit_diffusers.files import replacing, write_text
+from lorainit_diffusers.files import csv_cell, replacing, write_text
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.banner import Line, class_lines, count_line, size_lines
 from lorainit_diffusers.training.best import best_line
@@ -526,7 +526,8 @@ class ClassificationTask:
             writer = csv.writer(file)
             writer.writerow(["class", "images", *(f"accuracy_{stage}" for stage in confusions)])
             for row, name in enumerate(self.data.class_names):
-                writer.writerow([name, counts[row], *("" if math.isnan(s[row]) else f"{s[row]:.4f}" for s in shares)])
+                values = ["" if math.isnan(share[row]) else f"{share[row]:.4f}" for share in shares]
+                writer.writerow([csv_cell(name), counts[row], *values])
 
     def write_report(self, output_dir: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write `report.html`, one file with its pictures in it, and the pictures beside it."""

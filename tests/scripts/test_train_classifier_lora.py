@@ -240,6 +240,18 @@ def test_evaluation_is_the_same_in_every_call_and_leaves_the_mode(base, data) ->
     assert anew.validate() == first
 
 
+def test_a_class_that_looks_like_a_formula_is_a_text_in_the_table(base, data, tmp_path) -> None:
+    folder = shutil.copytree(data, tmp_path / "data")
+    first = sorted(path for path in folder.rglob("*") if path.is_dir() and path.name == CLASSES[0])
+    for path in first:
+        path.rename(path.with_name("=1+1"))
+    output = run(base, folder, tmp_path / "run", max_train_steps=1)
+    with (output / "per_class.csv").open(encoding="utf-8", newline="") as file:
+        names = [row["class"] for row in csv.DictReader(file)]
+    assert "'=1+1" in names
+    assert "=1+1" not in names
+
+
 def test_answers_outside_the_classes_count_as_wrong(base, data, tmp_path) -> None:
     few = write_class_folder(tmp_path / "few", ("blue", "red"))
     task = task_of(base, few)

@@ -28,7 +28,7 @@ def load_splits(name: str, config_name: str | None, cache_dir: str | None) -> tu
         ) from error
     try:
         with datasets_without_retries(name):
-            splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+            splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir, trust_remote_code=False)
     except Exception as error:  # it raises what its many readers and its HTTP client raise
         raise ValueError(
             f"{flag} cannot be loaded ({type(error).__name__}: {error}); check the name, --dataset_config_name "
