@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Generator, Mapping
@@ -21,6 +22,9 @@ from torch import Tensor
 
 # Of temporary files; nobody else's files end so, and leftovers of a killed process can be told by it.
 TEMPORARY_SUFFIX = ".lorainit-tmp"
+# Behind any number of apostrophes, so that `csv_text` gives back exactly what `csv_cell` was given.
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 _watchers: list[Callable[[Path], None]] = []
 
 
@@ -116,9 +120,14 @@ def csv_cell(text: str) -> str:
     """A text of the user's data as a cell of a CSV file that a spreadsheet shows, and does not take for a formula.
 
     A spreadsheet computes a cell that begins with `=`, `+`, `-` or `@`, or with a tab or a carriage return before it.
-    An apostrophe in front makes it a text.
+    An apostrophe in front makes it a text. Numbers stay as they are. `csv_text` is the inverse.
     """
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def csv_text(cell: str) -> str:
+    """The text that `csv_cell` made a cell of."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def _rights_of_new_file(path: Path) -> int:

@@ -70,17 +70,17 @@ BREAKS: tuple[Break, ...] = (
     ),
     Break(
         "best learning rate is the highest of equal ones",
-        "lorainit_diffusers/evaluation/comparison.py",
+        "lorainit_diffusers/comparison/analysis.py",
         "(np.mean(costs[rate]), costs[rate].count(math.inf), rate)",
         "(np.mean(costs[rate]), costs[rate].count(math.inf), -rate)",
-        ("tests/evaluation/test_comparison.py::test_of_equally_good_learning_rates_the_lowest_is_the_best",),
+        ("tests/comparison/test_analysis.py::test_of_equally_good_learning_rates_the_lowest_is_the_best",),
     ),
     Break(
         "a run that diverged is left out",
-        "lorainit_diffusers/evaluation/comparison.py",
+        "lorainit_diffusers/comparison/analysis.py",
         "            return curve[max(curve)]\n        return curve.get(step)",
         "            return None\n        return curve.get(step)",
-        ("tests/evaluation/test_comparison.py::test_a_diverged_run_is_the_worst_and_is_not_dropped",),
+        ("tests/comparison/test_analysis.py::test_a_diverged_run_is_the_worst_and_is_not_dropped",),
     ),
     Break(
         "validation timesteps are not stratified",

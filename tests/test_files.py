@@ -10,7 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorainit_diffusers.files import csv_cell, filling, replacing, save_tensors, watching, write_json, write_text
+from lorainit_diffusers.files import (
+    csv_cell,
+    csv_text,
+    filling,
+    replacing,
+    save_tensors,
+    watching,
+    write_json,
+    write_text,
+)
 
 
 def mode(path: Path) -> int:
@@ -80,11 +89,17 @@ def test_watchers_hear_of_every_path_before_it_is_there(tmp_path: Path) -> None:
     assert load_file(tmp_path / "new" / "b.safetensors")["a"].item() == 1
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-cmd", "@sum", "\t=1", "\r=1"])
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+cmd|' /C calc'!A0", "-cmd", "-2+3", "-", "@sum", "\t=1", "\r=1", "\t1", "'=1", "+-1", "-1 "]
+)
 def test_a_cell_of_a_csv_file_is_no_formula(text: str) -> None:
     assert csv_cell(text) == f"'{text}"
+    assert csv_text(csv_cell(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "red apple", "a=b", "1-2", "'=1", " -1", "0.5"])
+@pytest.mark.parametrize(
+    "text", ["", "red apple", "a=b", "1-2", "'tis", " -1", "0.5", "-1", "+3", "-1.5e-3", "-.5", "-inf", "cntlora:a=b"]
+)
 def test_other_cells_stay_as_they_are(text: str) -> None:
     assert csv_cell(text) == text
+    assert csv_text(text) == text

@@ -50,6 +50,9 @@ MAY_IMPORT: dict[str, set[str]] = {
             "report",
         ),
     },
+    "comparison": {
+        *("adapters", "evaluation", "families", "files", "initialize", "methods", "progress", "ranges", "training"),
+    },
     "offset": {"methods.base"},
     "trained": set(),
     "lora_config": set(),

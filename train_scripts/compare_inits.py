@@ -88,7 +88,8 @@ from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
 from lorainit_diffusers import adapters
-from lorainit_diffusers.evaluation import METRICS, Comparison, load_encoder, result_sentences, write_report
+from lorainit_diffusers.comparison import Comparison, result_sentences, write_report
+from lorainit_diffusers.evaluation import METRICS, load_encoder
 from lorainit_diffusers.families import family_class
 from lorainit_diffusers.files import announce, replacing, save_tensors, write_json, write_text
 from lorainit_diffusers.initialize import initialize

@@ -172,7 +172,7 @@ from common_output import IDENTITY_NAME, begin_output, check_identity, claim_out
 from common_run import Optimization, backward_step, start_accelerator, weight_dtype
 from tqdm.auto import tqdm
 
-from lorainit_diffusers.evaluation.comparison import bootstrap
+from lorainit_diffusers.comparison.estimates import bootstrap
 from lorainit_diffusers.files import replacing, write_json, write_text
 from lorainit_diffusers.initialize import initialize
 from lorainit_diffusers.progress import progress_bar

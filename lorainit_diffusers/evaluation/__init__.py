@@ -1,8 +1,6 @@
-"""What a run is judged by: curves and sample grids (metrics and the comparison report build on the same files)."""
+"""What a run is judged by: metrics, curves and sample grids."""
 
-from lorainit_diffusers.evaluation.comparison import Comparison
 from lorainit_diffusers.evaluation.encoders import ImageEncoder, ImageTextEncoder, load_encoder, require_text_encoder
-from lorainit_diffusers.evaluation.html_report import result_sentences, write_report
 from lorainit_diffusers.evaluation.metrics import (
     METRICS,
     KidEstimate,
@@ -21,7 +19,6 @@ from lorainit_diffusers.evaluation.validation import fixed_noise_loss
 
 __all__ = [
     "METRICS",
-    "Comparison",
     "ImageEncoder",
     "ImageTextEncoder",
     "KidEstimate",
@@ -37,9 +34,7 @@ __all__ = [
     "perceptual_distance",
     "plot_loss",
     "require_text_encoder",
-    "result_sentences",
     "sample_grid",
     "smooth",
     "text_alignment",
-    "write_report",
 ]

@@ -26,7 +26,7 @@ from script_fixtures import run_main
 from torch import Tensor, nn
 from vlm_fixtures import write_base, write_questions
 
-from lorainit_diffusers.evaluation import Comparison
+from lorainit_diffusers.comparison import Comparison
 from lorainit_diffusers.families import StepRecord
 
 Compare = Callable[..., Path]

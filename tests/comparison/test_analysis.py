@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 from comparison_fixtures import Cell, write_comparison
 
-from lorainit_diffusers.evaluation import Comparison
-from lorainit_diffusers.evaluation.comparison import (
-    bootstrap,
-    chance_of_verdict,
-    first_reach,
-    higher_is_better,
-    running_median,
-    sd,
-)
+from lorainit_diffusers.comparison import Comparison
+from lorainit_diffusers.comparison.estimates import bootstrap, chance_of_verdict, first_reach, running_median, sd
+from lorainit_diffusers.comparison.results import higher_is_better
 
 Curves = dict[Cell, dict[int, float | str]]
 

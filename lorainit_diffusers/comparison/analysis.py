@@ -1,6 +1,6 @@
 """What the runs of a comparison say: best learning rates, differences with intervals, speed, robustness.
 
-Everything is computed from `results.csv`, `timings.csv` and `config.json`, which `compare_inits.py` leaves.
+Everything is computed from `results.csv`, `timings.csv` and `config.json`, which a comparison leaves.
 
 Definitions, for one initialisation and one baseline (`gaussian`, `orthonormal`):
 
@@ -30,157 +30,33 @@ bad, and in the mean over learning rates it counts as the worst score that any r
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lorainit_diffusers.comparison.estimates import (
+    Estimate,
+    bootstrap,
+    difference,
+    first_reach,
+    mean,
+    running_median,
+    sd,
+)
+from lorainit_diffusers.comparison.findings import Fastest, InitSummary, Robustness, Speed
+from lorainit_diffusers.comparison.results import RESULTS_NAME, RunCurves, higher_is_better, read_runs
 from lorainit_diffusers.evaluation.metrics import METRICS
 
-NUM_RESAMPLES = 10_000
 # Share of the baseline's way that the target of the ratio leaves out.
 TOLERANCE = 0.02
 EARLY_FRACTION = 0.25
-_KEYS = ("run", "init", "learning_rate", "seed", "rank", "num_parameters", "step")
-# A column where modules are trained in full.
-_HEAD_KEY = "num_head_parameters"
-# How often the interval of n seeds excludes 0 where there is no difference, from 4,000 draws of n normal differences
-# each. Of 2 and 3 seeds the interval is their range, so these two are exact: the chances that all have one sign.
-_CHANCE = {2: 0.50, 3: 0.25, 4: 0.20, 5: 0.16, 6: 0.14, 7: 0.12, 8: 0.11, 9: 0.10, 10: 0.10}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One cell of the grid.
-
-    Attributes:
-        name: of its folder in `runs/`.
-        num_parameters: of the adapters.
-        curves: column of the results -> step -> value, where measured; infinitely bad where the run had diverged.
-        seconds: step -> seconds of initialisation and training up to there; empty without timings.
-        num_head_parameters: of the modules that are trained in full, such as a classifier's head.
-    """
-
-    name: str
-    init: str
-    learning_rate: float
-    seed: int
-    rank: int
-    num_parameters: int
-    curves: dict[str, dict[int, float]]
-    seconds: dict[int, float]
-    num_head_parameters: int = 0
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean or a ratio over seeds with its bootstrap interval.
-
-    Attributes:
-        value: of all seeds.
-        low: lower end of the 95 % interval; equal to `value` for a single seed.
-        high: upper end.
-        num_seeds: the interval is over so few values.
-        verdict: `better`, `worse` or `tied` by the interval, `one seed` without one; empty where nothing is compared.
-    """
-
-    value: float
-    low: float
-    high: float
-    num_seeds: int
-    verdict: str = ""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast an initialisation gets to the final score of a baseline; see the definitions of the module.
-
-    Attributes:
-        steps: mean steps to the target over seeds; infinite when one seed never reaches it.
-        num_reached: seeds that reach the target, of `num_seeds`.
-        share_of_budget: steps to the target / last step.
-        ratio: steps to 98 % of the baseline's way / the baseline's own; `None` where the baseline needs none.
-        seconds: mean seconds to the target; `None` without timings, as the two below.
-        seconds_share: seconds to the target / the baseline's seconds to the end.
-        seconds_ratio: as `ratio`.
-    """
-
-    steps: float
-    num_reached: int
-    num_seeds: int
-    share_of_budget: Estimate
-    ratio: Estimate | None
-    seconds: float | None
-    seconds_share: Estimate | None
-    seconds_ratio: Estimate | None
-
-
-@dataclass(frozen=True)
-class Fastest:
-    """Steps to 98 % of a baseline's way at the learning rate that gets there first.
-
-    Attributes:
-        learning_rate: with the fewest steps in the mean over seeds.
-        steps: that mean; infinite when one seed never gets there at any learning rate.
-        ratio: steps / those of the baseline at its own fastest learning rate; `None` where it needs none.
-    """
-
-    learning_rate: float
-    steps: float
-    ratio: Estimate | None
-
-
-@dataclass(frozen=True)
-class Robustness:
-    """What an untuned learning rate gives at a fixed step.
-
-    Attributes:
-        mean: over the shared learning rates.
-        worst: the worst learning rate's mean over seeds; infinitely bad where a run diverged.
-        num_diverged: runs, of `num_runs`.
-        differences: baseline -> difference of the means.
-    """
-
-    mean: Estimate
-    worst: float
-    num_diverged: int
-    num_runs: int
-    differences: dict[str, Estimate]
-
-
-@dataclass(frozen=True)
-class InitSummary:
-    """One row of the report.
-
-    Attributes:
-        final: primary metric at the last step, mean over seeds, with `final_sd` (`nan` for one seed).
-        best_over_steps: mean over seeds of the best score at any step.
-        init_s: mean seconds of the initialisation; `None` without timings.
-        differences: baseline -> difference of the final scores.
-        speeds: baseline -> speed; without baselines that diverged.
-        early: robustness at the early step, `None` where no seed has the whole shared grid; `late`: at the last step.
-    """
-
-    init: str
-    learning_rate: float
-    num_seeds: int
-    rank: int
-    num_parameters: int
-    final: float
-    final_sd: float
-    best_over_steps: float
-    init_s: float | None
-    differences: dict[str, Estimate]
-    speeds: dict[str, Speed]
-    early: Robustness | None
-    late: Robustness | None
 
 
 @dataclass(frozen=True)
@@ -196,7 +72,7 @@ class Comparison:
 
     directory: Path
     config: dict[str, Any]
-    runs: tuple[Run, ...]
+    runs: tuple[RunCurves, ...]
     columns: tuple[str, ...]
 
     @classmethod
@@ -211,39 +87,12 @@ class Comparison:
             ValueError: when the results have no rows, lack a column, or hold a metric of unknown direction.
         """
         directory = Path(directory)
-        for name in ("config.json", "results.csv"):
+        for name in ("config.json", RESULTS_NAME):
             if not (directory / name).is_file():
                 raise FileNotFoundError(f"{directory / name} is missing; run train_scripts/compare_inits.py first")
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        rows = _read_csv(directory / "results.csv")
-        if not rows:
-            raise ValueError(f"{directory / 'results.csv'} has no rows: no run has finished yet")
-        primary = config["primary_metric"]
-        for name in (*_KEYS, primary):
-            if name not in rows[0]:
-                raise ValueError(f"{directory / 'results.csv'} has no column {name!r}")
-        columns = [name for name in rows[0] if name not in (*_KEYS, _HEAD_KEY, primary)]
-        worst = {name: -math.inf if higher_is_better(name) else math.inf for name in (primary, *columns)}
-        seconds: dict[str, dict[int, float]] = {}
-        if (directory / "timings.csv").is_file():
-            for row in _read_csv(directory / "timings.csv"):
-                seconds.setdefault(row["run"], {})[int(row["step"])] = float(row["init_s"]) + float(row["train_s"])
-        runs: dict[str, Run] = {}
-        for row in rows:
-            name, step = row["run"], int(row["step"])
-            if name not in runs:
-                runs[name] = Run(
-                    *(name, row["init"], float(row["learning_rate"]), int(row["seed"])),
-                    *(int(row["rank"]), int(row["num_parameters"]), {primary: {}}, seconds.get(name, {})),
-                    num_head_parameters=int(row.get(_HEAD_KEY) or 0),
-                )
-            measured = {column: _number(row[column], worst[column]) for column in columns if row[column]}
-            # a step of image metrics alone has no primary score; any other row without one is of a run that diverged
-            if row[primary] or not measured:
-                measured[primary] = _number(row[primary], worst[primary])
-            for column, value in measured.items():
-                runs[name].curves.setdefault(column, {})[step] = value
-        return cls(directory, config, tuple(run for run in runs.values() if run.curves[primary]), tuple(columns))
+        runs, columns = read_runs(directory, config["primary_metric"])
+        return cls(directory, config, tuple(runs), tuple(columns))
 
     @property
     def primary(self) -> str:
@@ -292,18 +141,18 @@ class Comparison:
         ]
         return [cell for cell in grid if cell not in done]
 
-    def finished(self, run: Run) -> bool:
+    def finished(self, run: RunCurves) -> bool:
         """Whether a run got to the last step or diverged on the way."""
         return self.score(run, self.last_step) is not None
 
-    def score(self, run: Run, step: int, column: str | None = None) -> float | None:
+    def score(self, run: RunCurves, step: int, column: str | None = None) -> float | None:
         """A run's score at a step; infinitely bad after it diverged, `None` where it was not measured."""
         curve = run.curves.get(column or self.primary, {})
         if step not in curve and curve and step > max(curve) and math.isinf(curve[max(curve)]):
             return curve[max(curve)]
         return curve.get(step)
 
-    def grid(self, init: str) -> dict[float, dict[int, Run]]:
+    def grid(self, init: str) -> dict[float, dict[int, RunCurves]]:
         """Finished runs of an initialisation by learning rate, ascending, and seed."""
         runs = [run for run in self.runs if run.init == init and self.finished(run)]
         rates = sorted({run.learning_rate for run in runs})
@@ -328,7 +177,7 @@ class Comparison:
             best[init] = min(costs, key=lambda rate: (np.mean(costs[rate]), costs[rate].count(math.inf), rate))
         return best
 
-    def best_runs(self, init: str) -> dict[int, Run]:
+    def best_runs(self, init: str) -> dict[int, RunCurves]:
         """Finished runs at the best learning rate by seed, ascending."""
         runs = self.grid(init)[self._best[init]]
         return {seed: runs[seed] for seed in sorted(runs)}
@@ -355,7 +204,7 @@ class Comparison:
         ]
         if not pairs:
             raise ValueError(f"{init!r} and {baseline!r} share no seed with a score of {column!r} at step {step}")
-        return _difference(pairs, higher_is_better(column))
+        return difference(pairs, higher_is_better(column))
 
     def speed(self, init: str, baseline: str, column: str | None = None) -> Speed | None:
         """How fast an initialisation gets to what a baseline has at the end, each at its best learning rate.
@@ -403,12 +252,12 @@ class Comparison:
             return ratio((r.ours_easier[axis] for r in reached), (r.theirs_easier[axis] for r in reached))
 
         return Speed(
-            steps=_mean([r.ours[0] for r in reached]),
+            steps=mean([r.ours[0] for r in reached]),
             num_reached=sum(math.isfinite(r.ours[0]) for r in reached),
             num_seeds=len(reached),
             share_of_budget=over_end(0),
             ratio=over_theirs(0),
-            seconds=_mean([r.ours[1] for r in reached]) if timed else None,
+            seconds=mean([r.ours[1] for r in reached]) if timed else None,
             seconds_share=over_end(1) if timed else None,
             seconds_ratio=over_theirs(1) if timed else None,
         )
@@ -442,7 +291,7 @@ class Comparison:
         rate = min(ours, key=lambda rate: sum(ours[rate]))
         reference = min(theirs.values(), key=sum)
         ratio = bootstrap(ours[rate], reference, null=1.0) if sum(reference) > 0 else None
-        return Fastest(rate, _mean(ours[rate]), ratio)
+        return Fastest(rate, mean(ours[rate]), ratio)
 
     @cached_property
     def shared_learning_rates(self) -> list[float]:
@@ -461,10 +310,10 @@ class Comparison:
             theirs = self._means_over_rates(baseline, step)
             pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
             if baseline != init and pairs:
-                differences[baseline] = _difference(pairs, higher)
+                differences[baseline] = difference(pairs, higher)
         grid = self.grid(init)
         scores = [[self._score_at(grid[rate][seed], step) for seed in ours] for rate in self.shared_learning_rates]
-        means = [_mean(of_rate) for of_rate in scores]
+        means = [mean(of_rate) for of_rate in scores]
         return Robustness(
             mean=bootstrap(list(ours.values())),
             worst=min(means) if higher else max(means),
@@ -488,10 +337,10 @@ class Comparison:
             num_seeds=len(runs),
             rank=first.rank,
             num_parameters=first.num_parameters,
-            final=_mean(finals),
+            final=mean(finals),
             final_sd=sd(finals),
-            best_over_steps=_mean(best),
-            init_s=_mean(timed) if timed else None,
+            best_over_steps=mean(best),
+            init_s=mean(timed) if timed else None,
             differences={baseline: self.difference(init, baseline) for baseline in shared},
             speeds={baseline: speed for baseline, speed in speeds.items() if speed is not None},
             early=None if self.early_step is None else self.robustness(init, self.early_step),
@@ -505,20 +354,20 @@ class Comparison:
         """A score turned so that lower is better."""
         return self._sign(column) * value
 
-    def _cost_curve(self, run: Run, column: str | None = None) -> dict[int, float]:
+    def _cost_curve(self, run: RunCurves, column: str | None = None) -> dict[int, float]:
         column = column or self.primary
         return {step: self._cost(value, column) for step, value in sorted(run.curves[column].items())}
 
-    def _score_at(self, run: Run, step: int) -> float:
+    def _score_at(self, run: RunCurves, step: int) -> float:
         score = self.score(run, step)
         if score is None:
             raise ValueError(f"run {run.name!r} was not evaluated at step {step}")
         return score
 
-    def _final(self, run: Run) -> float:
+    def _final(self, run: RunCurves) -> float:
         return self._score_at(run, self.last_step)
 
-    def _first_reach(self, run: Run, column: str, target: float) -> tuple[float, float]:
+    def _first_reach(self, run: RunCurves, column: str, target: float) -> tuple[float, float]:
         """(steps, seconds) to the target; seconds are `nan` without timings."""
         curve = self._cost_curve(run, column)
         costs = list(curve.values())
@@ -537,7 +386,7 @@ class Comparison:
         means: dict[int, float] = {}
         for seed in sorted(set[int].intersection(*(set(grid[rate]) for rate in rates))):
             scores = [self._score_at(grid[rate][seed], step) for rate in rates]
-            means[seed] = _mean([self._worst_finite if math.isinf(score) else score for score in scores])
+            means[seed] = mean([self._worst_finite if math.isinf(score) else score for score in scores])
         return means
 
     @cached_property
@@ -554,122 +403,3 @@ class _Reached:
     ours: tuple[float, float]
     ours_easier: tuple[float, float]
     theirs_easier: tuple[float, float]
-
-
-def higher_is_better(column: str) -> bool:
-    """Direction of a column `metric` or `metric@encoder`.
-
-    Raises:
-        ValueError: when the metric is not in `METRICS`.
-    """
-    metric = column.partition("@")[0]
-    if metric not in METRICS:
-        raise ValueError(f"column {column!r}: add {metric!r} to METRICS, which says whether higher is better")
-    return METRICS[metric].higher_is_better
-
-
-def first_reach(positions: Sequence[float], costs: Sequence[float], target: float) -> float:
-    """Where a curve first is at or below a target, linear between its points; infinite where it never is.
-
-    Args:
-        positions: ascending steps or seconds.
-        costs: lower is better; infinite where the run had diverged.
-        target: the cost to reach.
-    """
-    for index, cost in enumerate(costs):
-        if cost > target:
-            continue
-        before = costs[index - 1] if index else math.inf
-        if math.isinf(before):
-            return positions[index]
-        share = (before - target) / (before - cost)
-        return positions[index - 1] + share * (positions[index] - positions[index - 1])
-    return math.inf
-
-
-def running_median(values: Sequence[float]) -> list[float]:
-    """Each value's median with its two neighbours; the first and the last stay (Tukey 1977, "3" with copied ends).
-
-    A monotone curve stays as it is, and a single spike goes.
-    """
-    inner = [sorted(values[index - 1 : index + 2])[1] for index in range(1, len(values) - 1)]
-    return [*values[:1], *inner, *values[1:][-1:]]
-
-
-def bootstrap(
-    numerators: Sequence[float],
-    denominators: Sequence[float] | None = None,
-    *,
-    null: float | None = None,
-    higher: bool = False,
-) -> Estimate:
-    """sum(numerators) / sum(denominators) with a paired percentile bootstrap over seeds (Efron 1979).
-
-    10,000 resamples from a fixed seed; the ends are the outer order statistics, which infinite values do not disturb.
-
-    Args:
-        numerators: one value a seed.
-        denominators: those of the same seeds; 1 by default, which gives the mean.
-        null: what the interval has to exclude for a verdict; by default there is no verdict.
-        higher: whether above `null` is better.
-
-    Raises:
-        ValueError: without values, or with other numbers of them.
-    """
-    a = np.asarray(numerators, dtype=np.float64)
-    b = np.ones_like(a) if denominators is None else np.asarray(denominators, dtype=np.float64)
-    if a.size == 0 or a.shape != b.shape:
-        raise ValueError(f"{a.size} numerators and {b.size} denominators; a bootstrap needs one each a seed")
-    rows = np.random.default_rng(0).integers(a.size, size=(NUM_RESAMPLES, a.size))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value = float(a.sum() / b.sum())
-        upper, lower = a[rows].sum(axis=1), b[rows].sum(axis=1)
-        resampled = np.where((upper == 0) & (lower == 0), 1.0, upper / lower)  # neither needs a step: they are equal
-    low = float(np.percentile(resampled, 2.5, method="lower"))
-    high = float(np.percentile(resampled, 97.5, method="higher"))
-    verdict = ""
-    if null is not None:
-        below, above = ("worse", "better") if higher else ("better", "worse")
-        if a.size < 2:
-            verdict = "one seed"
-        else:
-            verdict = below if high < null else above if low > null else "tied"
-    return Estimate(value, low, high, a.size, verdict)
-
-
-def chance_of_verdict(num_seeds: int) -> float | None:
-    """How often two equal initialisations get a verdict other than tied; `None` for one seed or more than ten.
-
-    The percentile bootstrap of n values is too narrow for small n: nominally this is 0.05.
-    """
-    return _CHANCE.get(num_seeds)
-
-
-def sd(values: Sequence[float]) -> float:
-    """Standard deviation with n - 1; `nan` for a single value or infinite ones."""
-    finite = all(math.isfinite(value) for value in values)
-    return float(np.std(values, ddof=1)) if len(values) > 1 and finite else math.nan
-
-
-def _difference(pairs: Sequence[tuple[float, float]], higher: bool) -> Estimate:
-    # both diverged: no difference, where inf - inf is none; nor is the rounding of two means of the same accuracies one
-    differences = [0.0 if math.isclose(a, b, rel_tol=1e-9) else a - b for a, b in pairs]
-    estimate = bootstrap(differences, null=0.0, higher=higher)
-    if math.isinf(estimate.value):
-        # a seed diverged: that some resamples do not hold it does not undo that
-        return replace(estimate, verdict="better" if (estimate.value > 0) == higher else "worse")
-    return estimate
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
-
-
-def _number(text: str, worst: float) -> float:
-    value = float(text) if text else math.nan
-    return value if math.isfinite(value) else worst
-
-
-def _read_csv(path: Path) -> list[Mapping[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))

@@ -19,7 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from lorainit_diffusers.evaluation.comparison import Comparison, Run, higher_is_better
+from lorainit_diffusers.comparison.analysis import Comparison
+from lorainit_diffusers.comparison.results import RunCurves, higher_is_better
 from lorainit_diffusers.evaluation.metrics import METRICS
 from lorainit_diffusers.evaluation.plots import rank_colors, sample_grid
 
@@ -420,7 +421,7 @@ def _prompts(comparison: Comparison) -> list[str]:
     return []
 
 
-def _strips(comparison: Comparison, run: Run) -> dict[int, list[Image.Image]]:
+def _strips(comparison: Comparison, run: RunCurves) -> dict[int, list[Image.Image]]:
     """Step -> images of a run's strips."""
     folder = comparison.directory / "runs" / run.name / "samples"
     return {int(path.stem.partition("-")[2]): _split(path) for path in sorted(folder.glob("step-*.png"))}

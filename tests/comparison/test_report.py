@@ -11,8 +11,8 @@ import pytest
 from comparison_fixtures import Cell, write_comparison, write_init_report, write_samples
 from PIL import Image
 
-from lorainit_diffusers.evaluation import Comparison, write_report
-from lorainit_diffusers.evaluation.html_report import headline
+from lorainit_diffusers.comparison import Comparison, write_report
+from lorainit_diffusers.comparison.sentences import headline
 
 FILES = ["summary.md", "curves.png", "lr_sweep.png", "ranks.png", "grid.png", "report.html"]
 VOID = {"meta", "img", "br", "wbr"}
