@@ -244,7 +244,8 @@ def kid(
 
     The standard error is the delete-d jackknife (Shao & Wu 1989), the deviation between subsets times
     sqrt(m / (n - m)) for subsets of m of n samples. The deviation alone, over the root of the number of subsets as is
-    often printed, shrinks with every further subset of the same images.
+    often printed, shrinks with every further subset of the same images. That, and subsets that are a function of `seed`
+    alone, is why this is no call of a library.
 
     Args:
         features: (n, d), generated images.
