@@ -129,11 +129,15 @@ def test_places_that_are_missing_are_found():
 
 
 def missing_tests(text: str) -> list[str]:
-    """The tests that a text names between back quotes and that are not there, files by their names."""
-    files = {path.name: path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py")}
-    named = re.findall(r"`(?:tests/[\w/]*)?(test_\w+(?:\.py)?)`", text)
+    """The tests that a text names between back quotes and that are not there: functions and files."""
+    files = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    named = re.findall(r"`((?:tests/[\w/]*)?test_\w+(?:\.py)?)`", text)
     return [
-        name for name in named if name not in files and not any(f"def {name}(" in source for source in files.values())
+        name
+        for name in named
+        if name not in files
+        and not any(path.endswith(f"/{name}") for path in files)
+        and not any(f"def {name}(" in source for source in files.values())
     ]
 
 
@@ -146,7 +150,9 @@ def test_the_tests_that_pages_name_are_there(name: str) -> None:
 
 def test_named_missing_tests_are_found():
     text = "`test_documents.py` `tests/test_documents.py` `test_links_lead_somewhere` `test_gone` `tests/test_gone.py`"
-    assert missing_tests(text) == ["test_gone", "test_gone.py"]
+    assert missing_tests(f"{text} `tests/data/test_documents.py`") == [
+        *("test_gone", "tests/test_gone.py", "tests/data/test_documents.py"),
+    ]
 
 
 def test_the_documents_are_found():
