@@ -16,9 +16,10 @@ T5_WIDTH = 16
 SD3_TEXT_WIDTH = 48  # more than the two CLIP encoders together, as in the published bases
 
 
-def write_index(folder: Path, pipeline: str, **parts: tuple[str, str] | tuple[None, None]) -> None:
-    """Write `model_index.json`."""
-    index = {"_class_name": pipeline, **{name: list(part) for name, part in parts.items()}}
+def write_index(folder: Path, pipeline: str, **parts: tuple[str, str] | tuple[None, None] | bool) -> None:
+    """Write `model_index.json`; a flag is the pipeline's own."""
+    values = {name: part if isinstance(part, bool) else list(part) for name, part in parts.items()}
+    index = {"_class_name": pipeline, **values}
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, Lumina2Pipeline, StableDiffusion3Pipeline
+from diffusers import (
+    DiffusionPipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    FluxPipeline,
+    Lumina2Pipeline,
+    StableDiffusion3Pipeline,
+)
 from dit_fixtures import write_random_flux, write_random_sd3
+from flux2_fixtures import write_random_flux2
 from lumina2_fixtures import write_random_lumina2
 from PIL import Image
 from torch import Tensor
@@ -16,13 +25,28 @@ from torch import Tensor
 from lorainit_diffusers.export import save_diffusers_lora
 from lorainit_diffusers.families import family_class
 from lorainit_diffusers.families.flow_matching import FlowMatchingFamily
+from lorainit_diffusers.families.text_to_image import TextToImageFamily
 
-WRITERS: dict[str, Any] = {"sd3": write_random_sd3, "flux": write_random_flux, "lumina2": write_random_lumina2}
+# A kind is the short name of a family, and after a hyphen which of its bases.
+WRITERS: dict[str, Any] = {
+    "sd3": write_random_sd3,
+    "flux": write_random_flux,
+    "lumina2": write_random_lumina2,
+    "flux2-dev": write_random_flux2,
+    "flux2-klein": partial(write_random_flux2, klein=True),
+}
 STOCK: dict[str, type[DiffusionPipeline]] = {
     "sd3": StableDiffusion3Pipeline,
     "flux": FluxPipeline,
     "lumina2": Lumina2Pipeline,
+    "flux2-dev": Flux2Pipeline,
+    "flux2-klein": Flux2KleinPipeline,
 }
+KINDS = list(WRITERS)
+# Tokens where the usual ones take time. The system message of Flux 2 alone has 173 letters.
+TOKENS = {"flux": 24, "flux2-dev": 196, "flux2-klein": 24}
+# How a pipeline is told its guidance where it is not by `guidance_scale`.
+GUIDANCE: dict[str, dict[str, Any]] = {}
 CAPTIONS = ["cat 0", "a dog", "one long house"]
 
 
@@ -33,10 +57,14 @@ def write_base(folder: Path, kind: str, **options: Any) -> Path:
     return folder
 
 
+def kind_class(kind: str) -> type[TextToImageFamily]:
+    return family_class(kind.partition("-")[0])
+
+
 def load(base: Path, kind: str, **options: Any) -> FlowMatchingFamily:
-    if kind == "flux":  # its usual 512 tokens take time
-        options = {"max_sequence_length": 24, **options}
-    family = family_class(kind).from_pretrained(base, **options)
+    if kind in TOKENS:
+        options = {"max_sequence_length": TOKENS[kind], **options}
+    family = kind_class(kind).from_pretrained(base, **options)
     assert isinstance(family, FlowMatchingFamily)
     return family
 
@@ -100,9 +128,9 @@ def assert_stock_loader_reproduces(family: FlowMatchingFamily, base: Path, kind:
     with torch.no_grad():
         family.loss(make_batch(family), seeded(6))
         kwargs = recorded.stop()[0]
-        ours, untrained = family.denoiser(**kwargs)[0], stock.transformer(**kwargs)[0]
+        ours, untrained = _output(family.denoiser, kwargs), _output(stock.transformer, kwargs)
         stock.load_lora_weights(str(path.parent), weight_name=path.name)
-        theirs = stock.transformer(**kwargs)[0]
+        theirs = _output(stock.transformer, kwargs)
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
         assert (ours - untrained).abs().max() > 1e-2, "the adapter does nothing: the comparison shows nothing"
         for component in family.adapted.keys() - {"transformer"}:
@@ -115,6 +143,18 @@ def assert_stock_loader_reproduces(family: FlowMatchingFamily, base: Path, kind:
                 ours, theirs, untrained = (out[output][-2] if index else out[output] for out in outputs)
                 torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
                 assert (ours - untrained).abs().max() > 1e-2
+
+
+def _output(transformer: Any, kwargs: dict[str, Any]) -> Tensor:
+    output = transformer(**kwargs)[0]
+    return torch.stack(output) if isinstance(output, list) else output
+
+
+def draw(pipeline: Any, family: FlowMatchingFamily, kind: str, prompt: str = "a cat", seed: int = 3) -> np.ndarray:
+    """(height, width, 3) in [0, 1] of two steps of a whole pipeline, which encodes the prompt itself."""
+    options: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    options |= {"max_sequence_length": family.max_sequence_length, **GUIDANCE.get(kind, {"guidance_scale": 3.0})}
+    return pipeline(prompt=prompt, generator=seeded(seed), return_dict=False, **options)[0][0]
 
 
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}

@@ -38,6 +38,7 @@ FAMILIES = {
     "pixart": "pixart",
     "dit": "dit",
     "lumina2": "lumina2",
+    "flux2": "flux2",
 }
 
 

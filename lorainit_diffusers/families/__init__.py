@@ -23,6 +23,7 @@ TEXT_TO_IMAGE_FAMILIES = {
     "pixart": ("pixart", "PixArtFamily"),
     "dit": ("pixart", "DiTFamily"),
     "lumina2": ("lumina2", "Lumina2Family"),
+    "flux2": ("flux2", "Flux2Family"),
 }
 
 

@@ -73,7 +73,13 @@ class CaptionEncoding(BaseParts):
         """
         found: dict[str, TokenCounts] = {}
         for component, tokenizer in self.tokenizers.items():
-            tokens = tokenizer(self._tokenized_texts(captions), padding=False, truncation=False, verbose=False)
+            tokens = tokenizer(
+                self._tokenized_texts(captions),
+                padding=False,
+                truncation=False,
+                verbose=False,
+                **self._tokenizer_options(),
+            )
             counts = [len(ids) for ids in tokens["input_ids"]]
             found[component] = TokenCounts(counts, self._max_tokens(component))
         return found
@@ -140,6 +146,10 @@ class CaptionEncoding(BaseParts):
         """The texts that the tokenizers get for captions, as the pipeline prepares them."""
         return list(captions)
 
+    def _tokenizer_options(self) -> dict[str, Any]:
+        """What else the tokenizers are called with."""
+        return {}
+
     def _tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         columns: dict[str, Tensor] = {}
         for component, tokenizer in self.tokenizers.items():
@@ -149,6 +159,7 @@ class CaptionEncoding(BaseParts):
                 truncation=True,
                 max_length=self._max_tokens(component),
                 return_tensors="pt",
+                **self._tokenizer_options(),
             )
             suffix = component.removeprefix("text_encoder")
             columns[f"input_ids{suffix}"] = tokens["input_ids"]

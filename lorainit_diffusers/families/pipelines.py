@@ -44,6 +44,8 @@ SCRIPTS = {
     "PixArtSigmaPipeline": "train_dit_lora.py --family pixart",
     "DiTPipeline": "train_dit_lora.py --family dit",
     "Lumina2Pipeline": "train_dit_lora.py --family lumina2",
+    "Flux2Pipeline": "train_dit_lora.py --family flux2",
+    "Flux2KleinPipeline": "train_dit_lora.py --family flux2",
 }
 
 Family = type["BaseParts"]

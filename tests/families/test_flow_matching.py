@@ -1,27 +1,28 @@
-"""What holds for every family of `FlowMatchingFamily`, on Stable Diffusion 3, Flux and Lumina 2."""
+"""What holds for every family of `FlowMatchingFamily`, on each kind of its bases."""
 
 from __future__ import annotations
 
 import gc
 import json
-import math
 import re
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from diffusers.training_utils import compute_loss_weighting_for_sd3
 from flow_fixtures import (
     CAPTIONS,
+    KINDS,
     Inputs,
     assert_stock_loader_reproduces,
+    draw,
+    kind_class,
     load,
     load_stock,
     make_batch,
@@ -30,17 +31,23 @@ from flow_fixtures import (
     train_one_step,
     write_base,
 )
-from sd_fixtures import write_random_vae
+from flow_references import (
+    LOGIT_MEAN,
+    LOGIT_STD,
+    MODE_SCALE,
+    density,
+    no_caption,
+    noise_levels,
+    reference_loss,
+    text_tokens,
+)
 from torch import Tensor, nn
 
+from lorainit_diffusers.export import save_diffusers_lora
 from lorainit_diffusers.families import TEXT_TO_IMAGE_FAMILIES, ModelFamily, family_class
 from lorainit_diffusers.families.flow_matching import WEIGHTING_SCHEMES, FlowMatchingFamily
 from lorainit_diffusers.families.text_to_image import SCRIPTS
 from lorainit_diffusers.initialize import initialize
-
-KINDS = ["sd3", "flux", "lumina2"]
-SHIFTS = {"sd3": 3.0, "flux": 1.0, "lumina2": 6.0}  # Flux's is dynamic, so that training knows none
-LOGIT_MEAN, LOGIT_STD, MODE_SCALE = 0.4, 0.8, 1.1
 
 
 @pytest.fixture(scope="module")
@@ -74,100 +81,6 @@ def make(kind: str, loaded: dict[str, FlowMatchingFamily]) -> Callable[..., Flow
 # ---- the loss
 
 
-def density(scheme: str, uniform: float) -> float:
-    """Where in the table of noise levels a uniform number falls: section 3.1 of Esser et al., as diffusers has it."""
-    if scheme == "logit_normal":
-        return 1 / (1 + math.exp(-NormalDist(LOGIT_MEAN, LOGIT_STD).inv_cdf(uniform)))
-    if scheme == "mode":
-        return 1 - uniform - MODE_SCALE * (math.cos(math.pi * uniform / 2) ** 2 - 1 + uniform)
-    return uniform
-
-
-def shifted(sigma: Tensor, shift: float) -> Tensor:
-    return shift * sigma / (1 + (shift - 1) * sigma)
-
-
-def no_caption(family: FlowMatchingFamily, stock: Any, kind: str) -> Tensor:
-    """(1, tokens, width): what the stock pipeline takes for no caption."""
-    tokens = {"max_sequence_length": family.max_sequence_length, "device": "cpu"}
-    if kind == "flux":  # no second pass without the caption: the empty one
-        return stock.encode_prompt("", "", **tokens)[0]
-    if kind == "sd3":
-        return stock.encode_prompt("a", "a", "a", **tokens)[1]
-    return stock.encode_prompt("a", **tokens)[2]
-
-
-def reference_prediction(
-    family: Any, kind: str, noisy: Tensor, sigmas: Tensor, batch: dict[str, Tensor]
-) -> tuple[Tensor, int]:
-    """The transformer's raw prediction and the sign of its target noise - data."""
-    if kind == "sd3":
-        clip = [
-            encoder(batch[column], output_hidden_states=True)
-            for encoder, column in ((family.text_encoder, "input_ids"), (family.text_encoder_2, "input_ids_2"))
-        ]
-        hidden = torch.cat([output.hidden_states[-2] for output in clip], dim=-1)
-        t5 = family.text_encoder_3(batch["input_ids_3"])[0]
-        padded = torch.zeros(*hidden.shape[:2], t5.shape[-1])
-        padded[..., : hidden.shape[-1]] = hidden
-        prediction = family.transformer(
-            hidden_states=noisy,
-            timestep=1000 * sigmas,
-            encoder_hidden_states=torch.cat([padded, t5], dim=1),
-            pooled_projections=torch.cat([output[0] for output in clip], dim=-1),
-            return_dict=False,
-        )[0]
-        return prediction, 1
-    if kind == "flux":
-        count, channels, height, width = noisy.shape
-        # a token holds the channels of a 2x2 patch, channels outermost; rows, then columns, are numbered
-        tokens = noisy.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(count, -1, 4 * channels)
-        rows, columns = height // 2, width // 2
-        ids = torch.tensor([[0.0, row, column] for row in range(rows) for column in range(columns)])
-        t5 = family.text_encoder_2(batch["input_ids_2"])[0]
-        prediction = family.transformer(
-            hidden_states=tokens,
-            timestep=sigmas,
-            guidance=torch.tensor([3.5]).expand(count),
-            pooled_projections=family.text_encoder(batch["input_ids"]).pooler_output,
-            encoder_hidden_states=t5,
-            txt_ids=torch.zeros(t5.shape[1], 3),
-            img_ids=ids,
-            return_dict=False,
-        )[0]
-        patches = prediction.reshape(count, rows, columns, channels, 2, 2)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape), 1
-    hidden = family.text_encoder(
-        batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
-    ).hidden_states[-2]
-    prediction = family.transformer(
-        hidden_states=noisy,
-        timestep=1 - sigmas,  # from noise to data
-        encoder_hidden_states=hidden,
-        encoder_attention_mask=batch["attention_mask"],
-        return_dict=False,
-    )[0]
-    return prediction, -1
-
-
-def reference_loss(family: Any, kind: str, batch: dict[str, Tensor], seed: int) -> Tensor:
-    """(batch,) losses of diffusers' example scripts, from their formulas, with the family's order of draws."""
-    generator = seeded(seed)
-    posterior = family.vae.encode(batch["pixel_values"]).latent_dist
-    sample = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-    latents = (sample - family.vae.config.shift_factor) * family.vae.config.scaling_factor
-    noise = torch.randn(latents.shape, generator=generator)
-    uniform = torch.rand(len(latents), generator=generator, dtype=torch.float64)
-    table = shifted(torch.arange(1000, 0, -1) / 1000, SHIFTS[kind])
-    indices = [int(1000 * density(family.weighting_scheme, u)) for u in uniform.tolist()]
-    sigmas = table[torch.tensor(indices)]
-    broad = sigmas[:, None, None, None]
-    noisy = (1.0 - broad) * latents + broad * noise
-    prediction, sign = reference_prediction(family, kind, noisy, sigmas, batch)
-    weighting = compute_loss_weighting_for_sd3(weighting_scheme=family.weighting_scheme, sigmas=broad)
-    return (weighting * (prediction - sign * (noise - latents)) ** 2).mean(dim=(1, 2, 3))
-
-
 @pytest.mark.parametrize("scheme", WEIGHTING_SCHEMES)
 def test_loss_is_the_one_of_diffusers_examples(kind: str, make: Callable[..., FlowMatchingFamily], scheme: str) -> None:
     family = make(weighting_scheme=scheme, logit_mean=LOGIT_MEAN, logit_std=LOGIT_STD, mode_scale=MODE_SCALE)
@@ -180,7 +93,7 @@ def test_loss_is_the_one_of_diffusers_examples(kind: str, make: Callable[..., Fl
 
 def test_usual_weighting_schemes(bases: dict[str, Path]) -> None:
     usual = {kind: load(bases[kind], kind).weighting_scheme for kind in KINDS}
-    assert usual == {"sd3": "logit_normal", "flux": "none", "lumina2": "none"}
+    assert usual == {kind: "logit_normal" if kind == "sd3" else "none" for kind in KINDS}
 
 
 @pytest.mark.parametrize("is_class", [[False, True, True], [False, False, False], [True, True, True]])
@@ -226,9 +139,10 @@ def test_stratified_timesteps_take_one_quantile_each(
     assert not torch.equal(drawn[0], drawn[1])
     for timesteps in drawn:
         assert not torch.equal(timesteps, timesteps.sort().values)
-        sigma = timesteps.double() / 1000
-        shift = SHIFTS[kind]
-        place = 1 - (sigma / (shift - (shift - 1) * sigma)).sort(descending=True).values  # in the unshifted table
+        table = noise_levels(kind, latents).double()
+        distance = (table - timesteps.double()[:, None] / 1000).abs()
+        assert distance.min(dim=1).values.max() < 1e-6
+        place = (distance.argmin(dim=1) / 1000).sort().values
         edges = [density(scheme, min(max(bin / count, 1e-12), 1 - 1e-12)) for bin in range(count + 1)]
         edges = torch.tensor(sorted(edges), dtype=torch.float64)
         # within a bin, but for the table's steps
@@ -247,12 +161,14 @@ def test_table_is_not_touched_by_sampling(kind: str, make: Callable[..., FlowMat
 # ---- captions
 
 
-def conditioning(family: FlowMatchingFamily, batch: dict[str, Tensor], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The loss, and the text tokens that the transformer gets for it."""
+def conditioning(
+    family: FlowMatchingFamily, kind: str, batch: dict[str, Tensor], seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and the text tokens of each sample that the transformer gets for it."""
     recorded = Inputs(family.denoiser)
     with torch.no_grad():
         loss = family.loss(batch, seeded(seed))
-    return loss, recorded.stop()[0]["encoder_hidden_states"]
+    return loss, text_tokens(kind, recorded.stop()[0])
 
 
 def encoded(family: FlowMatchingFamily, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -264,7 +180,7 @@ def test_encoded_captions_give_the_same_loss(kind: str, make: Callable[..., Flow
     batch = make_batch(family)
     columns = encoded(family, batch)
     assert set(columns) == {"pixel_values", *family.EMBEDS}
-    losses = [conditioning(family, either) for either in (batch, columns)]
+    losses = [conditioning(family, kind, either) for either in (batch, columns)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
 
 
@@ -274,15 +190,15 @@ def test_caption_dropout_trains_on_the_pipelines_no_caption(
     family, stock = make(), load_stock(base, kind)
     empty = no_caption(family, stock, kind)
     batch = make_batch(family)
-    kept = conditioning(family, batch)[1]
+    kept = conditioning(family, kind, batch)[1]
     for rate in (0.5, 1.0):
         family.caption_dropout = rate
         seen: list[list[bool]] = []
         for columns in (batch, encoded(family, batch)):
-            tokens = conditioning(family, columns, seed=2)[1]
-            dropped = [torch.allclose(row, empty[0], atol=1e-5) for row in tokens]
+            tokens = conditioning(family, kind, columns, seed=2)[1]
+            dropped = [row.shape == empty.shape and torch.allclose(row, empty, atol=1e-5) for row in tokens]
             for row, was_dropped, with_caption in zip(tokens, dropped, kept, strict=True):
-                torch.testing.assert_close(row, empty[0] if was_dropped else with_caption)
+                torch.testing.assert_close(row, empty if was_dropped else with_caption)
             seen.append(dropped)
         assert seen[0] == seen[1]
         assert all(seen[0]) if rate == 1.0 else len(set(seen[0])) == 2
@@ -315,7 +231,7 @@ def test_batch_without_captions_or_images_is_refused(kind: str, make: Callable[.
     family = make()
     batch = make_batch(family)
     for missing in (family.caption_columns[-1], "pixel_values"):
-        with pytest.raises(ValueError, match=r"a batch needs input_ids.* or prompt_embeds and .*and pixel_values or"):
+        with pytest.raises(ValueError, match=r"a batch needs input_ids.* or prompt_embeds.*and pixel_values or"):
             family.loss({name: values for name, values in batch.items() if name != missing}, seeded())
 
 
@@ -358,9 +274,9 @@ def test_offloaded_modules_are_moved_for_their_use_only(kind: str, base: Path, m
 
 @pytest.mark.parametrize("train_text_encoder", [False, True])
 def test_only_clip_encoders_get_gradients_and_on_request(kind: str, base: Path, train_text_encoder: bool) -> None:
-    trainable = {"sd3": ["text_encoder", "text_encoder_2"], "flux": ["text_encoder"], "lumina2": []}[kind]
+    trainable = {"sd3": ["text_encoder", "text_encoder_2"], "flux": ["text_encoder"]}.get(kind, [])
     if train_text_encoder and not trainable:
-        with pytest.raises(ValueError, match="Lumina 2 has no text encoder that can be trained"):
+        with pytest.raises(ValueError, match=f"{kind_class(kind).NAME} has no text encoder that can be trained"):
             load(base, kind, train_text_encoder=True)
         return
     family = load(base, kind, train_text_encoder=train_text_encoder)
@@ -386,9 +302,10 @@ def test_only_clip_encoders_get_gradients_and_on_request(kind: str, base: Path, 
 def test_base_of_another_family_names_the_script_for_it(kind: str, found: str, tmp_path: Path) -> None:
     index = {"_class_name": found, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    family = family_class(kind)
-    wanted = family.PIPELINES[0].__name__
-    if found == wanted:  # of this family; that its parts are missing is the next thing to say
+    family = kind_class(kind)
+    known = [pipeline.__name__ for pipeline in family.PIPELINES]
+    wanted = " or ".join(known)
+    if found in known:  # of this family; that its parts are missing is the next thing to say
         with pytest.raises(FileNotFoundError, match=r"its model_index\.json names no "):
             family.check_base(str(tmp_path))
         return
@@ -406,7 +323,7 @@ def test_every_script_that_messages_name_takes_the_pipeline() -> None:
 
 
 def test_unknown_pipelines_and_folders(kind: str, tmp_path: Path) -> None:
-    family = family_class(kind)
+    family = kind_class(kind)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         family.check_base(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
@@ -420,13 +337,17 @@ def test_scheduler_of_another_kind(kind: str, base: Path, tmp_path: Path) -> Non
     index = json.loads((base / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    for refuse in (family_class(kind).check_base, family_class(kind).from_pretrained):
+    for refuse in (kind_class(kind).check_base, kind_class(kind).from_pretrained):
         with pytest.raises(ValueError, match=r"samples with DDIMScheduler: .* flow matching"):
             refuse(str(tmp_path))
 
 
 def test_vae_that_does_not_fit(kind: str, base: Path, tmp_path: Path) -> None:
-    write_random_vae(tmp_path / "vae", latent_channels=8)
+    config = json.loads((base / "vae" / "config.json").read_text())
+    channels = "z_dim" if "z_dim" in config else "latent_channels"
+    wider = {name: 2 * config[name] for name in ("latents_mean", "latents_std") if config.get(name)}
+    vae = kind_class(kind).VAE_CLASS.from_config({**config, **wider, channels: 2 * config[channels]})
+    vae.save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match="takes 4 channels but the VAE makes 8"):
         load(base, kind, vae_path=tmp_path / "vae")
 
@@ -476,6 +397,27 @@ def test_trained_lora_loads_on_the_original_base(
     assert (len(ranks) > 1) == ("variable_rank" in options)
     train_one_step(family)
     assert_stock_loader_reproduces(family, base, kind, tmp_path)
+
+
+def test_twenty_steps_draw_the_same_images_in_the_stock_pipeline(kind: str, base: Path, tmp_path: Path) -> None:
+    """With ranks of their own for the layers, and the offset that CNTLoRA starts from."""
+    family = load(base, kind)
+    batch = make_batch(family)
+    report = initialize(family, "cntlora", [batch], rank=4, variable_rank=True, progress=False)
+    assert len({layer.rank for layer in report.layers.values()}) > 1
+    parameters = [p for module in family.adapted.values() for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=5e-3)
+    for step in range(20):
+        optimizer.zero_grad()
+        family.loss(batch, seeded(step)).backward()
+        optimizer.step()
+    path = save_diffusers_lora(family.adapted, tmp_path)
+    stock = load_stock(base, kind)
+    before = draw(stock, family, kind)
+    stock.load_lora_weights(str(path.parent), weight_name=path.name)
+    ours, theirs = draw(family.pipeline(), family, kind), draw(stock, family, kind)
+    assert np.abs(ours - theirs).max() < 1e-4
+    assert np.abs(ours - before).max() > 1e-2
 
 
 def test_offset_start_is_the_base_model(kind: str, base: Path) -> None:
