@@ -38,6 +38,21 @@ def test_the_page_has_every_method_and_every_option():
         assert re.findall(r"^\| `(\w+)` \|", part[1], re.MULTILINE) == keys
 
 
+def test_the_short_table_agrees_with_the_full_one():
+    page = PAGE.read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", page.partition("## How to set")[0], re.MULTILINE
+    )
+    assert [name for name, *_ in rows] == list(METHODS)
+    step_zero = {"base": "equal", "base (offset)": "offset", "after one step": "moved"}
+    for name, seen, start, source in rows:
+        method = METHODS[name]()
+        assert step_zero[start] == method.step_zero, name
+        assert ("inputs" in seen, "gradients" in seen) == ("inputs" in method.observes, "gradients" in method.observes)
+        of_papers = r"arXiv:(\d{4}\.\d{5})"
+        assert set(re.findall(of_papers, source)) == set(re.findall(of_papers, method.source)), name
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_options_have_values_a_default_and_a_meaning(name):
     for option in method_options(name):
