@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, cast
@@ -21,8 +21,13 @@ from torch import Tensor, nn
 
 from lorainit_diffusers.budget import MemoryBudget
 from lorainit_diffusers.hooks import model_state_preserved, observe_inputs, observe_weight_gradients
+from lorainit_diffusers.methods.base import Observed
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, InputsAndReference, Statistic
+from lorainit_diffusers.training_step import TrainingStep
+
+# (name, layer) -> an empty statistic for it.
+MakeStatistic = Callable[[str, nn.Linear], Statistic | InputsAndGradient]
 
 # float16 gradients of a mean loss underflow; a power of two scales them exactly and is divided out in float32.
 FLOAT16_LOSS_SCALE = 1024.0
@@ -40,7 +45,7 @@ class Collection:
         statistics_s: seconds in the statistics.
     """
 
-    statistics: dict[str, Statistic | InputsAndGradient | InputsAndReference] = field(default_factory=dict)
+    statistics: dict[str, Observed] = field(default_factory=dict[str, Observed])
     leaders: dict[str, str] = field(default_factory=dict)
     num_passes: int = 0
     forward_s: float = 0.0
@@ -89,25 +94,37 @@ class _SharedInputs:
         return leader
 
 
+@dataclass(frozen=True)
+class PassOptions:
+    """How one collection pass goes.
+
+    Attributes:
+        observes: layer inputs (no backward pass), weight gradients (forward and backward), or both in one pass.
+        num_batches: cap on the batches; ``None`` means all of them, which must then be finite.
+        seed: of torch's global generators during the pass; they are as before after it.
+        share_inputs: one statistic for all layers that one tensor feeds.
+        batch_name: what messages and the progress bar call a batch.
+        progress: show a progress bar.
+    """
+
+    observes: Literal["inputs", "gradients", "inputs and gradients"]
+    num_batches: int | None = None
+    seed: int | None = None
+    share_inputs: bool = True
+    batch_name: str = "batch"
+    progress: bool = True
+
+
 def collect(
     modules: Mapping[str, nn.Module],
     layers: Mapping[str, nn.Linear],
     batches: Iterable[Any],
-    loss_fn: Callable[[Any], Tensor],
-    make_statistic: Callable[[str, nn.Linear], Statistic | InputsAndGradient],
-    *,
-    observes: Literal["inputs", "gradients", "inputs and gradients"],
-    num_batches: int | None = None,
-    seed: int | None = None,
-    share_inputs: bool = True,
-    token_mask: Callable[[str], Tensor | None] | None = None,
-    batch_weight: Callable[[Any], float] | None = None,
-    describe_step: Callable[[], str] | None = None,
-    batch_name: str = "batch",
-    progress: bool = True,
+    step: TrainingStep,
+    make_statistic: MakeStatistic,
+    options: PassOptions,
     budget: MemoryBudget | None = None,
 ) -> Collection:
-    """Run ``loss_fn`` over the batches and gather a statistic for every layer.
+    """Run the training loss over the batches and gather a statistic for every layer.
 
     The modules are in evaluation mode meanwhile (dropout off; no gradients for inputs). Training mode,
     ``requires_grad``, hooks and the global random state are restored even when the forward raises.
@@ -115,19 +132,10 @@ def collect(
     Args:
         modules: component -> module; their mode is switched and restored.
         layers: name -> linear layer inside them.
-        batches: what ``loss_fn`` takes; at most ``num_batches`` are drawn.
-        loss_fn: one training loss: batch -> 0-d tensor.
+        batches: what the loss takes; at most ``options.num_batches`` are drawn.
+        step: the training loss, and what is known about its steps.
         make_statistic: (name, layer) -> empty statistic; an ``InputsAndGradient`` where both are observed.
-        observes: layer inputs (no backward pass), weight gradients (forward and backward), or both in one pass.
-        num_batches: cap on the batches; ``None`` means all of them, which must then be finite.
-        seed: of torch's global generators during the pass; they are as before after it.
-        share_inputs: one statistic for all layers that one tensor feeds.
-        token_mask: layer -> (batch, tokens) boolean mask of the current batch, or ``None``; rows outside are left out.
-        batch_weight: how much the gradient of a batch counts in the mean, positive; ``None`` for all alike. Inputs need
-            none: every row counts.
-        describe_step: says what the current step was (its timesteps), for error messages.
-        batch_name: what messages and the progress bar call a batch.
-        progress: show a progress bar.
+        options: what is observed, over how many batches.
         budget: of memory, which makes sketches of what does not fit; ``None`` for no limit.
 
     Raises:
@@ -135,111 +143,175 @@ def collect(
             gradients (names layer, batch and timesteps); a layer that the loss never reached; layers that share their
             input in one batch and not in another.
     """
-    total = num_batches if num_batches is not None else known_length(batches)
-    result = Collection()
     budget = budget or MemoryBudget(math.inf, num_columns=1)
     budget.start(next(iter(layers.values())).weight.device, _minimum_over_processes)
-    # By the first layer of each group: the budget may replace a statistic by its sketch while the pass goes on.
-    inputs: dict[str, Statistic] = {}
-    gradients: dict[str, GradientMean] = {}
-    weight, unit = 1.0, 0.0
-    if observes != "inputs":
-        gradients = {name: cast(Any, _part(make_statistic(name, layer), "gradient")) for name, layer in layers.items()}
-        budget.admit_gradients(gradients)
-    if observes == "gradients":
-        result.leaders = {name: name for name in layers}
-
-    # Losses are scaled only where the weights, and so the gradients, are float16.
-    scale = 1.0
-    if gradients and any(_compute_dtype(layer) == torch.float16 for layer in layers.values()):
-        scale = FLOAT16_LOSS_SCALE
-    shared = _SharedInputs()
-    statistics_s = 0.0
-
-    def on_input(name: str, tensor: Tensor) -> None:
-        nonlocal statistics_s
-        start = _now(tensor)
-        leader = shared.leader(name, tensor) if share_inputs else name
-        if name not in result.leaders:
-            result.leaders[name] = leader
-            if leader == name:
-                budget.admit(name, _part(make_statistic(name, layers[name]), "inputs"), inputs)
-        if result.leaders[name] == name:
-            inputs[name].update(_rows(tensor.detach(), token_mask(name) if token_mask else None))
-        statistics_s += _now(tensor) - start
-
-    def on_gradient(name: str, gradient: Tensor) -> None:
-        nonlocal statistics_s
-        start = _now(gradient)
-        gradients[name].update(gradient.float() / scale if scale != 1.0 else gradient, weight)
-        statistics_s += _now(gradient) - start
-
-    ran_before: set[str] = set()
+    gathering = _Pass(layers, step, make_statistic, options, budget)
+    total = options.num_batches if options.num_batches is not None else known_length(batches)
     with model_state_preserved(modules):
-        if seed is not None:
-            torch.manual_seed(seed)
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
         for module in modules.values():
             module.eval()
             for parameter in module.parameters():
                 parameter.requires_grad_(False)
-        watch_inputs = observe_inputs(layers, on_input) if observes != "gradients" else nullcontext()
-        watch_gradients = observe_weight_gradients(layers, on_gradient) if gradients else nullcontext()
-        bar = progress_bar(total=total, desc=f"collecting {observes}", unit=batch_name, shown=progress)
-        with watch_inputs, watch_gradients as leaves, bar:
-            for index, batch in enumerate(islice(batches, num_batches)):
-                shared = _SharedInputs()
-                before, start = statistics_s, time.perf_counter()
-                if not gradients:
-                    with torch.no_grad():
-                        loss = loss_fn(batch)
-                else:
-                    if batch_weight is not None:
-                        # in units of a first batch, the same on all processes: equal weights are then exactly 1
-                        own = batch_weight(batch)
-                        unit = unit or _minimum_over_processes(own)
-                        weight = own / unit
-                    with torch.enable_grad():
-                        loss = loss_fn(batch)
-                        if not loss.requires_grad:
-                            raise ValueError(
-                                "the loss does not depend on the target layers, or ran under no_grad: "
-                                "no gradient to collect"
-                            )
-                        # Only into the target weights: the loss may run trainable modules that were not handed over.
-                        (loss * scale).backward(inputs=leaves)
-                _now(loss)
-                result.forward_s += time.perf_counter() - start - (statistics_s - before)
-                if share_inputs and observes != "gradients":
-                    _check_sharing(ran_before, shared.trace, result.leaders)
-                    ran_before |= shared.trace.keys()
-                _check_finite(inputs, "input activations", f"{batch_name} {index}", describe_step)
-                _check_finite(gradients, "weight gradient", f"{batch_name} {index}", describe_step)
-                result.num_passes += 1
+        bar = progress_bar(
+            total=total, desc=f"collecting {options.observes}", unit=options.batch_name, shown=options.progress
+        )
+        with gathering.watching() as leaves, bar:
+            for batch in islice(batches, options.num_batches):
+                gathering.take(batch, leaves)
                 bar.update()
+    return gathering.finished()
 
-    if result.num_passes == 0:
-        raise ValueError(
-            f"the collection pass got no {batch_name}es: the data is empty, the iterator was already used up, "
-            f"or num_batches is 0; pass at least one {batch_name}"
-        )
-    start = time.perf_counter()
-    if observes != "gradients":
-        _check_reached(layers, {name: inputs[leader] for name, leader in result.leaders.items()})
-    if observes != "inputs":
-        _check_reached(layers, gradients)
-    _all_reduce([*inputs.values(), *gradients.values()])
-    for name in layers:
-        result.statistics[name] = (
-            InputsAndGradient(cast(Any, inputs[result.leaders[name]]), cast(Any, gradients[name]))
-            if inputs and gradients
-            else inputs[result.leaders[name]]
-            if inputs
-            else gradients[name]
-        )
-    if observes == "inputs":
-        budget.watch(result.statistics)  # a pass over a reference may yet demote them
-    result.statistics_s = statistics_s + time.perf_counter() - start
-    return result
+
+class _Pass:
+    """One collection pass: what it has gathered so far, and what a batch adds to it.
+
+    Statistics are held by the first layer of each group of shared inputs: the budget may replace one by its sketch
+    while the pass goes on.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Linear],
+        step: TrainingStep,
+        make_statistic: MakeStatistic,
+        options: PassOptions,
+        budget: MemoryBudget,
+    ) -> None:
+        self._layers, self._step, self._make_statistic = layers, step, make_statistic
+        self._options, self._budget = options, budget
+        self._result = Collection()
+        self._inputs: dict[str, Statistic] = {}
+        self._gradients: dict[str, GradientMean] = {}
+        self._shared = _SharedInputs()
+        self._ran_before: set[str] = set()
+        self._weight, self._weight_unit = 1.0, 0.0  # of the current batch
+        if self._observes_gradients:
+            self._gradients = {
+                name: cast(Any, _part(make_statistic(name, layer), "gradient")) for name, layer in layers.items()
+            }
+            budget.admit_gradients(self._gradients)
+        if not self._observes_inputs:
+            self._result.leaders = {name: name for name in layers}
+        # Losses are scaled only where the weights, and so the gradients, are float16.
+        in_float16 = any(_compute_dtype(layer) == torch.float16 for layer in layers.values())
+        self._scale = FLOAT16_LOSS_SCALE if self._gradients and in_float16 else 1.0
+
+    @property
+    def _observes_inputs(self) -> bool:
+        return self._options.observes != "gradients"
+
+    @property
+    def _observes_gradients(self) -> bool:
+        return self._options.observes != "inputs"
+
+    @contextmanager
+    def watching(self) -> Generator[list[Tensor], None, None]:
+        """Observe the layers inside the block; yields what a backward pass has to reach."""
+        with ExitStack() as stack:
+            if self._observes_inputs:
+                stack.enter_context(observe_inputs(self._layers, self._on_input))
+            leaves: list[Tensor] = []
+            if self._gradients:
+                leaves = stack.enter_context(observe_weight_gradients(self._layers, self._on_gradient))
+            yield leaves
+
+    def _on_input(self, name: str, tensor: Tensor) -> None:
+        start = _now(tensor)
+        leaders, token_mask = self._result.leaders, self._step.token_mask
+        leader = self._shared.leader(name, tensor) if self._options.share_inputs else name
+        if name not in leaders:
+            leaders[name] = leader
+            if leader == name:
+                statistic = _part(self._make_statistic(name, self._layers[name]), "inputs")
+                self._budget.admit(name, statistic, self._inputs)
+        if leaders[name] == name:
+            self._inputs[name].update(_rows(tensor.detach(), token_mask(name) if token_mask else None))
+        self._result.statistics_s += _now(tensor) - start
+
+    def _on_gradient(self, name: str, gradient: Tensor) -> None:
+        start, scale = _now(gradient), self._scale
+        self._gradients[name].update(gradient.float() / scale if scale != 1.0 else gradient, self._weight)
+        self._result.statistics_s += _now(gradient) - start
+
+    def take(self, batch: Any, leaves: Sequence[Tensor]) -> None:
+        """Run the loss of one batch, and see that what it added is sound.
+
+        Raises:
+            ValueError: see :func:`collect`.
+        """
+        self._shared = _SharedInputs()
+        result, before, start = self._result, self._result.statistics_s, time.perf_counter()
+        _now(self._loss_of(batch, leaves))
+        result.forward_s += time.perf_counter() - start - (result.statistics_s - before)
+        if self._options.share_inputs and self._observes_inputs:
+            _check_sharing(self._ran_before, self._shared.trace, result.leaders)
+            self._ran_before |= self._shared.trace.keys()
+        batch_name = f"{self._options.batch_name} {result.num_passes}"
+        _check_finite(self._inputs, "input activations", batch_name, self._step.describe)
+        _check_finite(self._gradients, "weight gradient", batch_name, self._step.describe)
+        result.num_passes += 1
+
+    def _loss_of(self, batch: Any, leaves: Sequence[Tensor]) -> Tensor:
+        """The loss, after its backward pass where gradients are observed."""
+        if not self._gradients:
+            with torch.no_grad():
+                return self._step.loss_fn(batch)
+        if self._step.batch_weight is not None:
+            # in units of a first batch, the same on all processes: equal weights are then exactly 1
+            own = self._step.batch_weight(batch)
+            self._weight_unit = self._weight_unit or _minimum_over_processes(own)
+            self._weight = own / self._weight_unit
+        with torch.enable_grad():
+            loss = self._step.loss_fn(batch)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the loss does not depend on the target layers, or ran under no_grad: no gradient to collect"
+                )
+            # Only into the target weights: the loss may run trainable modules that were not handed over.
+            (loss * self._scale).backward(inputs=leaves)
+        return loss
+
+    def finished(self) -> Collection:
+        """What was gathered, by layer and over all processes.
+
+        Raises:
+            ValueError: no batch was taken, or the loss reached a layer in none of them.
+        """
+        result, inputs, gradients, name = self._result, self._inputs, self._gradients, self._options.batch_name
+        if result.num_passes == 0:
+            raise ValueError(
+                f"the collection pass got no {name}es: the data is empty, the iterator was already used up, "
+                f"or num_batches is 0; pass at least one {name}"
+            )
+        start = time.perf_counter()
+        if self._observes_inputs:
+            _check_reached(self._layers, {layer: inputs[leader] for layer, leader in result.leaders.items()})
+        if self._observes_gradients:
+            _check_reached(self._layers, gradients)
+        _all_reduce([*inputs.values(), *gradients.values()])
+        for layer in self._layers:
+            if not gradients:
+                result.statistics[layer] = inputs[result.leaders[layer]]
+            elif not inputs:
+                result.statistics[layer] = gradients[layer]
+            else:
+                both = InputsAndGradient(cast(Any, inputs[result.leaders[layer]]), gradients[layer])
+                result.statistics[layer] = both
+        if not self._observes_gradients:
+            self._budget.watch(result.statistics)  # a pass over a reference may yet demote them
+        result.statistics_s += time.perf_counter() - start
+        return result
+
+
+def parts_of(statistic: Observed | None) -> list[Statistic]:
+    """The statistics that make up what was observed of a layer."""
+    if isinstance(statistic, InputsAndGradient):
+        return [statistic.inputs, statistic.gradient]
+    if isinstance(statistic, InputsAndReference):
+        return [statistic.inputs, statistic.reference]
+    return [] if statistic is None else [statistic]
 
 
 def _rows(tensor: Tensor, mask: Tensor | None) -> Tensor:

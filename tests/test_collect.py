@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorainit_diffusers.budget import MemoryBudget
-from lorainit_diffusers.collect import Collection, collect, known_length
+from lorainit_diffusers.collect import Collection, PassOptions, collect, known_length
 from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, InputsAndReference, SecondMoment
+from lorainit_diffusers.training_step import TrainingStep
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -46,16 +47,12 @@ def run(
     observes: str = "inputs",
     **kwargs: Any,
 ) -> Collection:
-    return collect(
-        {"module": module},
-        kwargs.pop("layers", linear_layers(module)),
-        batches,
-        loss or squared_loss(module),
-        kwargs.pop("make_statistic", MAKE_STATISTIC[observes]),
-        observes=observes,  # type: ignore[arg-type]
-        progress=False,
-        **kwargs,
-    )
+    of_step = {key: kwargs.pop(key) for key in ("token_mask", "batch_weight", "describe") if key in kwargs}
+    layers, budget = kwargs.pop("layers", linear_layers(module)), kwargs.pop("budget", None)
+    make_statistic = kwargs.pop("make_statistic", MAKE_STATISTIC[observes])
+    step = TrainingStep(loss or squared_loss(module), **of_step)
+    options = PassOptions(observes, progress=False, **kwargs)  # type: ignore[arg-type]
+    return collect({"module": module}, layers, batches, step, make_statistic, options, budget)
 
 
 def recorded_inputs(module: nn.Module, batches: list[Tensor], loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -461,7 +458,7 @@ def test_non_finite_activations_name_layer_batch_and_timesteps(poison):
         return model[2](torch.full_like(hidden, poison) if batch is batches[1] else hidden).mean()
 
     with pytest.raises(ValueError, match=re.escape("'2' in batch 1 (timesteps [3, 7])")):
-        run(model, batches, loss, describe_step=lambda: "timesteps [3, 7]")
+        run(model, batches, loss, describe=lambda: "timesteps [3, 7]")
 
 
 def test_messages_call_a_batch_what_the_caller_calls_it():

@@ -32,7 +32,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": {"ranges", "loading"},
     "ranges": set(),
     "methods": {"statistics", "linalg", "eigenbasis", "ranges", "ridged"},
-    "collect": {"statistics", "budget", "hooks", "methods.base", "families.base", "linalg", "progress"},
+    "training_step": {"families.base"},
+    "collect": {"statistics", "budget", "hooks", "methods.base", "linalg", "progress", "training_step"},
+    "target": {"adapters", "families.base", "ranges"},
+    "rank_plan": {"methods", "ranges", "ranks", "report", "target"},
+    "solving": {"adapters", "collect", "methods", "quantized", "rank_plan", "statistics"},
     "checkpoint_hooks": {"adapters", "files", "finite"},
     "training": {
         *(
@@ -60,20 +64,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kohya": set(),
     "export": {"adapters", "files", "finite", "kohya", "linalg", "lora_config", "methods.base", "ranges", "trained"},
     "initialize": {
-        *(
-            "statistics",
-            "budget",
-            "collect",
-            "methods",
-            "ranges",
-            "ranks",
-            "adapters",
-            "report",
-            "families.base",
-            "linalg",
-            "hooks",
-            "quantized",
-        ),
+        *("adapters", "budget", "collect", "families.base", "methods", "rank_plan", "ranges", "report", "solving"),
+        *("statistics", "target", "training_step"),
     },
     "__init__": {
         *(

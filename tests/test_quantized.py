@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lorainit_diffusers import METHODS, adapter_state_dict, initialize, load_adapter_state_dict, make_method
 from lorainit_diffusers.adapters import adapter_weights, base_weight, lora_layers, trainable_parameters
-from lorainit_diffusers.collect import collect
+from lorainit_diffusers.collect import PassOptions, collect
 from lorainit_diffusers.export import save_diffusers_lora
 from lorainit_diffusers.hooks import observe_weight_gradients
 from lorainit_diffusers.quantized import is_packed, undo_cpu_packing
 from lorainit_diffusers.statistics import GradientMean
+from lorainit_diffusers.training_step import TrainingStep
 
 TARGETS = list(ATTENTION_LAYERS)
 SIZES = {"features": 64, "hidden": 128}  # whole blocks of 64, which bitsandbytes' CPU kernel needs
@@ -59,10 +60,9 @@ def gradients_of(module: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
         {"": module},
         layers_of(module),
         batches,
-        squared_loss(module),
+        TrainingStep(squared_loss(module)),
         lambda name, layer: GradientMean((layer.out_features, layer.in_features)),
-        observes="gradients",
-        progress=False,
+        PassOptions("gradients", progress=False),
     ).statistics
 
 

@@ -32,12 +32,13 @@ from vlm_fixtures import (
 )
 
 from lorainit_diffusers import adapters, export
-from lorainit_diffusers.collect import collect
+from lorainit_diffusers.collect import PassOptions, collect
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.vlm import IGNORED, VisionLanguageFamily, load_processor
 from lorainit_diffusers.initialize import initialize
 from lorainit_diffusers.methods import METHODS
 from lorainit_diffusers.statistics import SecondMoment
+from lorainit_diffusers.training_step import TrainingStep
 
 QUESTIONS = (
     ("What is this?", "red apple"),
@@ -521,11 +522,11 @@ def moments(family: VisionLanguageFamily, batches: Sequence[Mapping[str, Tensor]
         {"model": family.model},
         layers,
         batches,
-        lambda batch: family.loss(batch, seeded()),
+        TrainingStep(
+            lambda batch: family.loss(batch, seeded()), token_mask=lambda name: family.step.token_mask("model", name)
+        ),
         lambda name, layer: SecondMoment(layer.in_features),
-        observes="inputs",
-        token_mask=lambda name: family.step.token_mask("model", name),
-        progress=False,
+        PassOptions("inputs", progress=False),
     )
     return {name: statistic for name, statistic in collection.statistics.items() if isinstance(statistic, SecondMoment)}
 
