@@ -6,181 +6,65 @@ CLIP, SigLIP ...): a classifier, or a backbone such as `facebook/dinov2-small`, 
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
-import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from lorainit_diffusers.families.augment import Augmentation, mixup
 from lorainit_diffusers.families.base import EvaluationMode, StepRecord
-from lorainit_diffusers.families.pretrained import autocast, dtype_option
-from lorainit_diffusers.loading.errors import BrokenModelError, loading_errors
+from lorainit_diffusers.families.classifier_layers import head_layers, labels_of, match_labels, projections, some_of
+from lorainit_diffusers.families.image_preparation import ImagePreparation
+from lorainit_diffusers.families.pretrained import autocast, check_option_names, dtype_option
+from lorainit_diffusers.loading.errors import loading_errors
 from lorainit_diffusers.loading.files import check_transformers_folder
 from lorainit_diffusers.loading.hub import hub_options
 from lorainit_diffusers.loading.weights import check_complete, check_finite, load_model
 from lorainit_diffusers.ranges import check_step
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = [
+    "COMPONENT",
+    "HEADS",
+    "ClassifierFamily",
+    "ClassifierOptions",
+    "ImagePreparation",
+    "check_base",
+    "head_layers",
+    "match_labels",
+    "projections",
+]
+
 COMPONENT = "model"
 HEADS = ("auto", "new", "keep")
-# What the projections of attention are called, split and fused; those of its output share their names with others.
-_ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "query", "key", "value", "qkv", "qkv_proj", "in_proj"})
-_ATTENTION_OUTPUTS = frozenset({"o_proj", "out_proj", "dense", "proj"})
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-# The layers that mix channels in convolutional networks of the ConvNeXt kind.
-_POINTWISE = frozenset({"pwconv1", "pwconv2"})
-# Where models keep the layers that make the logits: `classifier`, `classifier.1`, `cls_classifier`, `head`, `fc`.
-_HEAD = re.compile(r"\w*classifier\w*|\w*head|fc")
 # Spread of a new head's weights. Zeros would leave the backbone without gradients, which some initialisations need.
 NEW_HEAD_STD = 0.02
+_REMEDY = "give a folder that save_pretrained wrote, with safetensors weights, or a hub name"
 
 
-# -------------------------------------------------------------------------------------------------------- the pictures
-
-
-@dataclass(frozen=True)
-class ImagePreparation:
-    """How a picture becomes what the base sees: its image processor's recipe, in two halves.
-
-    `crop` is done once; augmentation comes between it and `normalize`, which is part of the training step.
+class ClassifierOptions(TypedDict, total=False):
+    """What the training adds to a base; each may be left out.
 
     Attributes:
-        resolution: side of the square that the base sees, in pixels.
-        shorter_side: to which a picture is resized before its centre is cut out.
-        mean, std: of the channels, as the processor scales them.
-        scale: what a pixel of 1.0 is multiplied by before that.
-        reverse_channels: whether the base wants blue first.
-        resample: Pillow's resampling filter.
-        processor: the image processor, for saving.
+        augmentation: what happens to the images of a training step; nothing by default.
+        label_smoothing: of the cross entropy; 0 by default.
+        mixup_alpha: of mixup; 0, the default, is off.
+        head_seed: of a new output layer's weights; 0 by default.
     """
 
-    resolution: int
-    shorter_side: int
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    scale: float = 1.0
-    reverse_channels: bool = False
-    resample: int = int(Image.Resampling.BILINEAR)
-    processor: Any = field(default=None, repr=False, compare=False)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        resolution: int | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-    ) -> ImagePreparation:
-        """Read a base's image processor.
-
-        Args:
-            path: folder or hub name of the base.
-            resolution: side of the square, instead of the processor's; the margin is cut in the same proportion.
-            revision: hub revision.
-            cache_dir: where downloads are kept; Hugging Face's own place by default.
-
-        Raises:
-            FileNotFoundError: when there is no such base, or it has no image processor.
-            ValueError: when its pictures are not square or have no size.
-        """
-        name = os.fspath(path)
-        check_transformers_folder(name, bare_names=True, weights=False)
-        # The processors on Pillow and numpy: torchvision is not needed. transformers 5 has renamed the option.
-        renamed = importlib.util.find_spec("transformers.image_processing_backends") is not None
-        options: dict[str, Any] = {"backend": "pil"} if renamed else {"use_fast": False}
-        source: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-        source |= hub_options("base model", name, "config.json", **source)
-        what = "image processor of the base model"
-        with loading_errors(what, name, "save the image processor into the folder"):
-            processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **source, **options)
-        with loading_errors(what, name, "correct its preprocessor_config.json, or copy it again"):
-            return cls._of_processor(name, processor, resolution)
-
-    @classmethod
-    def _of_processor(cls, name: str, processor: Any, resolution: int | None) -> ImagePreparation:
-        """The recipe of an image processor."""
-        settings: dict[str, Any] = processor.to_dict()
-        size = _as_sides(settings.get("size"))
-        crop = _as_sides(settings.get("crop_size")) if settings.get("do_center_crop") else {}
-        whole, cut = _side(name, size), _side(name, crop) if crop else None
-        if cut is None:
-            cut = whole
-            if settings.get("crop_pct") and whole < 384:  # ConvNeXt's way to say that a margin is cut off
-                whole = int(whole / settings["crop_pct"])
-        if resolution is not None:
-            whole, cut = max(resolution, round(whole * resolution / cut)), resolution
-        scale = 255.0 * float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 255.0
-        normalizes, resample = settings.get("do_normalize", False), settings.get("resample")
-        return cls(
-            resolution=cut,
-            shorter_side=max(whole, cut),
-            mean=tuple(settings["image_mean"]) if normalizes else (0.0, 0.0, 0.0),
-            std=tuple(settings["image_std"]) if normalizes else (1.0, 1.0, 1.0),
-            scale=scale,
-            reverse_channels=bool(settings.get("do_flip_channel_order", False)),
-            resample=int(Image.Resampling.BILINEAR if resample is None else resample),
-            processor=processor,
-        )
-
-    def crop(self, image: Image.Image) -> Tensor:
-        """The centre of a picture: (3, resolution, resolution) uint8."""
-        image = image.convert("RGB")
-        factor = self.shorter_side / min(image.size)
-        size = tuple(max(self.shorter_side, round(side * factor)) for side in image.size)
-        if size != image.size:
-            image = image.resize((size[0], size[1]), Image.Resampling(self.resample))
-        left, top = (image.width - self.resolution) // 2, (image.height - self.resolution) // 2
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
-        return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """What the base takes, of (batch, 3, height, width) in [0, 1]."""
-        mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        images = (images * self.scale - mean) / std
-        return images.flip(1) if self.reverse_channels else images
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the image processor, at this resolution."""
-        processor, side = self.processor, {"height": self.resolution, "width": self.resolution}
-        settings: dict[str, Any] = processor.to_dict()
-        if settings.get("do_center_crop"):
-            processor.crop_size = side
-            processor.size = {"shortest_edge": self.shorter_side}
-        elif "shortest_edge" in (settings.get("size") or {}):
-            processor.size = {"shortest_edge": self.resolution}
-        else:
-            processor.size = side
-        processor.save_pretrained(os.fspath(directory))
-
-
-def _as_sides(size: Any) -> dict[str, int]:
-    """A processor's size by side; old ones give a number."""
-    return {"height": size, "width": size} if isinstance(size, int) else dict(size or {})
-
-
-def _side(name: str, size: Mapping[str, int]) -> int:
-    """The side of a square, or the shorter one that pictures are resized to."""
-    sides = {value for key in ("height", "width", "shortest_edge") if (value := size.get(key))}
-    if len(sides) != 1:
-        raise BrokenModelError(
-            f"the image processor of base model {name!r} gives images a size of {dict(size)}; only squares are "
-            "supported: set height and width to the same number in its preprocessor_config.json"
-        )
-    return int(sides.pop())
-
-
-# --------------------------------------------------------------------------------------------------------- the family
+    augmentation: Augmentation | None
+    label_smoothing: float
+    mixup_alpha: float
+    head_seed: int
 
 
 @dataclass
@@ -217,7 +101,7 @@ class ClassifierFamily(EvaluationMode):
         outputs = match_labels(self.class_names, self.labels)
         if None in outputs:
             missing = [name for name, output in zip(self.class_names, outputs, strict=True) if output is None]
-            raise ValueError(f"the model has no label for the classes {_some(missing)}; give it a new head")
+            raise ValueError(f"the model has no label for the classes {some_of(missing)}; give it a new head")
         self.outputs = torch.tensor(outputs)
         self._head_names = head_layers(self.model)
         heads = {id(p) for name in self._head_names for p in self.model.get_submodule(name).parameters()}
@@ -239,15 +123,12 @@ class ClassifierFamily(EvaluationMode):
         *,
         class_names: Sequence[str],
         head: Literal["auto", "new", "keep"] = "auto",
-        head_seed: int = 0,
         preparation: ImagePreparation | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         weight_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        augmentation: Augmentation | None = None,
-        label_smoothing: float = 0.0,
-        mixup_alpha: float = 0.0,
+        **options: Unpack[ClassifierOptions],
     ) -> ClassifierFamily:
         """Load a base from a local folder or a hub name, frozen; only safetensors weights are read.
 
@@ -256,21 +137,20 @@ class ClassifierFamily(EvaluationMode):
             class_names: of the data, in the order of its labels.
             head: `keep` the base's output layer, whose labels the classes must be (in any case, with spaces, hyphens or
                 underscores); make a `new` one; or `auto`, which keeps it where it can.
-            head_seed: of a new output layer's weights.
             preparation: how pictures are prepared; that of the base's image processor by default.
             revision: hub revision of the base.
             cache_dir: where downloads are kept; Hugging Face's own place by default.
             weight_dtype: dtype of the backbone. The output layer stays in float32.
             device: where it goes.
-            augmentation: what happens to the images of a training step; nothing by default.
-            label_smoothing: of the cross entropy.
-            mixup_alpha: of mixup; 0 is off.
+            **options: see `ClassifierOptions`.
 
         Raises:
             FileNotFoundError: when there is no such base, or it has no safetensors weights or image processor.
+            TypeError: for an option that there is not.
             ValueError: when it is no image classifier and has no class for one, lacks weights, or its labels are not
                 the classes that `head="keep"` needs.
         """
+        check_option_names(cls, options, ClassifierOptions.__annotations__)
         name = os.fspath(path)
         if head not in HEADS:
             raise ValueError(f"head {head!r} is none of {', '.join(HEADS)}")
@@ -280,51 +160,27 @@ class ClassifierFamily(EvaluationMode):
             preparation = ImagePreparation.from_pretrained(name, revision=revision, cache_dir=cache_dir)
         source: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
         source |= hub_options("base model", name, "config.json", **source)
-        remedy = "give a folder that save_pretrained wrote, with safetensors weights, or a hub name"
-        with loading_errors("base model", name, remedy):
+        with loading_errors("base model", name, _REMEDY):
             config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
-        keep = head != "new" and None not in match_labels(class_names, _labels(config))
-        if head == "keep" and not keep:
-            labels = _labels(config)
-            unknown = [c for c, o in zip(class_names, match_labels(class_names, labels), strict=True) if o is None]
+        unknown = [] if head == "new" else _unknown_classes(class_names, config)
+        if head == "keep" and unknown:
+            labels = list(labels_of(config))
             raise ValueError(
-                f"base model {name!r} has no label for the classes {_some(unknown)} (it has {_some(list(labels))}); "
-                "rename the classes, or make a new head (head='new', --head new)"
+                f"base model {name!r} has no label for the classes {some_of(unknown)} (it has {some_of(labels)}); "
+                "rename the classes, or make a new head (head='new')"
             )
-        if not keep:
-            source["id2label"] = dict(enumerate(class_names))
-            source["label2id"] = {class_name: output for output, class_name in enumerate(class_names)}
-        kind = AutoModelForImageClassification
-        with _class_errors(name, config):
-            model, problems = load_model(
-                kind, name, what="base model", remedy=remedy, **source, **dtype_option(weight_dtype)
-            )
-        _check_inputs(name, model)
-        heads = head_layers(model)
-        in_heads = {key: {k for k in keys if k.rpartition(".")[0] in heads} for key, keys in problems.items()}
-        in_body = {key: keys - in_heads[key] for key, keys in problems.items()}
-        check_complete(in_body, model, f"the base model {name!r}")
-        if keep and (in_heads["missing"] or in_heads["mismatched"]):
-            raise ValueError(
-                f"base model {name!r} names the classes but has no trained head for them; make a new one "
-                "(head='new', --head new)"
-            )
-        generator = torch.Generator().manual_seed(head_seed)
-        for layer in heads:
-            linear: nn.Linear = model.get_submodule(layer).float()
-            if not keep:
-                linear.weight.data = NEW_HEAD_STD * torch.randn(linear.weight.shape, generator=generator)
-                if linear.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
-                    linear.bias.data.zero_()
+        new_labels = class_names if head == "new" or unknown else None
+        model = _load_model(name, config, new_labels, {**source, **dtype_option(weight_dtype)})
+        _prepare_heads(model, None if new_labels is None else options.get("head_seed", 0))
         check_finite(model, f"the base model {name!r}")
         return cls(
             model.requires_grad_(False).eval().to(device),
             preparation,
             tuple(class_names),
-            augmentation=augmentation or Augmentation(),
-            label_smoothing=label_smoothing,
-            mixup_alpha=mixup_alpha,
-            has_new_head=not keep,
+            augmentation=options.get("augmentation") or Augmentation(),
+            label_smoothing=options.get("label_smoothing", 0.0),
+            mixup_alpha=options.get("mixup_alpha", 0.0),
+            has_new_head=new_labels is not None,
         )
 
     # ---- the model family
@@ -342,7 +198,7 @@ class ClassifierFamily(EvaluationMode):
     @property
     def labels(self) -> dict[str, int]:
         """The model's labels and their outputs."""
-        return _labels(self.model.config)
+        return labels_of(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -411,91 +267,49 @@ class ClassifierFamily(EvaluationMode):
             return self.model(pixel_values=inputs, **self._options).logits.float()
 
 
-# ---------------------------------------------------------------------------------------------------------- the layers
+def _load_model(name: str, config: Any, new_labels: Sequence[str] | None, options: Mapping[str, Any]) -> Any:
+    """Load the weights of a base, every one of the backbone accounted for.
 
-
-def projections(model: nn.Module) -> list[str]:
-    """Names of the layers that get an adapter when nothing is said: attention's linear layers, or pointwise ones.
-
-    Layers inside `nn.MultiheadAttention` are none of them: it never calls them as modules.
-
-    Raises:
-        ValueError: when there are none (lists the linear layers).
-    """
-    fused = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not (fused and name.startswith(fused))
-    ]
-    attention: list[str] = []
-    for name in linear:
-        parent, _, own = name.rpartition(".")
-        if _ATTENTION.search(parent) and own in _ATTENTION_INPUTS | _ATTENTION_OUTPUTS:
-            attention.append(name)
-    found = attention or [name for name in linear if name.rpartition(".")[2] in _POINTWISE]
-    if not found:
-        endings = sorted({name.rpartition(".")[2] for name in linear if name not in head_layers(model)})
-        raise ValueError(
-            f"{type(model).__name__} has no attention and no pointwise layers; name the layers (--lora_layers): its "
-            f"linear layers end in {', '.join(endings[:12]) or 'nothing, and only these can have a LoRA'}"
-        )
-    return found
-
-
-def head_layers(model: nn.Module) -> list[str]:
-    """Names of the linear layers that make the logits: one, or as many as distilled models have.
+    Args:
+        name: folder or hub name.
+        config: of the base.
+        new_labels: labels of a new head, whose weights are then to be drawn; None keeps the base's own.
+        options: of transformers' `from_pretrained`.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: when it is no classifier of images, lacks weights of its backbone, or those of a head that is kept.
     """
-    num_labels = len(_labels(cast(Any, model).config))
-    named = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module.out_features == num_labels
-        and any(_HEAD.fullmatch(part) for part in name.split("."))
-        and not _ATTENTION.search(name)
-    ]
-    # Pooling layers may be called a head, too; the output layer is the outermost.
-    top = min((name.count(".") for name in named), default=0)
-    heads = [name for name in named if name.count(".") == top]
-    if not heads:
-        raise ValueError(
-            f"{type(model).__name__} has no linear output layer for its {num_labels} labels under a name such as "
-            "classifier or head; give a base that ends in one"
+    labels: dict[str, Any] = {}
+    if new_labels is not None:
+        labels["id2label"] = dict(enumerate(new_labels))
+        labels["label2id"] = {label: output for output, label in enumerate(new_labels)}
+    with _class_errors(name, config):
+        model, problems = load_model(
+            AutoModelForImageClassification, name, what="base model", remedy=_REMEDY, **options, **labels
         )
-    return heads
+    _check_inputs(name, model)
+    heads = head_layers(model)
+    in_heads = {key: {k for k in keys if k.rpartition(".")[0] in heads} for key, keys in problems.items()}
+    in_body = {key: keys - in_heads[key] for key, keys in problems.items()}
+    check_complete(in_body, model, f"the base model {name!r}")
+    if new_labels is None and (in_heads["missing"] or in_heads["mismatched"]):
+        raise ValueError(
+            f"base model {name!r} names the classes but has no trained head for them; make a new one (head='new')"
+        )
+    return model
 
 
-def match_labels(class_names: Sequence[str], labels: Mapping[str, int]) -> list[int | None]:
-    """The output of every class, by its name: the same text, or the same but for case, spaces, hyphens, underscores."""
-
-    def loose(text: str) -> str:
-        return re.sub(r"[\s_-]+", " ", text).strip().casefold()
-
-    by_loose: dict[str, list[int]] = {}
-    for label, output in labels.items():
-        by_loose.setdefault(loose(label), []).append(output)
-    matched: list[int | None] = []
-    for name in class_names:
-        similar = by_loose.get(loose(name), [])
-        matched.append(labels[name] if name in labels else similar[0] if len(similar) == 1 else None)
-    return matched
-
-
-def _labels(config: Any) -> dict[str, int]:
-    """Label -> output, in the order of the outputs."""
-    pairs = sorted((int(output), str(label)) for output, label in cast("dict[Any, Any]", config.id2label).items())
-    labels: dict[str, int] = {}
-    for output, label in pairs:
-        # a label that two outputs share (ImageNet's "crane") would hide one of them
-        labels[label if label not in labels else f"{label} ({output})"] = output
-    return labels
-
-
-# ---------------------------------------------------------------------------------------------------------- the checks
+def _prepare_heads(model: nn.Module, seed: int | None) -> None:
+    """Put the output layers into float32, and draw new weights for them where there is a seed."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    for layer in head_layers(model):
+        linear = cast(nn.Linear, model.get_submodule(layer).float())
+        if generator is None:
+            continue
+        linear.weight.data = NEW_HEAD_STD * torch.randn(linear.weight.shape, generator=generator)
+        bias = cast("nn.Parameter | None", linear.bias)
+        if bias is not None:
+            bias.data.zero_()
 
 
 def check_base(name: str) -> None:
@@ -507,12 +321,18 @@ def check_base(name: str) -> None:
     check_transformers_folder(name, bare_names=True)
 
 
+def _unknown_classes(class_names: Sequence[str], config: Any) -> list[str]:
+    """The classes that are no labels of a base."""
+    outputs = match_labels(class_names, labels_of(config))
+    return [name for name, output in zip(class_names, outputs, strict=True) if output is None]
+
+
 def _check_class_names(class_names: Sequence[str]) -> None:
     if len(class_names) < 2:
         raise ValueError(f"a classifier needs at least two classes, got {list(class_names)}")
     twice = sorted({name for name in class_names if list(class_names).count(name) > 1})
     if twice:
-        raise ValueError(f"class names must differ, but {_some(twice)} come more than once")
+        raise ValueError(f"class names must differ, but {some_of(twice)} come more than once")
 
 
 def _check_inputs(name: str, model: Any) -> None:
@@ -539,8 +359,3 @@ def _class_errors(name: str, config: Any) -> Generator[None, None, None]:
             f"base model {name!r} is of type {config.model_type!r}, for which transformers has no image classifier; "
             "give a ViT, DeiT, BEiT, DINOv2, Swin, ConvNeXt, CLIP or SigLIP (whole, not its vision part alone)"
         ) from error
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorainit_diffusers.families.base import AdaptedModules, EvaluationMode
 from lorainit_diffusers.families.pipelines import CLIP_ENCODERS, check_base, load_base
-from lorainit_diffusers.families.pretrained import autocast
+from lorainit_diffusers.families.pretrained import autocast, check_option_names
 from lorainit_diffusers.ranges import check_step
 
 if TYPE_CHECKING:
@@ -103,9 +103,12 @@ class BaseParts(_Parts, EvaluationMode, ABC):
         Raises:
             FileNotFoundError: when there is no such base or VAE, it has no safetensors weights, or the hub cannot be
                 reached.
+            TypeError: for an option that the family has not.
             ValueError: when the base is of another family or broken (weights that are missing, left over, of another
                 shape or not finite), or an option is out of its range.
         """
+        own = {option.name for option in fields(cls) if option.init and option.kw_only}
+        check_option_names(cls, options, own | set(cls.OPTIONS))
         base = load_base(
             cls,
             os.fspath(path),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,3 +19,16 @@ def dtype_option(dtype: torch.dtype) -> dict[str, Any]:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Mixed precision for a base that is held in half precision; nothing for others."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16))
+
+
+def check_option_names(family: type, options: Mapping[str, Any], known: Collection[str]) -> None:
+    """See that a family has the options that its `from_pretrained` was given, before anything is loaded.
+
+    Raises:
+        TypeError: as Python's own for a keyword that a function does not take; names the closest one.
+    """
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(known))}"
+            raise TypeError(f"{family.__name__}.from_pretrained has no option {name!r}{meant}")

@@ -261,7 +261,7 @@ def test_answers_alone_are_trained_on(family: VisionLanguageFamily) -> None:
     prompt = family.encode_prompt(ask("What is this?"), [make_image(0)])
     assert "labels" not in prompt
     assert torch.equal(prompt["input_ids"][0], features["input_ids"][0, :first])  # generation starts where answers do
-    images = torch.isin(features["input_ids"], family._image_tokens)
+    images = torch.isin(features["input_ids"], family.conversations.image_tokens)
     assert int(images.sum()) == NUM_IMAGE_TOKENS
 
 
@@ -300,7 +300,7 @@ def test_special_tokens_in_texts_are_text(family: VisionLanguageFamily, token: s
     special = family.tokenizer.all_special_ids
     specials = [[i for i in sample["input_ids"][0].tolist() if i in special] for sample in (features, plain)]
     assert specials[0] == specials[1]
-    assert specials[0].count(int(family._image_tokens[0])) == NUM_IMAGE_TOKENS
+    assert specials[0].count(int(family.conversations.image_tokens[0])) == NUM_IMAGE_TOKENS
     assert answer_text(family, features).strip() == f"{token} red{token} apple {token}{family.tokenizer.eos_token}"
     text = family.tokenizer.decode(features["input_ids"][0])
     assert f"What is {token}{token}?" in text
@@ -674,4 +674,4 @@ def test_merged_models_load_without_peft(llava: VisionLanguageFamily, tmp_path: 
 def test_an_end_that_the_tokenizer_does_not_know(tmp_path: Path) -> None:
     write_llava(tmp_path)
     edit_json(tmp_path / "generation_config.json", eos_token_id=[1, 3])
-    assert VisionLanguageFamily.from_pretrained(tmp_path)._end_tokens == {1, 3}
+    assert VisionLanguageFamily.from_pretrained(tmp_path).conversations.end_tokens == {1, 3}

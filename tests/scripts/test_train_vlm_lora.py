@@ -680,7 +680,7 @@ def test_all_that_are_too_long_are_counted(base: Path, tmp_path: Path) -> None:
 
 def test_texts_beyond_the_memory_are_checked_too(base: Path, tmp_path: Path) -> None:
     family = VisionLanguageFamily.from_pretrained(base)
-    family._plain_text._end_ids.add(family.tokenizer.convert_tokens_to_ids("\u010a"))
+    family.conversations.plain_text._end_ids.add(family.tokenizer.convert_tokens_to_ids("\u010a"))
     records = read_questions(write_answers(tmp_path, ["red", "red\napple"]), flag="f")
     encoded = EncodedQuestions(family, records, None, num_bytes=0)
     with pytest.raises(ValueError, match=r"train\.jsonl, line 2: message 2 has the token"):
