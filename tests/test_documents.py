@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
+import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -153,6 +157,84 @@ def test_named_missing_tests_are_found():
     assert missing_tests(f"{text} `tests/data/test_documents.py`") == [
         *("test_gone", "tests/test_gone.py", "tests/data/test_documents.py"),
     ]
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OURS = ("lorainit_diffusers", "train_scripts", "tests", "docs", "assets", "benchmarks", ".ci")
+
+
+def missing_paths(text: str) -> list[str]:
+    """The files and folders of this repository that a text names between back quotes and that are not there."""
+    named = re.findall(rf"`((?:{'|'.join(map(re.escape, OURS))})/[\w./*-]*)`", text)
+    return [name for name in named if "NAME" not in name and not any(ROOT.glob(name.rstrip("/")))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_files_that_pages_name_are_there(path: Path) -> None:
+    assert missing_paths(path.read_text(encoding="utf-8")) == []
+
+
+def test_missing_paths_are_found():
+    text = "`tests/test_documents.py` `tests/test_*s.py` `docs/` `lorainit_diffusers/methods/NAME.py` `tests/gone.py`"
+    assert missing_paths(f"{text} `gone/gone.py` `docs/gone_*.md` `families/gone.py`") == [
+        *("tests/gone.py", "docs/gone_*.md"),
+    ]
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The commands of the Bash blocks of a page that run a script of ours, without what starts it."""
+    found: list[list[str]] = []
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        lines = block.replace("\\\n", " ").splitlines()
+        values = dict(re.findall(r"^(\w+)=\"([^\"]*)\"$", "\n".join(lines), re.MULTILINE))
+        for line in lines:
+            for name in re.findall(r"\$(\w+)", line):
+                line = line.replace(f"${name}", values.get(name, ""))
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                start = next((n for n, word in enumerate(words) if word.startswith("train_scripts/")), None)
+                if start is not None:
+                    found.append(words[start:])
+    return found
+
+
+@cache
+def flags_of(script: str, family: str | None) -> frozenset[str]:
+    """What `--help` of a script lists."""
+    chosen = [] if family is None else ["--family", family]
+    environment = {**os.environ, "COLUMNS": "200"}
+    command = [sys.executable, script, *chosen, "--help"]
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return frozenset(re.findall(r"--[\w-]+", shown.stdout))
+
+
+def unknown_flags(words: list[str]) -> list[str]:
+    family = words[words.index("--family") + 1] if "--family" in words else None
+    known = flags_of(words[0], family)
+    given = [word.partition("=")[0] for word in words[1:] if word.startswith("--")]
+    return [flag for flag in given if flag not in known and flag.replace("--no-", "--", 1) not in known]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_commands_that_pages_show_have_options_that_exist(path: Path) -> None:
+    for words in commands_of(path.read_text(encoding="utf-8")):
+        assert (ROOT / words[0]).is_file(), words[0]
+        assert unknown_flags(words) == [], " ".join(words)
+
+
+def test_commands_and_unknown_options_are_found():
+    text = (
+        "```bash\npip install -e . && accelerate launch train_scripts/a.py --init x # --not this\n"
+        'more="--rank 4 --seed 0"\npython train_scripts/b.py $more \\\n    --prompt "a b"\npython other.py --c\n```\n'
+        "```\ntrain_scripts/c.py --d\n```\n"
+    )
+    assert commands_of(text) == [
+        ["train_scripts/a.py", "--init", "x"],
+        ["train_scripts/b.py", "--rank", "4", "--seed", "0", "--prompt", "a b"],
+    ]
+    script = "train_scripts/train_sd_lora.py"
+    assert unknown_flags([script, "--rank", "4", "--no-random_flip", "--gone", "--init_option", "a=b"]) == ["--gone"]
+    assert commands_of((ROOT / "README.md").read_text(encoding="utf-8"))[0] == [script, "--init", "cntlora"]
 
 
 def test_the_documents_are_found():
