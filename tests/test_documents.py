@@ -71,6 +71,27 @@ def broken_links(path: Path) -> list[str]:
 DOCUMENTS = tracked_documents()
 
 
+def ragged_rows(text: str) -> list[str]:
+    """The rows of tables with more or fewer cells than the head of their table; a bar in code counts, as on GitHub."""
+    text = re.sub(r"^(`{3,}|~{3,}).*?^\1`*\s*$", "", text, flags=re.DOTALL | re.MULTILINE)
+    ragged: list[str] = []
+    for table in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        rows = table.splitlines()
+        bars = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+        ragged += [row for row, count in zip(rows, bars, strict=True) if count != bars[0]]
+    return ragged
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_tables_are_rectangular(path: Path) -> None:
+    assert ragged_rows(path.read_text(encoding="utf-8")) == []
+
+
+def test_ragged_rows_are_found():
+    table = "| a | b |\n|---|---|\n| 1 | `x \\| y` |\n| 2 | `x | y` |\n| 3 |\n"
+    assert ragged_rows(f"{table}\nText\n```\n| a |\n| b | c |\n```\n") == ["| 2 | `x | y` |", "| 3 |"]
+
+
 MAX_LINES, MAX_WORDS, MAX_WIDTH = 170, 2000, 119
 
 
