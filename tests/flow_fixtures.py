@@ -14,12 +14,14 @@ from diffusers import (
     Flux2Pipeline,
     FluxPipeline,
     Lumina2Pipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
 )
 from dit_fixtures import write_random_flux, write_random_sd3
 from flux2_fixtures import write_random_flux2
 from lumina2_fixtures import write_random_lumina2
 from PIL import Image
+from qwen_image_fixtures import write_random_qwen_image
 from torch import Tensor
 
 from lorainit_diffusers.export import save_diffusers_lora
@@ -34,6 +36,7 @@ WRITERS: dict[str, Any] = {
     "lumina2": write_random_lumina2,
     "flux2-dev": write_random_flux2,
     "flux2-klein": partial(write_random_flux2, klein=True),
+    "qwen_image": write_random_qwen_image,
 }
 STOCK: dict[str, type[DiffusionPipeline]] = {
     "sd3": StableDiffusion3Pipeline,
@@ -41,12 +44,13 @@ STOCK: dict[str, type[DiffusionPipeline]] = {
     "lumina2": Lumina2Pipeline,
     "flux2-dev": Flux2Pipeline,
     "flux2-klein": Flux2KleinPipeline,
+    "qwen_image": QwenImagePipeline,
 }
 KINDS = list(WRITERS)
 # Tokens where the usual ones take time. The system message of Flux 2 alone has 173 letters.
-TOKENS = {"flux": 24, "flux2-dev": 196, "flux2-klein": 24}
+TOKENS = {"flux": 24, "flux2-dev": 196, "flux2-klein": 24, "qwen_image": 256}
 # How a pipeline is told its guidance where it is not by `guidance_scale`.
-GUIDANCE: dict[str, dict[str, Any]] = {}
+GUIDANCE: dict[str, dict[str, Any]] = {"qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": ""}}
 CAPTIONS = ["cat 0", "a dog", "one long house"]
 
 

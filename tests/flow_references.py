@@ -41,6 +41,8 @@ SHIFTS: dict[str, Callable[[int], float]] = {
     "flux": lambda num_tokens: 1.0,
     "lumina2": lambda num_tokens: 6.0,
     "flux2": flux2_shift,
+    # from exp(0.5) at 256 tokens to exp(0.9) at 8192, as the test's base has it
+    "qwen_image": lambda num_tokens: math.exp(0.5 + 0.4 * (num_tokens - 256) / (8192 - 256)),
 }
 # Latents per side of a token.
 PATCHES = {"flux2": 1}
@@ -51,7 +53,10 @@ def noise_levels(kind: str, latents: Tensor) -> Tensor:
     family = kind.partition("-")[0]
     num_tokens = math.prod(side // PATCHES.get(family, 2) for side in latents.shape[-2:])
     shift, table = SHIFTS[family](num_tokens), torch.arange(1000, 0, -1) / 1000
-    return shift * table / (1 + (shift - 1) * table)
+    table = shift * table / (1 + (shift - 1) * table)
+    if family == "qwen_image":  # stretched so that the last is 0.02
+        table = 1 - (1 - table) * (1 - 0.02) / (1 - table[-1])
+    return table
 
 
 # ---- text and latents
@@ -73,12 +78,19 @@ def no_caption(family: Any, stock: Any, kind: str) -> Tensor:
 def text_tokens(kind: str, call: dict[str, Any]) -> list[Tensor]:
     """(tokens, width) of each sample that a transformer gets in a call, without padding that it is told of."""
     tokens = call["encoder_hidden_states"]
-    mask = call.get("encoder_attention_mask")
+    mask = call.get("encoder_attention_mask", call.get("encoder_hidden_states_mask"))
     return list(tokens) if mask is None else [row[keep.bool()] for row, keep in zip(tokens, mask, strict=True)]
 
 
 def clean_latents(family: Any, kind: str, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
     """A sample of the latents' posterior, as the transformer sees it."""
+    if kind == "qwen_image":  # a clip of one frame
+        posterior = family.vae.encode(batch["pixel_values"][:, :, None]).latent_dist
+        mean, std = posterior.mean[:, :, 0], posterior.std[:, :, 0]
+        sample = mean + std * torch.randn(mean.shape, generator=generator)
+        config = family.vae.config
+        shift, scale = (torch.tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
+        return (sample - shift) / scale
     posterior = family.vae.encode(batch["pixel_values"]).latent_dist
     if kind.startswith("flux2"):
         mean, std = (flux2_patches(values) for values in (posterior.mean, posterior.std))
@@ -170,11 +182,32 @@ def flux2_prediction(family: Any, noisy: Tensor, sigmas: Tensor, batch: dict[str
     return prediction.reshape(count, height, width, channels).permute(0, 3, 1, 2)
 
 
+def qwen_image_prediction(family: Any, noisy: Tensor, sigmas: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    hidden = family.text_encoder(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+    ).hidden_states[-1]
+    texts = [row[keep.bool()][34:] for row, keep in zip(hidden, batch["attention_mask"], strict=True)]
+    text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in texts], batch_first=True)
+    count, channels, height, width = noisy.shape
+    rows, columns = height // 2, width // 2
+    prediction = family.transformer(
+        hidden_states=noisy.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(count, -1, 4 * channels),
+        timestep=sigmas,
+        encoder_hidden_states=text,
+        encoder_hidden_states_mask=mask.bool(),
+        img_shapes=[[(1, rows, columns)]] * count,
+        return_dict=False,
+    )[0]
+    return prediction.reshape(count, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
+
+
 PREDICTIONS: dict[str, Callable[..., Tensor]] = {
     "sd3": sd3_prediction,
     "flux": flux_prediction,
     "lumina2": lumina2_prediction,
     "flux2": flux2_prediction,
+    "qwen_image": qwen_image_prediction,
 }
 
 

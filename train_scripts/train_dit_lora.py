@@ -39,6 +39,7 @@ FAMILIES = {
     "dit": "dit",
     "lumina2": "lumina2",
     "flux2": "flux2",
+    "qwen_image": "qwen-image",
 }
 
 

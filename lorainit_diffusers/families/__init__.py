@@ -24,6 +24,7 @@ TEXT_TO_IMAGE_FAMILIES = {
     "dit": ("pixart", "DiTFamily"),
     "lumina2": ("lumina2", "Lumina2Family"),
     "flux2": ("flux2", "Flux2Family"),
+    "qwen_image": ("qwen_image", "QwenImageFamily"),
 }
 
 

@@ -46,6 +46,7 @@ SCRIPTS = {
     "Lumina2Pipeline": "train_dit_lora.py --family lumina2",
     "Flux2Pipeline": "train_dit_lora.py --family flux2",
     "Flux2KleinPipeline": "train_dit_lora.py --family flux2",
+    "QwenImagePipeline": "train_dit_lora.py --family qwen_image",
 }
 
 Family = type["BaseParts"]
