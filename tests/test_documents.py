@@ -204,15 +204,19 @@ def test_missing_paths_are_found():
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """The commands of the Bash blocks of a page that run a script of ours, without what starts it."""
+    """The commands of a page that run a script of ours, without what starts it, in Bash or in no language."""
     found: list[list[str]] = []
-    for block in re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
+    for _, language, block in re.findall(r"^( *)```(\w*)\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE):
+        if language not in ("", "bash"):
+            continue
         lines = block.replace("\\\n", " ").splitlines()
         values = dict(re.findall(r"^(\w+)=\"([^\"]*)\"$", "\n".join(lines), re.MULTILINE))
         for line in lines:
             for name in re.findall(r"\$(\w+)", line):
                 line = line.replace(f"${name}", values.get(name, ""))
             for part in line.split("&&"):
+                if not re.match(r" *(python|accelerate|torchrun) ", part):
+                    continue
                 words = shlex.split(part, comments=True)
                 start = next((n for n, word in enumerate(words) if word.startswith("train_scripts/")), None)
                 if start is not None:
@@ -248,11 +252,13 @@ def test_commands_and_unknown_options_are_found():
     text = (
         "```bash\npip install -e . && accelerate launch train_scripts/a.py --init x # --not this\n"
         'more="--rank 4 --seed 0"\npython train_scripts/b.py $more \\\n    --prompt "a b"\npython other.py --c\n```\n'
-        "```\ntrain_scripts/c.py --d\n```\n"
+        "```\nit's output of train_scripts/c.py --d\n```\n```python\npython train_scripts/d.py\n```\n"
+        "- Command:\n\n  ```\n  torchrun --nproc_per_node 2 train_scripts/e.py --f\n  ```\n"
     )
     assert commands_of(text) == [
         ["train_scripts/a.py", "--init", "x"],
         ["train_scripts/b.py", "--rank", "4", "--seed", "0", "--prompt", "a b"],
+        ["train_scripts/e.py", "--f"],
     ]
     script = "train_scripts/train_sd_lora.py"
     assert unknown_flags([script, "--rank", "4", "--no-random_flip", "--gone", "--init_option", "a=b"]) == ["--gone"]
