@@ -13,6 +13,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import torch
+from PIL import Image
 from sd_fixtures import ROOT
 
 
@@ -263,6 +265,35 @@ def test_commands_and_unknown_options_are_found():
     script = "train_scripts/train_sd_lora.py"
     assert unknown_flags([script, "--rank", "4", "--no-random_flip", "--gone", "--init_option", "a=b"]) == ["--gone"]
     assert commands_of((ROOT / "README.md").read_text(encoding="utf-8"))[0] == [script, "--init", "cntlora"]
+
+
+def python_block(path: Path, heading: str) -> str:
+    """The first block of Python under a heading."""
+    part = path.read_text(encoding="utf-8").partition(f"\n## {heading}")[2]
+    return part.partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_readmes_ten_lines_and_the_tutorials_use_of_a_lora_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
+    lines = python_block(ROOT / "README.md", "In ten lines").replace('"my-lora"', repr(str(tmp_path)))
+    exec(lines, {"my_loader": [(images, ["a cat", "a dog"])] * 4})
+    assert "init cntlora: 56 layers, ranks " in capsys.readouterr().out
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+
+    lines = python_block(ROOT / "docs" / "tutorial.md", "6. Use it")
+    for old, new in (
+        ('"outputs/sd-lora-cntlora/best"', repr(str(tmp_path))),
+        ('"house.png"', repr(str(tmp_path / "house.png"))),
+        ("num_inference_steps=25", "num_inference_steps=2"),
+    ):
+        assert old in lines
+        lines = lines.replace(old, new)
+    exec(lines, {})
+    assert Image.open(tmp_path / "house.png").size == (64, 64)
 
 
 def test_the_documents_are_found():
