@@ -6,7 +6,7 @@ entered it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -164,3 +164,17 @@ def model_state_preserved(modules: Mapping[str, nn.Module]) -> Generator[None, N
                 module.training = mode
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
+    """Evaluation mode without gradients inside the block; afterwards the modules' modes are what they were."""
+    modes = [(module, module.training) for module in modules]
+    try:
+        for module, _ in modes:
+            module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.train(training)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lorainit_diffusers import checkpoints
-from lorainit_diffusers.checkpoints import (
+from lorainit_diffusers.training import checkpoints
+from lorainit_diffusers.training.checkpoints import (
     find_checkpoint,
     list_checkpoints,
     load_training_state,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorainit_diffusers.checkpoints import swap_in
 from lorainit_diffusers.files import TEMPORARY_SUFFIX, announce, write_json
+from lorainit_diffusers.training.checkpoints import swap_in
 
 BEST_NAME = "best"
 DESCRIPTION_NAME = "best.json"

@@ -15,3 +15,21 @@ BUNDLED_BASES = {
 BUNDLED_DATA = ROOT / "assets" / "data" / "high-contrast"
 BUNDLED_CLASSES = ROOT / "assets" / "data" / "high-contrast-classes"
 BUNDLED_QUESTIONS = ROOT / "assets" / "data" / "high-contrast-questions"
+
+
+def bundled(place: str | Path, flag: str) -> str:
+    """A bundled base or data set, for whoever has given none of his own.
+
+    Args:
+        place: where it lies.
+        flag: that would name another one.
+
+    Raises:
+        ValueError: when it is not there; says where it is, and what to give instead.
+    """
+    if not Path(place).exists():
+        raise ValueError(
+            f"{flag} is missing, and the bundled {Path(place).name} is part of the repository of lorainit-diffusers, "
+            f"not of the installed package (it would be at {str(place)!r}): give your own, or run in a checkout"
+        )
+    return str(place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Generator, MutableMapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,14 +16,24 @@ import torch
 _SECRETS = ("--hub_token",)
 
 
-@contextmanager
-def timing(seconds: MutableMapping[str, float], part: str) -> Generator[None, None, None]:
-    """Add the seconds that the block takes to those of this part."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - started
+class Stopwatch:
+    """Seconds by part of a run.
+
+    Args:
+        parts: that are shown even where they take no time.
+    """
+
+    def __init__(self, *parts: str) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(parts, 0.0)
+
+    @contextmanager
+    def part(self, name: str) -> Generator[None, None, None]:
+        """Add the seconds that the block takes to those of this part."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def peak_memory(device: str) -> str:

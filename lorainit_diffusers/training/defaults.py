@@ -7,14 +7,14 @@ batches), and for vision-language models what TRL and the recipes of the models 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorainit_diffusers.training.banner import Line
+from lorainit_diffusers.training.options.fields import Options, default_of
 
 # A local base whose weights take no more than this is a tiny one; the smallest real ones take more.
 TINY_BYTES = 64_000_000
@@ -76,21 +76,13 @@ def defaults_of(family: str, base: str | None) -> RunDefaults:
     return (TINY if is_tiny(base) else REAL)[family]
 
 
-def parse_with_defaults(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, family: str | Callable[[argparse.Namespace], str]
-) -> argparse.Namespace:
-    """The command line, where options that are not given are what suits the base.
-
-    Args:
-        parser: of the script; it has `--pretrained_model_name_or_path`.
-        argv: the texts of the command line; the process's own when left out.
-        family: of the base, or a function that finds it among the options.
-    """
-    first = parser.parse_args(argv)  # the base and its family decide what the others are
-    name = family if isinstance(family, str) else family(first)
-    base: str | None = first.pretrained_model_name_or_path
-    parser.set_defaults(**dataclasses.asdict(defaults_of(name, base)), defaults_of=name + " (tiny)" * is_tiny(base))
-    return parser.parse_args(argv)
+def usual_value(options: Options, name: str) -> Any:
+    """What an option is when nobody gives it, for a run with these options; `None` where there is no such option."""
+    base: str | None = getattr(options, "pretrained_model_name_or_path", None)
+    family: str = getattr(options, "family_name", "")
+    if family in REAL and name in {field.name for field in dataclasses.fields(RunDefaults)}:
+        return getattr(defaults_of(family, base), name)
+    return default_of(type(options), name)
 
 
 def describe_defaults(option: str, families: Sequence[str]) -> str:
@@ -100,24 +92,22 @@ def describe_defaults(option: str, families: Sequence[str]) -> str:
     return f"default {real}" if real == tiny else f"default {real}; {tiny} for tiny bases, such as the bundled ones"
 
 
-def default_lines(options: Mapping[str, Any]) -> list[Line]:
-    """What the banner says of options that are at their family's default; nothing where a run has no such defaults.
+def default_lines(family: str, base: str | None, options: Mapping[str, Any]) -> list[Line]:
+    """What the banner says of options that are at their family's default.
 
     Args:
-        options: all options of a run, `defaults_of` among them.
+        family: of the base.
+        base: folder or hub name.
+        options: all options of a run by name.
     """
-    label: str | None = options.get("defaults_of")
-    if label is None:
-        return []
-    family = label.removesuffix(" (tiny)")
-    table = dataclasses.asdict((TINY if label != family else REAL)[family])
+    table = dataclasses.asdict(defaults_of(family, base))
     kept = [
         _NAMES[name].format(_shown(value))
         for name, value in table.items()
         if options.get(name) == value and not (name == "gradient_accumulation_steps" and value == 1)
     ]
-    base = f"the tiny bases of {family}" if label != family else family
-    return [("defaults", f"for {base}: {', '.join(kept)}")] if kept else []
+    which = f"the tiny bases of {family}" if is_tiny(base) else family
+    return [("defaults", f"for {which}: {', '.join(kept)}")] if kept else []
 
 
 def _by_family(option: str, families: Sequence[str], table: Mapping[str, RunDefaults]) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from lorainit_diffusers import files
-from lorainit_diffusers.checkpoints import list_checkpoints, recover_checkpoints
+from lorainit_diffusers.training.checkpoints import list_checkpoints, recover_checkpoints
 from lorainit_diffusers.training.places import check_apart, check_can_be_output, is_inside
 from lorainit_diffusers.training.run_lock import RunLock
 from lorainit_diffusers.training.run_mark import (

@@ -114,6 +114,15 @@ def describe_ranges(parser: argparse.ArgumentParser, ranges: Mapping[str, Range]
             action.help = f"{action.help or ''} {note}".strip()
 
 
+def check_numbers(values: Mapping[str, Any], parser: argparse.ArgumentParser, ranges: Mapping[str, Range]) -> None:
+    """Check the numbers that a parser has read.
+
+    Raises:
+        ValueError: naming the first one that is out of its range, its value and the remedy.
+    """
+    check_options(values, numeric_options(parser), ranges)
+
+
 def check_options(
     values: Mapping[str, Any], names: Iterable[str] | None = None, ranges: Mapping[str, Range] = OPTION_RANGES
 ) -> None:

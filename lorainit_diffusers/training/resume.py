@@ -1,8 +1,8 @@
 """Whether a run that is resumed is the run that wrote the checkpoint: its options, its data and its base.
 
-Every option must be the same, but for those of `FREE_TO_CHANGE`, which decide nothing about the weights, and those of
-`PLACES`, which say where something is: what is there must be the same, wherever it lies. `data_identity` and
-`base_identity` say what is there, in plain values that a checkpoint keeps.
+Every option must be the same, but for those whose field says `MayChange`, since they decide nothing about the weights,
+and those that are a `Place`: what is there must be the same, wherever it lies. `data_identity` and `base_identity` say
+what is there, in plain values that a checkpoint keeps.
 """
 
 from __future__ import annotations
@@ -16,57 +16,8 @@ from typing import Any, cast
 
 import huggingface_hub
 
-# Options that a resumed run may have otherwise, and why.
-FREE_TO_CHANGE: dict[str, str] = {
-    "output_dir": "a run's directory may be moved or copied",
-    "overwrite_output_dir": "says what may happen to another run's files",
-    "resume_from_checkpoint": "says where to go on",
-    "dry_run": "trains nothing",
-    "max_train_steps": "compared with the step and the schedule instead",
-    "num_train_epochs": "another way to say --max_train_steps",
-    "validation_steps": "a validation draws its numbers apart from the training",
-    "sample_batch_size": "every image has its own seed",
-    "eval_batch_size": "every answer is its own",
-    "num_samples": "what the report shows",
-    "checkpointing_steps": "a checkpoint changes nothing in the run",
-    "checkpoints_total_limit": "says which checkpoints stay",
-    "keep_best": "says which weights stay beside the last",
-    "dataloader_num_workers": "batch k is a function of the seed and k",
-    "offload": "where frozen modules wait, not where they compute",
-    "gradient_checkpointing": "computes the same activations twice",
-    "report_to": "only looks on",
-    "logging_dir": "only looks on",
-    "export_rank": "of the files written at the end, which say it",
-    "pad_rank": "of the files written at the end, which say it",
-    "export_merged": "of the files written at the end",
-    "push_to_hub": "of the files written at the end",
-    "hub_model_id": "of the files written at the end",
-    "hub_private": "of the files written at the end",
-    "hub_token": "kept nowhere",
-    "cache_dir": "where downloads lie",
-}
-# Options that say where something is, and which identity says what is there.
-PLACES: dict[str, str] = {
-    "pretrained_model_name_or_path": "base",
-    "revision": "base",
-    "pretrained_vae_model_name_or_path": "VAE",
-    "train_data_dir": "training data",
-    "instance_data_dir": "training data",
-    "dataset_name": "training data",
-    "train_data_file": "training data",
-    "image_dir": "training data",
-    "validation_data_dir": "validation data",
-    "validation_data_file": "validation data",
-    "class_data_dir": "class images",
-}
-# What an option is when it is not given, where that depends on another one.
-DERIVED_DEFAULTS = {
-    "lora_alpha": "rank",
-    "init_batch_size": "train_batch_size",
-    "init_seed": "seed",
-    "text_encoder_lr": "learning_rate",
-    "head_lr": "learning_rate",
-}
+from lorainit_diffusers.training.options.fields import Facts
+
 # Schedules of which step k is the same however many steps there are.
 ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
 REMEDY = "resume with the same, or leave out --resume_from_checkpoint and give another --output_dir"
@@ -84,9 +35,9 @@ _WHOLE_FILE_BYTES, _NUM_BLOCKS, _BLOCK_BYTES = 64 * 2**20, 64, 2**16
 def option_differences(
     now: Mapping[str, Any],
     before: Mapping[str, Any],
+    facts: Mapping[str, Facts],
     *,
     defaults: Callable[[str], Any] = lambda name: None,
-    free: Collection[str] = FREE_TO_CHANGE.keys(),
     known: Collection[str] = (),
 ) -> dict[str, tuple[Any, Any]]:
     """The options that differ: name -> (value now, value before).
@@ -97,16 +48,17 @@ def option_differences(
     Args:
         now: options of this run.
         before: options of the run that wrote the checkpoint, as JSON has them.
+        facts: of the options: which may differ, and which say where something is.
         defaults: the default of an option.
-        free: options that may differ.
-        known: identities that are compared instead of the options of `PLACES` that name the place.
+        known: identities that are compared instead of the options that say where something is.
     """
     now = json.loads(json.dumps(dict(now), default=str))  # tuples and paths, as they are written
     found: dict[str, tuple[Any, Any]] = {}
     for name in dict.fromkeys((*now, *before)):
-        if name in free or PLACES.get(name) in known:
+        fact = facts.get(name, Facts())
+        if fact.may_change is not None or fact.place in known:
             continue
-        values = [_value(name, side, defaults) for side in (now, before)]
+        values = [_value(name, side, fact, defaults) for side in (now, before)]
         added_or_dropped = name not in now or name not in before
         if values[0] != values[1] and not (added_or_dropped and not any(values)):  # not given: None, False, 0, []
             found[name] = (values[0], values[1])
@@ -118,10 +70,10 @@ def describe_differences(found: Mapping[str, tuple[Any, Any]], where: str) -> li
     return [f"--{name} is {now!r}, but {where} {before!r}" for name, (now, before) in found.items()]
 
 
-def _value(name: str, side: Mapping[str, Any], defaults: Callable[[str], Any]) -> Any:
+def _value(name: str, side: Mapping[str, Any], fact: Facts, defaults: Callable[[str], Any]) -> Any:
     if name in side:
         return side[name]
-    derived = side.get(DERIVED_DEFAULTS.get(name, ""))
+    derived = side.get(fact.default_of.name) if fact.default_of is not None else None
     value = defaults(name) if derived is None else derived
     return json.loads(json.dumps(value, default=str))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorainit_diffusers import files
-from lorainit_diffusers.checkpoints import list_checkpoints
+from lorainit_diffusers.training.checkpoints import list_checkpoints
 from lorainit_diffusers.training.places import is_inside
 
 MARK = ".lorainit"

@@ -25,7 +25,7 @@ from sd_fixtures import write_images
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from lorainit_diffusers import checkpoints
+from lorainit_diffusers.training import checkpoints
 from lorainit_diffusers.families.sd import StableDiffusionFamily
 
 SIDE = 16

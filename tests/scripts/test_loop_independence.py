@@ -22,7 +22,7 @@ from script_fixtures import losses, run_main, weights
 from sd_fixtures import write_images
 from torch import Tensor
 
-from lorainit_diffusers import checkpoints
+from lorainit_diffusers.training import checkpoints
 from lorainit_diffusers.families.sd import StableDiffusionFamily
 from lorainit_diffusers.families.sd3 import StableDiffusion3Family
 

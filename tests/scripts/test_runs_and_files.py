@@ -33,7 +33,7 @@ from script_fixtures import argv_of, read_json, run_main
 from sd_fixtures import ROOT
 from vlm_fixtures import write_base, write_questions
 
-from lorainit_diffusers.checkpoints import list_checkpoints
+from lorainit_diffusers.training.checkpoints import list_checkpoints
 from lorainit_diffusers.training.output_dir import FILES_NAME, MARK, RUN_NAME
 from lorainit_diffusers.training.resume import FREE_TO_CHANGE, PLACES
 

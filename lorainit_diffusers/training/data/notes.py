@@ -47,3 +47,11 @@ def some(names: Sequence[str], limit: int = 5) -> str:
 def printable(name: str) -> str:
     """A file name that any terminal prints: bytes that are no text become question marks."""
     return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def print_once(text: str) -> None:
+    """Print in the main process alone."""
+    from torch import distributed  # reading data does without torch
+
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0):
+        print(text)

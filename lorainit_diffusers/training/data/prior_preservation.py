@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from common import derive_seed
-from common_data import ImageRecord, check_images, list_images
 from PIL import Image
 from torch import Tensor
 
 from lorainit_diffusers.files import write_text
 from lorainit_diffusers.progress import progress_bar
+from lorainit_diffusers.training.data.files import list_folder
+from lorainit_diffusers.training.data.images import ImageRecord, check_images
+from lorainit_diffusers.training.seeds import derive_seed
 
 SETTINGS_FILE = "class_images.json"
 
@@ -125,6 +126,11 @@ def pair_batches(
         sizes = [len(next(iter(batch.values()))) for batch in (instances, classes)]
         pair["is_class"] = torch.arange(sum(sizes)) >= sizes[0]
         yield pair
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files of a folder and its subfolders, sorted; none if it is not there."""
+    return list(list_folder(folder).images) if folder.is_dir() else []
 
 
 def _description(prompt: str, settings: Mapping[str, object]) -> dict[str, object]:

@@ -1,0 +1,177 @@
+"""Captioned images: decoded, cropped and scaled one by one, or as latents that are encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from lorainit_diffusers.progress import progress_bar
+from lorainit_diffusers.training.data.buckets import nearest_bucket
+from lorainit_diffusers.training.data.images import ImageRecord, image_size, load_image
+from lorainit_diffusers.training.seeds import derive_seed
+
+
+def image_to_tensor(
+    image: Image.Image,
+    size: tuple[int, int],
+    *,
+    center_crop: bool,
+    random_flip: bool,
+    generator: torch.Generator,
+    interpolation: str = "lanczos",
+) -> tuple[Tensor, tuple[int, int]]:
+    """Resize to cover `size`, crop, and scale to [-1, 1].
+
+    Returns:
+        The crop, (3, height, width) float32, and its (top, left) in the resized image. Of a mirrored crop that is its
+        place in the mirrored image, as in diffusers' SDXL scripts: the mirrored left is width - (left + crop width).
+    """
+    height, width = size
+    scale = max(width / image.width, height / image.height)
+    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if covering != image.size:
+        image = image.resize(covering, Image.Resampling[interpolation.upper()])
+    spare = torch.tensor([covering[0] - width, covering[1] - height])
+    if center_crop:
+        left, top = (spare // 2).tolist()
+    else:
+        left, top = (torch.rand(2, generator=generator, dtype=torch.float64) * (spare + 1)).long().tolist()
+    image = image.crop((left, top, left + width, top + height))
+    if random_flip and torch.rand(1, generator=generator).item() < 0.5:
+        image, left = ImageOps.mirror(image), covering[0] - (left + width)
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0, (top, left)
+
+
+class CaptionedImages(Dataset[dict[str, Tensor]]):
+    """Images, what belongs to each, and the sizes that SDXL is conditioned on.
+
+    Its keys are `(index, seed)`: crop, flip and posterior sample are functions of the seed. An item holds:
+
+    - `pixel_values`, (3, height, width) in [-1, 1], or `latents` once they are cached;
+    - the image's row of each of `columns`, such as token ids;
+    - `original_sizes`, `crop_top_lefts`, `target_sizes`: int64 (2,), vertical first. The image before it is resized,
+      the crop's corner in the resized image, and the crop.
+
+    Args:
+        records: the images.
+        columns: tensors with one row an image.
+        resolution: side of the square crops, unless there are buckets.
+        center_crop: crop the centre instead of a random place.
+        random_flip: mirror half of the draws.
+        interpolation: one of `INTERPOLATIONS`.
+        buckets: (height, width) of the crops: each image has that of the nearest aspect, `bucket_of_image`.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        columns: dict[str, Tensor],
+        resolution: int,
+        center_crop: bool,
+        random_flip: bool,
+        *,
+        interpolation: str = "lanczos",
+        buckets: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        self.records, self.columns = records, columns
+        self.center_crop, self.random_flip, self.interpolation = center_crop, random_flip, interpolation
+        self.buckets = [(resolution, resolution)] if buckets is None else list(buckets)
+        self.bucket_of_image = [0] * len(records)
+        if len(self.buckets) > 1:
+            with ThreadPoolExecutor() as pool:
+                sizes = list(pool.map(image_size, records))
+            self.bucket_of_image = [nearest_bucket(size, self.buckets) for size in sizes]
+        self._cache: dict[int, dict[str, Tensor]] | None = None  # by bucket, one row an image
+        self._cache_rows: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        index, seed = key
+        generator = torch.Generator().manual_seed(seed)
+        if self._cache is None:
+            item = self._crop(index, self.center_crop, self.random_flip, generator)
+        else:
+            cache = self._cache[self.bucket_of_image[index]]
+            item = {name: rows[self._cache_rows[index]] for name, rows in cache.items()}
+            mean, std = item.pop("mean"), item.pop("std")
+            item["latents"] = mean + std * torch.randn(mean.shape, generator=generator)
+        return {**item, **{name: column[index] for name, column in self.columns.items()}}
+
+    def _crop(self, index: int, center_crop: bool, random_flip: bool, generator: torch.Generator) -> dict[str, Tensor]:
+        image, size = load_image(self.records[index]), self.buckets[self.bucket_of_image[index]]
+        pixel_values, corner = image_to_tensor(
+            image,
+            size,
+            center_crop=center_crop,
+            random_flip=random_flip,
+            generator=generator,
+            interpolation=self.interpolation,
+        )
+        return {
+            "pixel_values": pixel_values,
+            "original_sizes": torch.tensor([image.height, image.width]),
+            "crop_top_lefts": torch.tensor(corner),
+            "target_sizes": torch.tensor(size),
+        }
+
+    def cache_latents(self, encode: Callable[[Tensor], tuple[Tensor, Tensor]], batch_size: int, progress: bool) -> None:
+        """Encode the centre of every image once; from then on items hold `latents`, freshly sampled.
+
+        Args:
+            encode: pixels (n, 3, height, width) to the mean and standard deviation of the latents' posterior.
+            batch_size: images that are encoded at once.
+            progress: show a bar.
+        """
+        generator = torch.Generator()  # a centred crop draws nothing
+        members: dict[int, dict[ImageRecord, int]] = {}  # by bucket: a repeated image is encoded once
+        for index, bucket in enumerate(self.bucket_of_image):
+            members.setdefault(bucket, {}).setdefault(self.records[index], index)
+        cache: dict[int, dict[str, Tensor]] = {}
+        total = sum(len(unique) for unique in members.values())
+        with progress_bar(desc="caching latents", total=total, shown=progress) as bar:
+            for bucket, unique in members.items():
+                indices, parts = list(unique.values()), list[dict[str, Tensor]]()
+                for start in range(0, len(indices), batch_size):
+                    chosen = indices[start : start + batch_size]
+                    batch = default_collate([self._crop(index, True, False, generator) for index in chosen])
+                    mean, std = encode(batch.pop("pixel_values"))
+                    parts.append({**batch, "mean": mean.cpu(), "std": std.cpu()})
+                    bar.update(len(chosen))
+                cache[bucket] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        places = {bucket: {record: row for row, record in enumerate(unique)} for bucket, unique in members.items()}
+        self._cache_rows = [
+            places[bucket][record] for bucket, record in zip(self.bucket_of_image, self.records, strict=True)
+        ]
+        self._cache = cache
+
+
+def caption_columns(
+    records: Sequence[ImageRecord], encode: Callable[[list[str]], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What `encode` makes of the captions, one row an image; each is encoded once, however many images have it."""
+    captions = list(dict.fromkeys(record.caption for record in records))  # DreamBooth has one for all
+    row_of = {caption: row for row, caption in enumerate(captions)}
+    rows = torch.tensor([row_of[record.caption] for record in records])
+    return {name: column[rows] for name, column in encode(captions).items()}
+
+
+def fixed_batches(images: CaptionedImages, batch_size: int = 4) -> Iterator[dict[str, Tensor]]:
+    """The images in order, in batches that are the same in every call and whatever the training batch size is.
+
+    A batch holds one bucket: where there are several, their images come bucket by bucket.
+    """
+    indices = sorted(range(len(images)), key=images.bucket_of_image.__getitem__)
+    for _, group in groupby(indices, key=images.bucket_of_image.__getitem__):
+        members = list(group)
+        for start in range(0, len(members), batch_size):
+            chosen = members[start : start + batch_size]
+            yield default_collate([images[index, derive_seed("validation", index)] for index in chosen])
