@@ -16,6 +16,7 @@ from diffusers import (
     Lumina2Pipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
 )
 from dit_fixtures import write_random_flux, write_random_sd3
 from flux2_fixtures import write_random_flux2
@@ -23,6 +24,7 @@ from lumina2_fixtures import write_random_lumina2
 from PIL import Image
 from qwen_image_fixtures import write_random_qwen_image
 from torch import Tensor
+from z_image_fixtures import write_random_z_image
 
 from lorainit_diffusers.export import save_diffusers_lora
 from lorainit_diffusers.families import family_class
@@ -37,6 +39,7 @@ WRITERS: dict[str, Any] = {
     "flux2-dev": write_random_flux2,
     "flux2-klein": partial(write_random_flux2, klein=True),
     "qwen_image": write_random_qwen_image,
+    "z_image": write_random_z_image,
 }
 STOCK: dict[str, type[DiffusionPipeline]] = {
     "sd3": StableDiffusion3Pipeline,
@@ -45,10 +48,11 @@ STOCK: dict[str, type[DiffusionPipeline]] = {
     "flux2-dev": Flux2Pipeline,
     "flux2-klein": Flux2KleinPipeline,
     "qwen_image": QwenImagePipeline,
+    "z_image": ZImagePipeline,
 }
 KINDS = list(WRITERS)
 # Tokens where the usual ones take time. The system message of Flux 2 alone has 173 letters.
-TOKENS = {"flux": 24, "flux2-dev": 196, "flux2-klein": 24, "qwen_image": 256}
+TOKENS = {"flux": 24, "flux2-dev": 196, "flux2-klein": 24, "qwen_image": 256, "z_image": 48}
 # How a pipeline is told its guidance where it is not by `guidance_scale`.
 GUIDANCE: dict[str, dict[str, Any]] = {"qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": ""}}
 CAPTIONS = ["cat 0", "a dog", "one long house"]

@@ -41,6 +41,7 @@ SHIFTS: dict[str, Callable[[int], float]] = {
     "flux": lambda num_tokens: 1.0,
     "lumina2": lambda num_tokens: 6.0,
     "flux2": flux2_shift,
+    "z_image": lambda num_tokens: 3.0,
     # from exp(0.5) at 256 tokens to exp(0.9) at 8192, as the test's base has it
     "qwen_image": lambda num_tokens: math.exp(0.5 + 0.4 * (num_tokens - 256) / (8192 - 256)),
 }
@@ -72,11 +73,15 @@ def no_caption(family: Any, stock: Any, kind: str) -> Tensor:
     if kind == "lumina2":
         prompt, mask = stock.encode_prompt("a", **tokens)[2:]
         return prompt[0][mask[0].bool()]
+    if kind == "z_image":
+        return stock.encode_prompt("a", **tokens)[1][0]
     return stock.encode_prompt("", **tokens)[0][0]
 
 
 def text_tokens(kind: str, call: dict[str, Any]) -> list[Tensor]:
     """(tokens, width) of each sample that a transformer gets in a call, without padding that it is told of."""
+    if kind == "z_image":
+        return call["cap_feats"]
     tokens = call["encoder_hidden_states"]
     mask = call.get("encoder_attention_mask", call.get("encoder_hidden_states_mask"))
     return list(tokens) if mask is None else [row[keep.bool()] for row, keep in zip(tokens, mask, strict=True)]
@@ -202,12 +207,22 @@ def qwen_image_prediction(family: Any, noisy: Tensor, sigmas: Tensor, batch: dic
     return prediction.reshape(count, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
 
 
+def z_image_prediction(family: Any, noisy: Tensor, sigmas: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    mask = batch["attention_mask"].bool()
+    hidden = family.text_encoder(batch["input_ids"], attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+    predictions: list[Tensor] = []
+    for image, text, keep, sigma in zip(noisy, hidden, mask, sigmas, strict=True):  # each alone: no padding
+        predictions += family.transformer([image[:, None]], 1 - sigma[None], [text[keep]], return_dict=False)[0]
+    return -torch.stack(predictions)[:, :, 0]
+
+
 PREDICTIONS: dict[str, Callable[..., Tensor]] = {
     "sd3": sd3_prediction,
     "flux": flux_prediction,
     "lumina2": lumina2_prediction,
     "flux2": flux2_prediction,
     "qwen_image": qwen_image_prediction,
+    "z_image": z_image_prediction,
 }
 
 

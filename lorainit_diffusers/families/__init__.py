@@ -25,6 +25,7 @@ TEXT_TO_IMAGE_FAMILIES = {
     "lumina2": ("lumina2", "Lumina2Family"),
     "flux2": ("flux2", "Flux2Family"),
     "qwen_image": ("qwen_image", "QwenImageFamily"),
+    "z_image": ("z_image", "ZImageFamily"),
 }
 
 

@@ -47,6 +47,7 @@ SCRIPTS = {
     "Flux2Pipeline": "train_dit_lora.py --family flux2",
     "Flux2KleinPipeline": "train_dit_lora.py --family flux2",
     "QwenImagePipeline": "train_dit_lora.py --family qwen_image",
+    "ZImagePipeline": "train_dit_lora.py --family z_image",
 }
 
 Family = type["BaseParts"]

@@ -40,6 +40,7 @@ REAL: dict[str, RunDefaults] = {
     "lumina2": RunDefaults(),
     "flux2": RunDefaults(),
     "qwen_image": RunDefaults(),
+    "z_image": RunDefaults(),
     "pixart": RunDefaults(train_batch_size=4),
     "dit": RunDefaults(train_batch_size=4),
     "classifier": RunDefaults(5e-4, train_batch_size=32, max_train_steps=500, validation_steps=50),
@@ -47,7 +48,7 @@ REAL: dict[str, RunDefaults] = {
 }
 _TINY_IMAGES = RunDefaults(1e-3, 8, max_train_steps=200, validation_steps=50, checkpointing_steps=500)
 TINY: dict[str, RunDefaults] = {
-    **dict.fromkeys(("sd", "sdxl", "sd3", "flux", "lumina2", "flux2", "qwen_image", "pixart", "dit"), _TINY_IMAGES),
+    **dict.fromkeys((name for name in REAL if name not in ("classifier", "vlm")), _TINY_IMAGES),
     "classifier": RunDefaults(1e-3, 32, max_train_steps=60, validation_steps=10, checkpointing_steps=500),
     "vlm": RunDefaults(1e-3, 16, max_train_steps=100, validation_steps=25, checkpointing_steps=500),
 }

@@ -22,7 +22,7 @@ from lorainit_diffusers.training.options.parser import parse_options
 from lorainit_diffusers.training.options.text_to_image import TransformerOptions, resolve_text_to_image
 
 # What model cards are tagged with, where it is not the family's short name.
-_TAGS = {"sd3": "stable-diffusion-3", "qwen_image": "qwen-image"}
+_TAGS = {"sd3": "stable-diffusion-3", "qwen_image": "qwen-image", "z_image": "z-image"}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TransformerOptions:
