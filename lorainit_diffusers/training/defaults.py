@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorainit_diffusers.training.banner import Line
+from lorainit_diffusers.training.choices import names_in
 from lorainit_diffusers.training.options.fields import Options, default_of
 
 # A local base whose weights take no more than this is a tiny one; the smallest real ones take more.
@@ -32,23 +33,16 @@ class RunDefaults:
     checkpointing_steps: int = 250
 
 
+_IMAGE_FAMILIES = names_in("families/__init__.py", "TEXT_TO_IMAGE_FAMILIES")
 REAL: dict[str, RunDefaults] = {
-    "sd": RunDefaults(train_batch_size=4),
-    "sdxl": RunDefaults(),
-    "sd3": RunDefaults(),
-    "flux": RunDefaults(),
-    "lumina2": RunDefaults(),
-    "flux2": RunDefaults(),
-    "qwen_image": RunDefaults(),
-    "z_image": RunDefaults(),
-    "pixart": RunDefaults(train_batch_size=4),
-    "dit": RunDefaults(train_batch_size=4),
+    **dict.fromkeys(_IMAGE_FAMILIES, RunDefaults()),
+    **dict.fromkeys(("sd", "pixart", "dit"), RunDefaults(train_batch_size=4)),
     "classifier": RunDefaults(5e-4, train_batch_size=32, max_train_steps=500, validation_steps=50),
     "vlm": RunDefaults(2e-4, 4, gradient_accumulation_steps=4, max_train_steps=500, validation_steps=50),
 }
 _TINY_IMAGES = RunDefaults(1e-3, 8, max_train_steps=200, validation_steps=50, checkpointing_steps=500)
 TINY: dict[str, RunDefaults] = {
-    **dict.fromkeys((name for name in REAL if name not in ("classifier", "vlm")), _TINY_IMAGES),
+    **dict.fromkeys(_IMAGE_FAMILIES, _TINY_IMAGES),
     "classifier": RunDefaults(1e-3, 32, max_train_steps=60, validation_steps=10, checkpointing_steps=500),
     "vlm": RunDefaults(1e-3, 16, max_train_steps=100, validation_steps=25, checkpointing_steps=500),
 }
