@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, SD3Transformer2DModel
 from sd_fixtures import text_config, write_random_vae, write_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 T5_WIDTH = 16
@@ -23,12 +23,18 @@ def write_index(folder: Path, pipeline: str, **parts: tuple[str, str] | tuple[No
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def write_letter_tokenizer(folder: Path) -> None:
-    """Write a fast tokenizer of single bytes with T5's special tokens: padding 0, end 1."""
+def write_letter_tokenizer(folder: Path, longest_line: int | None = None) -> None:
+    """Write a fast tokenizer of single bytes with T5's special tokens: padding 0, end 1.
+
+    Args:
+        folder: where to.
+        longest_line: lines from this length on are one unknown token, so that an instruction takes no time.
+    """
     letters = [chr(code) for code in range(33, 127)]
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{letter: 3 + index for index, letter in enumerate(letters)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    pattern = "" if longest_line is None else Regex(rf"[^\n]{{{longest_line},}}|[\s\S]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single="$A </s>", special_tokens=[("</s>", 1)]
     )

@@ -15,6 +15,7 @@ from diffusers import (
     FluxPipeline,
     Lumina2Pipeline,
     QwenImagePipeline,
+    SanaPipeline,
     StableDiffusion3Pipeline,
     ZImagePipeline,
 )
@@ -23,6 +24,7 @@ from flux2_fixtures import write_random_flux2
 from lumina2_fixtures import write_random_lumina2
 from PIL import Image
 from qwen_image_fixtures import write_random_qwen_image
+from sana_fixtures import write_random_sana
 from torch import Tensor
 from z_image_fixtures import write_random_z_image
 
@@ -40,6 +42,7 @@ WRITERS: dict[str, Any] = {
     "flux2-klein": partial(write_random_flux2, klein=True),
     "qwen_image": write_random_qwen_image,
     "z_image": write_random_z_image,
+    "sana": write_random_sana,
 }
 STOCK: dict[str, type[DiffusionPipeline]] = {
     "sd3": StableDiffusion3Pipeline,
@@ -49,12 +52,16 @@ STOCK: dict[str, type[DiffusionPipeline]] = {
     "flux2-klein": Flux2KleinPipeline,
     "qwen_image": QwenImagePipeline,
     "z_image": ZImagePipeline,
+    "sana": SanaPipeline,
 }
 KINDS = list(WRITERS)
 # Tokens where the usual ones take time. The system message of Flux 2 alone has 173 letters.
-TOKENS = {"flux": 24, "flux2-dev": 196, "flux2-klein": 24, "qwen_image": 256, "z_image": 48}
+TOKENS = {"flux": 24, "flux2-dev": 196, "flux2-klein": 24, "qwen_image": 256, "z_image": 48, "sana": 24}
 # How a pipeline is told its guidance where it is not by `guidance_scale`.
-GUIDANCE: dict[str, dict[str, Any]] = {"qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": ""}}
+GUIDANCE: dict[str, dict[str, Any]] = {
+    "qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": ""},
+    "sana": {"guidance_scale": 3.0, "use_resolution_binning": False},
+}
 CAPTIONS = ["cat 0", "a dog", "one long house"]
 
 

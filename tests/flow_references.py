@@ -42,6 +42,7 @@ SHIFTS: dict[str, Callable[[int], float]] = {
     "lumina2": lambda num_tokens: 6.0,
     "flux2": flux2_shift,
     "z_image": lambda num_tokens: 3.0,
+    "sana": lambda num_tokens: 3.0,
     # from exp(0.5) at 256 tokens to exp(0.9) at 8192, as the test's base has it
     "qwen_image": lambda num_tokens: math.exp(0.5 + 0.4 * (num_tokens - 256) / (8192 - 256)),
 }
@@ -73,6 +74,9 @@ def no_caption(family: Any, stock: Any, kind: str) -> Tensor:
     if kind == "lumina2":
         prompt, mask = stock.encode_prompt("a", **tokens)[2:]
         return prompt[0][mask[0].bool()]
+    if kind == "sana":
+        prompt, mask = stock.encode_prompt("a", **tokens)[2:]
+        return prompt[0][mask[0].bool()]
     if kind == "z_image":
         return stock.encode_prompt("a", **tokens)[1][0]
     return stock.encode_prompt("", **tokens)[0][0]
@@ -96,6 +100,10 @@ def clean_latents(family: Any, kind: str, batch: dict[str, Tensor], generator: t
         config = family.vae.config
         shift, scale = (torch.tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
         return (sample - shift) / scale
+    if kind == "sana":
+        latents = family.vae.encode(batch["pixel_values"]).latent * family.vae.config.scaling_factor
+        torch.randn(latents.shape, generator=generator)  # drawn, though the posterior is a point
+        return latents
     posterior = family.vae.encode(batch["pixel_values"]).latent_dist
     if kind.startswith("flux2"):
         mean, std = (flux2_patches(values) for values in (posterior.mean, posterior.std))
@@ -216,6 +224,19 @@ def z_image_prediction(family: Any, noisy: Tensor, sigmas: Tensor, batch: dict[s
     return -torch.stack(predictions)[:, :, 0]
 
 
+def sana_prediction(family: Any, noisy: Tensor, sigmas: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    length = family.max_sequence_length
+    kept = [0, *range(-length + 1, 0)]  # section 3.1 of the paper, as the pipeline has it
+    hidden = family.text_encoder(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+    return family.transformer(
+        noisy,
+        encoder_hidden_states=hidden[:, kept],
+        encoder_attention_mask=batch["attention_mask"][:, kept],
+        timestep=1000 * sigmas,
+        return_dict=False,
+    )[0]
+
+
 PREDICTIONS: dict[str, Callable[..., Tensor]] = {
     "sd3": sd3_prediction,
     "flux": flux_prediction,
@@ -223,6 +244,7 @@ PREDICTIONS: dict[str, Callable[..., Tensor]] = {
     "flux2": flux2_prediction,
     "qwen_image": qwen_image_prediction,
     "z_image": z_image_prediction,
+    "sana": sana_prediction,
 }
 
 

@@ -12,12 +12,8 @@ from transformers import Gemma2Config, Gemma2Model
 GEMMA_WIDTH = 16
 
 
-def write_random_lumina2(folder: Path, shift: float = 6.0) -> None:
-    """Write a random Lumina 2 pipeline in the diffusers layout: 32x32 images, 8 pixels a latent, grouped-query heads.
-
-    The pipeline's own number of pixels a latent is fixed, so this VAE halves the image once more than the others'.
-    """
-    write_letter_tokenizer(folder / "tokenizer")
+def write_gemma2(folder: Path) -> None:
+    """Write a random Gemma 2."""
     config = Gemma2Config(
         vocab_size=100,
         hidden_size=GEMMA_WIDTH,
@@ -32,7 +28,16 @@ def write_random_lumina2(folder: Path, shift: float = 6.0) -> None:
         bos_token_id=None,
         eos_token_id=1,
     )
-    Gemma2Model(config).save_pretrained(folder / "text_encoder")
+    Gemma2Model(config).save_pretrained(folder)
+
+
+def write_random_lumina2(folder: Path, shift: float = 6.0) -> None:
+    """Write a random Lumina 2 pipeline in the diffusers layout: 32x32 images, 8 pixels a latent, grouped-query heads.
+
+    The pipeline's own number of pixels a latent is fixed, so this VAE halves the image once more than the others'.
+    """
+    write_letter_tokenizer(folder / "tokenizer")
+    write_gemma2(folder / "text_encoder")
     transformer = Lumina2Transformer2DModel(
         sample_size=4,
         patch_size=2,

@@ -26,6 +26,7 @@ TEXT_TO_IMAGE_FAMILIES = {
     "flux2": ("flux2", "Flux2Family"),
     "qwen_image": ("qwen_image", "QwenImageFamily"),
     "z_image": ("z_image", "ZImageFamily"),
+    "sana": ("sana", "SanaFamily"),
 }
 
 

@@ -48,6 +48,7 @@ SCRIPTS = {
     "Flux2KleinPipeline": "train_dit_lora.py --family flux2",
     "QwenImagePipeline": "train_dit_lora.py --family qwen_image",
     "ZImagePipeline": "train_dit_lora.py --family z_image",
+    "SanaPipeline": "train_dit_lora.py --family sana",
 }
 
 Family = type["BaseParts"]
