@@ -271,7 +271,8 @@ def _config_of(parser: ScriptParser, texts: Sequence[str]) -> dict[str, Any] | N
     if known.config is None:
         return None
     file = read_config(known.config)
-    actions = {action.dest: action for action in parser._actions if action.dest in parser.facts}
+    own = (action for action in parser._actions if action.const is not False)  # the opposite, --no-..., takes no value
+    actions = {action.dest: action for action in own if action.dest in parser.facts}
     for name in file.values:
         if name not in actions:
             meant = closest(name, actions)
