@@ -224,7 +224,7 @@ def target_layers(
             linear = isinstance(layer, (nn.Linear, LoraLayer)) and not re.search(r"\.(base_layer|lora_[AB])", name)
             if target_modules is not None and linear and _matches(name, target_modules) != (name in adapted):
                 raise ValueError(
-                    f"{type(module).__name__} already carries an adapter {adapter_name!r}, and target modules "
+                    f"{type(module).__name__} already carries an adapter {adapter_name!r}, and target_modules "
                     f"{target_modules!r} disagree with it about layer {name!r}; leave target_modules out, or choose "
                     "the layers when the adapter is added"
                 )
@@ -253,7 +253,7 @@ def target_layers(
     if not candidates:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in unwrap(module).named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(
-            f"target modules {target_modules!r} match no layer of {type(module).__name__}; "
+            f"target_modules {target_modules!r} match no layer of {type(module).__name__}; "
             f"its linear layers end in {', '.join(linear[:12])}"
         )
     return {name: layer for name, layer in candidates.items() if isinstance(layer, nn.Linear)}

@@ -24,8 +24,8 @@ GB = 1e9
 # Share of the free memory that statistics may take by default; the rest is for activations and decompositions.
 DEFAULT_SHARE = 0.5
 REMEDIES = (
-    "raise memory_budget_gb (--init_memory_budget_gb), keep the statistics in the machine's memory "
-    "(statistics_device='cpu'), adapt fewer layers (--lora_layers), or use an init that observes less, such as eva"
+    "raise memory_budget_gb, keep the statistics in the machine's memory "
+    "(statistics_device='cpu'), adapt fewer layers (target_modules), or use an init that observes less, such as eva"
 )
 
 
@@ -82,8 +82,7 @@ class MemoryBudget:
     ) -> None:
         if num_bytes is not None and not num_bytes > 0:  # infinite is no limit; `initialize` takes finite ones only
             raise ValueError(
-                f"memory_budget_gb is {num_bytes / GB:g}; it must be positive, or left out for half of what is free "
-                "(--init_memory_budget_gb)"
+                f"memory_budget_gb is {num_bytes / GB:g}; it must be positive, or left out for half of what is free"
             )
         self.num_bytes = num_bytes
         self.device: torch.device | None = None

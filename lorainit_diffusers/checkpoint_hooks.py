@@ -78,7 +78,7 @@ def register_checkpoint_hooks(
                 saved = tuple(state[key].shape) if key in state else "missing"
                 raise ValueError(
                     f"{path}: {key} is {saved}, this run's is {tuple(value.shape)}; "
-                    "resume with the base, rank and target modules of the run that wrote it"
+                    "resume with the base, rank and target_modules of the run that wrote it"
                 )
         load_adapter_state_dict(unwrapped, state, adapter_name)
 

@@ -368,7 +368,7 @@ def _check_finite(
     if getattr(statistics[culprit], "overflowed", False):
         raise ValueError(
             f"{what} at layer {culprit!r} in {batch}{step} are too large, about 1e19 and more: their squares overflow "
-            "float32; leave the layer out of the target modules, or look for a broken image, VAE or base"
+            "float32; leave the layer out of target_modules, or look for a broken image, VAE or base"
         )
     raise ValueError(
         f"non-finite {what} at layer {culprit!r} in {batch}{step}; "
@@ -382,7 +382,7 @@ def _check_reached(layers: Mapping[str, nn.Linear], statistics: Mapping[str, Sta
         raise ValueError(
             f"the loss never reached layer {missing[0]!r}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + "; leave it out of the target modules, or check that the loss uses this module"
+            + "; leave it out of target_modules, or check that the loss uses this module"
         )
 
 

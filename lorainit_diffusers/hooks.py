@@ -52,7 +52,7 @@ def _input_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     for value in candidates:
         if isinstance(value, Tensor):
             return value
-    raise ValueError(f"layer {name!r} was called without a tensor input; leave it out of the target modules")
+    raise ValueError(f"layer {name!r} was called without a tensor input; leave it out of target_modules")
 
 
 @contextmanager

@@ -166,7 +166,7 @@ def _ranks_and_scalings(
     for full_name, (component, layer_name) in target.location.items():
         adapter = target.existing[component]
         ranks[full_name] = common if rank is not None or adapter is None else adapter.ranks[layer_name]
-        check_rank_fits({full_name: shapes[full_name]}, ranks[full_name], "rank")
+        check_rank_fits({full_name: shapes[full_name]}, ranks[full_name], "`rank`")
         if alpha is not None or first is None:
             numerator = alpha if alpha is not None else ranks[full_name]
             scalings[full_name] = numerator / ranks[full_name] ** target.rank_power(full_name)
@@ -195,7 +195,7 @@ def _largest_ranks(
             raise ValueError(f"layer {full_name!r}: {error}") from None
         if cap < at_least:
             raise ValueError(
-                f"layer {full_name!r}: the init can give it rank {cap} at most, not {at_least}; lower the rank, or "
-                "leave the layer out of the target modules"
+                f"layer {full_name!r}: the init can give it rank {cap} at most, not {at_least}; lower `rank`, or "
+                "leave the layer out of target_modules"
             )
     return caps

@@ -25,7 +25,7 @@ def uniform_ranks(layers: Mapping[str, tuple[int, int]], rank: int) -> dict[str,
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; it must be at least 1")
-    check_rank_fits(layers, rank, "rank")
+    check_rank_fits(layers, rank, "`rank`")
     return dict.fromkeys(layers, rank)
 
 
@@ -39,7 +39,8 @@ def check_rank_fits(layers: Mapping[str, tuple[int, int]], rank: int, flag: str)
     if rank > min(shape):
         raise ValueError(
             f"{flag} {rank} is larger than the smallest dimension of layer {name!r} "
-            f"(out_features {shape[0]}, in_features {shape[1]}); use at most {min(shape)} or target other layers"
+            f"(out_features {shape[0]}, in_features {shape[1]}); use at most {min(shape)}, or leave the layer out of "
+            "target_modules"
         )
 
 

@@ -619,7 +619,7 @@ def test_a_reference_shares_the_budget():
 def test_budgets_that_cannot_be_met_are_refused():
     refused(tiny_attention(), "memory_budget_gb is 0; it must be positive", memory_budget_gb=0.0)
     refused(tiny_attention(), r"gradients of 6 layers need 7.17e-06 GB, more than", "lora_ga", memory_budget_gb=1e-6)
-    message = r"layer 'to_q' \(input width 16.*--init_memory_budget_gb.*statistics_device='cpu'.*--lora_layers"
+    message = r"layer 'to_q' \(input width 16.*raise memory_budget_gb.*statistics_device='cpu'.*target_modules"
     with pytest.raises(ValueError, match=message):
         run(tiny_attention(), "eva", memory_budget_gb=1e-6)
 
@@ -812,7 +812,7 @@ def test_targets_that_are_no_linear_layers_are_named():
 
 
 def test_a_rank_that_does_not_fit_names_the_layer():
-    refused(tiny_attention(), r"rank 17 is larger than the smallest dimension of layer 'to_q'.*at most 16", rank=17)
+    refused(tiny_attention(), r"`rank` 17 is larger than the smallest dimension of layer 'to_q'.*at most 16", rank=17)
     refused(tiny_attention(), "rank is 0", rank=0)
 
 

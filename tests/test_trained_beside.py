@@ -410,7 +410,7 @@ def test_save_lora_names_what_it_cannot_write_and_the_files_it_leaves(tmp_path: 
         *("adapter_model.safetensors", "adapter_config.json"),
     }
     assert written["peft"] == tmp_path
-    with pytest.warns(UserWarning, match=r"_kohya\.safetensors' was not written by this call.*--output_kohya_format"):
+    with pytest.warns(UserWarning, match=r"_kohya\.safetensors' was not written by this call.*add 'kohya' to formats"):
         save_lora({"unet": unet}, tmp_path, formats=("diffusers", "peft"))
 
 

@@ -90,8 +90,8 @@ def check_not_rounded(name: str, weights: AdapterWeights) -> None:
         if narrow:
             raise ValueError(
                 f"{key} of layer {name!r} was rounded to {str(narrow[0]).removeprefix('torch.')}, in which what was "
-                "trained on top of the initial factors is lost; save before the model is cast (or with the script's "
-                "--upcast_before_saving), or load the last checkpoint"
+                "trained on top of the initial factors is lost; save it in float32, before the model is "
+                "cast, or load the last checkpoint"
             )
 
 

@@ -71,8 +71,8 @@ def save_lora(
         left = folder / file
         if name not in formats and left.is_file():
             warnings.warn(
-                f"{str(left)!r} was not written by this call, and may hold another LoRA (a script's "
-                f"--output_kohya_format writes one): add {name!r} to formats, or delete it",
+                f"{str(left)!r} was not written by this call, and may hold another LoRA (of a training that "
+                f"writes several formats): add {name!r} to formats, or delete it",
                 stacklevel=2,
             )
     return written

@@ -153,7 +153,7 @@ class ClassifierFamily(EvaluationMode):
         check_option_names(cls, options, ClassifierOptions.__annotations__)
         name = os.fspath(path)
         if head not in HEADS:
-            raise ValueError(f"head {head!r} is none of {', '.join(HEADS)}")
+            raise ValueError(f"`head` {head!r} is none of {', '.join(HEADS)}")
         _check_class_names(class_names)
         check_base(name)
         if preparation is None:
@@ -167,7 +167,7 @@ class ClassifierFamily(EvaluationMode):
             labels = list(labels_of(config))
             raise ValueError(
                 f"base model {name!r} has no label for the classes {some_of(unknown)} (it has {some_of(labels)}); "
-                "rename the classes, or make a new head (head='new')"
+                "rename the classes, or make a new head (`head='new'`)"
             )
         new_labels = class_names if head == "new" or unknown else None
         model = _load_model(name, config, new_labels, {**source, **dtype_option(weight_dtype)})
@@ -294,7 +294,7 @@ def _load_model(name: str, config: Any, new_labels: Sequence[str] | None, option
     check_complete(in_body, model, f"the base model {name!r}")
     if new_labels is None and (in_heads["missing"] or in_heads["mismatched"]):
         raise ValueError(
-            f"base model {name!r} names the classes but has no trained head for them; make a new one (head='new')"
+            f"base model {name!r} names the classes but has no trained head for them; make a new one (`head='new'`)"
         )
     return model
 

@@ -41,7 +41,7 @@ def projections(model: nn.Module) -> list[str]:
     if not found:
         endings = sorted({name.rpartition(".")[2] for name in linear if name not in head_layers(model)})
         raise ValueError(
-            f"{type(model).__name__} has no attention and no pointwise layers; name the layers (--lora_layers): its "
+            f"{type(model).__name__} has no attention and no pointwise layers; name the layers in target_modules: its "
             f"linear layers end in {', '.join(endings[:12]) or 'nothing, and only these can have a LoRA'}"
         )
     return found

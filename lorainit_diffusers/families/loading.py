@@ -152,7 +152,7 @@ class BaseParts(_Parts, EvaluationMode, ABC):
 
         Raises:
             FileNotFoundError: when the folder, or a file that it needs, is missing.
-            ValueError: when it holds another kind of pipeline (the message says which script is for it), or a file is
+            ValueError: when it holds another kind of pipeline (the message says which family is for it), or a file is
                 broken.
         """
         check_base(cls, name)

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lorainit_diffusers.families import TEXT_TO_IMAGE_FAMILIES, family_class
 from lorainit_diffusers.loading.errors import (
     BrokenModelError,
     MissingModelError,
@@ -34,22 +35,6 @@ LAYOUT = "a folder in the diffusers layout"
 REMEDY = "give a folder in the diffusers layout with safetensors weights, or a hub name"
 CLIP_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
-# The script that trains each kind of pipeline, for the error that meets a base of another family.
-SCRIPTS = {
-    "StableDiffusionPipeline": "train_sd_lora.py (compare_inits.py: --family sd)",
-    "StableDiffusionXLPipeline": "train_sdxl_lora.py (compare_inits.py: --family sdxl)",
-    "StableDiffusion3Pipeline": "train_dit_lora.py --family sd3",
-    "FluxPipeline": "train_dit_lora.py --family flux",
-    "PixArtAlphaPipeline": "train_dit_lora.py --family pixart",
-    "PixArtSigmaPipeline": "train_dit_lora.py --family pixart",
-    "DiTPipeline": "train_dit_lora.py --family dit",
-    "Lumina2Pipeline": "train_dit_lora.py --family lumina2",
-    "Flux2Pipeline": "train_dit_lora.py --family flux2",
-    "Flux2KleinPipeline": "train_dit_lora.py --family flux2",
-    "QwenImagePipeline": "train_dit_lora.py --family qwen_image",
-    "ZImagePipeline": "train_dit_lora.py --family z_image",
-    "SanaPipeline": "train_dit_lora.py --family sana",
-}
 
 Family = type["BaseParts"]
 
@@ -148,7 +133,7 @@ def check_index(family: Family, name: str, index: Mapping[str, Any]) -> None:
     """See that `model_index.json` names a pipeline of this family, its parts, and a scheduler of its kind of noise.
 
     Raises:
-        ValueError: when it names another class (the message says which script is for it), lacks a part, has code of
+        ValueError: when it names another class (the message says which family is for it), lacks a part, has code of
             its own or another kind of noise.
     """
     known = [pipeline.__name__ for pipeline in family.PIPELINES]
@@ -157,13 +142,25 @@ def check_index(family: Family, name: str, index: Mapping[str, Any]) -> None:
         raise custom_code_error(BASE, name)
     if found not in known:
         wanted = " or ".join(known)
-        script = SCRIPTS.get(str(found))
-        remedy = f"use {script} for it" if script is not None else f"this family takes a {wanted}"
+        other = family_of(str(found))
+        remedy = f"use `family_class({other!r})` for it" if other is not None else f"this family takes a {wanted}"
         raise BrokenModelError(f"{BASE} {name!r} is a {found}, not a {wanted}; {remedy}")
     for component in [*_modules(family), *map(tokenizer_of, family.TEXT_ENCODERS), "scheduler"]:
         if not is_absent(family, index, component):
             _check_entry(family, name, index, component)
     family.check_scheduler_class(name, str(index["scheduler"][1]))
+
+
+def family_of(pipeline: str) -> str | None:
+    """The short name of the family that takes bases of this pipeline; imports the families until one does."""
+    for name in TEXT_TO_IMAGE_FAMILIES:
+        try:
+            kinds = family_class(name).PIPELINES
+        except ImportError:  # a family of pipelines that this version of diffusers does not have
+            continue
+        if pipeline in [kind.__name__ for kind in kinds]:
+            return name
+    return None
 
 
 def _check_entry(family: Family, name: str, index: Mapping[str, Any], component: str) -> None:
@@ -241,7 +238,9 @@ def load_base(
     """
     check_base(family, name)
     if Path(name).exists() and revision is not None:
-        raise BrokenModelError(f"revision {revision!r} is one of a hub repository, but {name!r} is local; leave it out")
+        raise BrokenModelError(
+            f"`revision` {revision!r} is one of a hub repository, but {name!r} is local; leave it out"
+        )
     if is_single_file(name):
         return _load_single_file(family, name, vae_path, cache_dir, weight_dtype, quantization_config)
     source: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
@@ -338,7 +337,10 @@ def _load_single_file(
 ) -> LoadedBase:
     """A base in one `.safetensors` file."""
     if quantization_config is not None:
-        raise BrokenModelError(f"{BASE} {name!r} is a single file, which is not quantised; give a folder or a hub name")
+        raise BrokenModelError(
+            f"{BASE} {name!r} is a single file, which is not quantised; give a folder or a hub name, "
+            "or leave out quantization_config"
+        )
     pipeline_class = family.PIPELINES[0]
     # In float32 first, for the VAE; the others are cast.
     pipeline: Any = load_single_file(pipeline_class, name, what=BASE, dtype=torch.float32, cache_dir=cache_dir)

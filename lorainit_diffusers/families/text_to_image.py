@@ -23,13 +23,12 @@ from torch import Tensor
 
 from lorainit_diffusers.families.base import StepRecord, UniformDraws
 from lorainit_diffusers.families.captions import TokenCounts, hidden_state, replace, token_mask
-from lorainit_diffusers.families.pipelines import CLIP_ENCODERS, SCRIPTS
+from lorainit_diffusers.families.pipelines import CLIP_ENCODERS
 from lorainit_diffusers.families.sampling import Sampling
 
 # What families and those who use them find here, whichever step it belongs to.
 __all__ = [
     "CLIP_ENCODERS",
-    "SCRIPTS",
     "NoisyLatents",
     "TextToImageFamily",
     "TokenCounts",
@@ -186,7 +185,7 @@ class TextToImageFamily(Sampling):
         if not (encoded or tokenized) or not ("latents" in batch or "pixel_values" in batch):
             captions = " or ".join(dict.fromkeys(" and ".join(names) for names in (columns, self.EMBEDS) if names))
             remedy = (
-                " (the family has no text encoder, as in a script with --pre_compute_text_embeddings: pass the "
+                " (the family has let its text encoders go, as under pre_compute_text_embeddings: pass the "
                 "embeddings, or initialise the module with a loss_fn instead of the family)"
             )
             without = "" if columns else remedy

@@ -267,8 +267,7 @@ class VisionLanguageFamily:
                         "give another base model"
                     )
                 raise ValueError(
-                    f"{self._name} has no {part} layers that are known as such; name some with --lora_layers "
-                    "(target_modules)"
+                    f"{self._name} has no {part} layers that are known as such; name some in target_modules"
                 )
             targets += layers
         return targets

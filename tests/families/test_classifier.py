@@ -210,7 +210,7 @@ def test_a_network_without_such_layers_says_what_it_has() -> None:
             self.config = random_classifier().config
             self.mix, self.classifier = nn.Linear(4, 4), nn.Linear(4, 3)
 
-    with pytest.raises(ValueError, match=r"name the layers \(--lora_layers\): its linear layers end in mix"):
+    with pytest.raises(ValueError, match=r"name the layers in target_modules: its linear layers end in mix"):
         projections(Mixer())
     with pytest.raises(ValueError, match="has no component 'unet'"):
         family_of().default_targets("unet")
@@ -281,7 +281,7 @@ def test_keep_needs_the_classes(vit) -> None:
     assert not ClassifierFamily.from_pretrained(vit, class_names=CLASSES, head="keep").has_new_head
     with pytest.raises(ValueError, match=r"has no label for the classes cat \(it has blue, green, red\); rename"):
         ClassifierFamily.from_pretrained(vit, class_names=("blue", "cat"), head="keep")
-    with pytest.raises(ValueError, match="head 'old' is none of auto, new, keep"):
+    with pytest.raises(ValueError, match="`head` 'old' is none of auto, new, keep"):
         ClassifierFamily.from_pretrained(vit, class_names=CLASSES, head="old")  # type: ignore[arg-type]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,7 +45,7 @@ from torch import Tensor, nn
 from lorainit_diffusers.export import save_diffusers_lora
 from lorainit_diffusers.families import TEXT_TO_IMAGE_FAMILIES, ModelFamily, family_class
 from lorainit_diffusers.families.flow_matching import WEIGHTING_SCHEMES, FlowMatchingFamily
-from lorainit_diffusers.families.text_to_image import SCRIPTS
+from lorainit_diffusers.families.pipelines import family_of
 from lorainit_diffusers.initialize import initialize
 
 
@@ -298,8 +297,11 @@ def test_only_clip_encoders_get_gradients_and_on_request(kind: str, base: Path, 
 # ---- refusals
 
 
-@pytest.mark.parametrize("found", SCRIPTS)
-def test_base_of_another_family_names_the_script_for_it(kind: str, found: str, tmp_path: Path) -> None:
+PIPELINES = {kind.__name__: name for name in TEXT_TO_IMAGE_FAMILIES for kind in family_class(name).PIPELINES}
+
+
+@pytest.mark.parametrize("found", PIPELINES)
+def test_base_of_another_family_names_the_family_for_it(kind: str, found: str, tmp_path: Path) -> None:
     index = {"_class_name": found, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     family = kind_class(kind)
@@ -309,17 +311,15 @@ def test_base_of_another_family_names_the_script_for_it(kind: str, found: str, t
         with pytest.raises(FileNotFoundError, match=r"its model_index\.json names no "):
             family.check_base(str(tmp_path))
         return
-    with pytest.raises(ValueError, match=rf"is a {found}, not a {wanted}; use {re.escape(SCRIPTS[found])} for it"):
+    remedy = rf"use `family_class\('{PIPELINES[found]}'\)` for it"
+    with pytest.raises(ValueError, match=rf"is a {found}, not a {wanted}; {remedy}"):
         family.check_base(str(tmp_path))
 
 
-def test_every_script_that_messages_name_takes_the_pipeline() -> None:
-    for pipeline, script in SCRIPTS.items():
-        name = re.findall(r"--family (\w+)", script)[0]
-        assert pipeline in [known.__name__ for known in family_class(name).PIPELINES]
-    named = set(SCRIPTS)
-    for name in TEXT_TO_IMAGE_FAMILIES:
-        assert named.issuperset(known.__name__ for known in family_class(name).PIPELINES)
+def test_a_pipeline_has_one_family() -> None:
+    kinds = [kind for name in TEXT_TO_IMAGE_FAMILIES for kind in family_class(name).PIPELINES]
+    assert len(kinds) == len(set(kinds))
+    assert family_of("AudioPipeline") is None
 
 
 def test_unknown_pipelines_and_folders(kind: str, tmp_path: Path) -> None:

@@ -382,9 +382,9 @@ def test_offload_moves_modules_only_while_they_are_used(base: Path, monkeypatch:
 
 
 def test_bases_of_other_kinds(random_sd: Path, random_sdxl: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is a StableDiffusionXLPipeline.*use train_sdxl_lora\.py"):
+    with pytest.raises(ValueError, match=r"is a StableDiffusionXLPipeline.*use `family_class\('sdxl'\)` for it"):
         StableDiffusionFamily.from_pretrained(random_sdxl)
-    with pytest.raises(ValueError, match=r"is a StableDiffusionPipeline, .*use train_sd_lora\.py"):
+    with pytest.raises(ValueError, match=r"is a StableDiffusionPipeline, .*use `family_class\('sd'\)` for it"):
         StableDiffusionXLFamily.from_pretrained(random_sd)
     index = {"_class_name": "StableDiffusionXLInpaintPipeline"}
     (tmp_path / "model_index.json").write_text(json.dumps(index))

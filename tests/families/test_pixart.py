@@ -326,7 +326,7 @@ def test_bad_bases_and_inputs(bases: dict[str, Path], random_sd: Path, tmp_path:
         PixArtFamily.from_pretrained(bases["dit"])
     with pytest.raises(ValueError, match=r"is a PixArtSigmaPipeline, not a DiTPipeline; use .* --family pixart for it"):
         DiTFamily.from_pretrained(bases["sigma"])
-    with pytest.raises(ValueError, match=r"use train_sd_lora\.py .*for it"):
+    with pytest.raises(ValueError, match=r"use `family_class\('sd'\)` for it"):
         DiTFamily.from_pretrained(random_sd)
     with pytest.raises(ValueError, match=r"train_dit_lora\.py --family pixart"):
         StableDiffusionFamily.from_pretrained(bases["alpha"])

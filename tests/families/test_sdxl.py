@@ -271,7 +271,7 @@ def test_schedule_is_the_bases(family: StableDiffusionXLFamily, random_sdxl: Pat
 def test_check_base(random_sdxl: Path, random_sd: Path, tmp_path: Path) -> None:
     StableDiffusionXLFamily.check_base(str(random_sdxl))
     StableDiffusionXLFamily.check_base("owner/name")
-    with pytest.raises(ValueError, match=r"use train_sd_lora\.py"):
+    with pytest.raises(ValueError, match=r"use `family_class\('sd'\)`"):
         StableDiffusionXLFamily.check_base(str(random_sd))
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         StableDiffusionXLFamily.check_base(str(tmp_path / "nowhere"))

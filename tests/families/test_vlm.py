@@ -157,7 +157,7 @@ def test_layers_that_are_not_linear(llava: VisionLanguageFamily) -> None:
     with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn' is a Conv1D, as in GPT-2; only linear layers"):
         replace(llava, model=model).default_targets("model")
     model.model.language_model = nn.Sequential(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="no language layers that are known as such; name some with --lora_layers"):
+    with pytest.raises(ValueError, match="no language layers that are known as such; name some in target_modules"):
         replace(llava, model=model).default_targets("model")
 
 

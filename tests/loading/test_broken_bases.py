@@ -353,7 +353,7 @@ def test_a_base_of_another_family(wanted: str, base: Callable[[str], Path]) -> N
 def test_variants_and_revisions(base: Callable[[str], Path], copy: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"its text_encoder has no model\.fp16\.safetensors .*variant 'fp16'"):
         load_small_base("sd", base("sd"), variant="fp16")
-    with pytest.raises(ValueError, match="revision 'main' is one of a hub repository"):
+    with pytest.raises(ValueError, match="`revision` 'main' is one of a hub repository"):
         load_small_base("sd", base("sd"), revision="main")
     folder = copy("sd")
     for file in sorted(folder.rglob("*.safetensors")):

@@ -326,7 +326,7 @@ def test_images_of_one_subject_have_no_pairs(compare, tmp_path):
         ({"encoders": ["no/such/folder"]}, "no/such/folder"),
         ({"pretrained_model_name_or_path": "nowhere"}, "'nowhere' is not a folder"),
         ({"rank": 0}, "--rank 0"),
-        ({"family": "sd3"}, "is a StableDiffusionPipeline, not a StableDiffusion3Pipeline; use train_sd_lora.py"),
+        ({"family": "sd3"}, r"is a StableDiffusionPipeline, .*; use `family_class\('sd'\)` for it"),
         ({"family": "flux", "pretrained_model_name_or_path": None}, "--family flux has no bundled base"),
         ({"weighting_scheme": "mode"}, "--weighting_scheme mode has no effect on Stable Diffusion"),
     ],
@@ -339,7 +339,7 @@ def test_bad_input_is_refused_before_any_run(compare, changed, message, tmp_path
 
 def test_a_base_of_another_family_is_refused_with_the_right_one(compare, random_sd3):
     base = random_sd3["pretrained_model_name_or_path"]
-    with pytest.raises(ValueError, match=r"is a StableDiffusion3Pipeline, not a StableDiffusionPipeline.*--family sd3"):
+    with pytest.raises(ValueError, match=r"is a StableDiffusion3Pipeline, .*; use `family_class\('sd3'\)` for it"):
         compare(pretrained_model_name_or_path=base)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from lorainit_diffusers.training.defaults import RunDefaults, defaults_of, describe_defaults
+from lorainit_diffusers.training.messages import remember_flags
 from lorainit_diffusers.training.options.config import ConfigFile, read_config
 from lorainit_diffusers.training.options.fields import Facts, Options, concerns, option_facts
 from lorainit_diffusers.training.options.spelling import closest
@@ -120,6 +121,7 @@ class ScriptParser(HfArgumentParser):
         """
         ranges = OPTION_RANGES | {name: fact.range for name, fact in self.facts.items() if fact.range is not None}
         describe_ranges(self, ranges)
+        remember_flags(self)
         found, rest = super().parse_known_args(self._spelt(sys.argv[1:] if args is None else args), namespace)
         check_numbers(vars(found), self, ranges)
         return found, rest
