@@ -6,6 +6,7 @@ The training step is that of diffusers' DreamBooth and text-to-image examples fo
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -84,6 +85,7 @@ class FlowMatchingFamily(TextToImageFamily):
                 )
             # what the others call their shift of the noise levels
             config["shift"] = float(config.get("flow_shift") or 1.0)
+            return _made_of(FlowMatchEulerDiscreteScheduler, config)
         return cast(FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler.from_config(config))
 
     @classmethod
@@ -101,8 +103,10 @@ class FlowMatchingFamily(TextToImageFamily):
 
     def _sampling_scheduler(self) -> Any:
         # a copy: a pipeline changes its scheduler's table of noise levels, which training reads
-        kind = getattr(diffusers, self.sampler) if self.sampler in self.SAMPLERS else FlowMatchEulerDiscreteScheduler
-        return kind.from_config(self.noise_scheduler.config)
+        config = self.noise_scheduler.config
+        if self.sampler in self.SAMPLERS:
+            return _made_of(getattr(diffusers, self.sampler), config)
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
 
     def _levels(self, latents: Tensor) -> NoiseLevels:
         """The noise levels for images of this size: the base's table, or that of `_shift_exponent`."""
@@ -154,3 +158,15 @@ class FlowMatchingFamily(TextToImageFamily):
         if self.weighting_scheme == "cosmap":
             return 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
         return None
+
+
+def _made_of(kind: Any, config: Mapping[str, Any]) -> Any:
+    """A scheduler of a class from another one's configuration, which it keeps whole.
+
+    What `from_config` does, without its warning about the entries that only the other class knows.
+    """
+    own = inspect.signature(kind.__init__).parameters
+    entries = {name: value for name, value in config.items() if not name.startswith("_")}
+    scheduler = kind(**{name: value for name, value in entries.items() if name in own})
+    scheduler.register_to_config(**{name: value for name, value in entries.items() if name not in own})
+    return scheduler
