@@ -17,6 +17,7 @@ from diffusers import (
     QwenImagePipeline,
     SanaPipeline,
     StableDiffusion3Pipeline,
+    WanPipeline,
     ZImagePipeline,
 )
 from dit_fixtures import write_random_flux, write_random_sd3
@@ -26,6 +27,7 @@ from PIL import Image
 from qwen_image_fixtures import write_random_qwen_image
 from sana_fixtures import write_random_sana
 from torch import Tensor
+from wan_fixtures import write_random_wan
 from z_image_fixtures import write_random_z_image
 
 from lorainit_diffusers.export import save_diffusers_lora
@@ -43,6 +45,7 @@ WRITERS: dict[str, Any] = {
     "qwen_image": write_random_qwen_image,
     "z_image": write_random_z_image,
     "sana": write_random_sana,
+    "wan": write_random_wan,
 }
 STOCK: dict[str, type[DiffusionPipeline]] = {
     "sd3": StableDiffusion3Pipeline,
@@ -53,14 +56,16 @@ STOCK: dict[str, type[DiffusionPipeline]] = {
     "qwen_image": QwenImagePipeline,
     "z_image": ZImagePipeline,
     "sana": SanaPipeline,
+    "wan": WanPipeline,
 }
 KINDS = list(WRITERS)
 # Tokens where the usual ones take time. The system message of Flux 2 alone has 173 letters.
-TOKENS = {"flux": 24, "flux2-dev": 196, "flux2-klein": 24, "qwen_image": 256, "z_image": 48, "sana": 24}
+TOKENS = {"flux": 24, "flux2-dev": 196, "flux2-klein": 24, "qwen_image": 256, "z_image": 48, "sana": 24, "wan": 24}
 # How a pipeline is told its guidance where it is not by `guidance_scale`.
 GUIDANCE: dict[str, dict[str, Any]] = {
     "qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": ""},
     "sana": {"guidance_scale": 3.0, "use_resolution_binning": False},
+    "wan": {"guidance_scale": 3.0, "num_frames": 1},
 }
 CAPTIONS = ["cat 0", "a dog", "one long house"]
 

@@ -43,6 +43,7 @@ SHIFTS: dict[str, Callable[[int], float]] = {
     "flux2": flux2_shift,
     "z_image": lambda num_tokens: 3.0,
     "sana": lambda num_tokens: 3.0,
+    "wan": lambda num_tokens: 3.0,
     # from exp(0.5) at 256 tokens to exp(0.9) at 8192, as the test's base has it
     "qwen_image": lambda num_tokens: math.exp(0.5 + 0.4 * (num_tokens - 256) / (8192 - 256)),
 }
@@ -74,6 +75,8 @@ def no_caption(family: Any, stock: Any, kind: str) -> Tensor:
     if kind == "lumina2":
         prompt, mask = stock.encode_prompt("a", **tokens)[2:]
         return prompt[0][mask[0].bool()]
+    if kind == "wan":
+        return stock.encode_prompt("a", **tokens)[1][0]
     if kind == "sana":
         prompt, mask = stock.encode_prompt("a", **tokens)[2:]
         return prompt[0][mask[0].bool()]
@@ -93,6 +96,13 @@ def text_tokens(kind: str, call: dict[str, Any]) -> list[Tensor]:
 
 def clean_latents(family: Any, kind: str, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
     """A sample of the latents' posterior, as the transformer sees it."""
+    if kind == "wan":
+        pixels = batch["pixel_values"]
+        posterior = family.vae.encode(pixels if pixels.ndim == 5 else pixels[:, :, None]).latent_dist
+        sample = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        config = family.vae.config
+        shift, scale = (torch.tensor(row)[:, None, None, None] for row in (config.latents_mean, config.latents_std))
+        return (sample - shift) / scale
     if kind == "qwen_image":  # a clip of one frame
         posterior = family.vae.encode(batch["pixel_values"][:, :, None]).latent_dist
         mean, std = posterior.mean[:, :, 0], posterior.std[:, :, 0]
@@ -237,6 +247,12 @@ def sana_prediction(family: Any, noisy: Tensor, sigmas: Tensor, batch: dict[str,
     )[0]
 
 
+def wan_prediction(family: Any, noisy: Tensor, sigmas: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    hidden = family.text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    hidden[batch["attention_mask"] == 0] = 0
+    return family.transformer(noisy, 1000 * sigmas, encoder_hidden_states=hidden, return_dict=False)[0]
+
+
 PREDICTIONS: dict[str, Callable[..., Tensor]] = {
     "sd3": sd3_prediction,
     "flux": flux_prediction,
@@ -245,6 +261,7 @@ PREDICTIONS: dict[str, Callable[..., Tensor]] = {
     "qwen_image": qwen_image_prediction,
     "z_image": z_image_prediction,
     "sana": sana_prediction,
+    "wan": wan_prediction,
 }
 
 

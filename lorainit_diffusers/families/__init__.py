@@ -27,6 +27,7 @@ TEXT_TO_IMAGE_FAMILIES = {
     "qwen_image": ("qwen_image", "QwenImageFamily"),
     "z_image": ("z_image", "ZImageFamily"),
     "sana": ("sana", "SanaFamily"),
+    "wan": ("wan", "WanFamily"),
 }
 
 

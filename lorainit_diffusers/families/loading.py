@@ -158,6 +158,10 @@ class BaseParts(_Parts, EvaluationMode, ABC):
         check_base(cls, name)
 
     @classmethod
+    def check_index_entries(cls, name: str, index: Mapping[str, Any]) -> None:
+        """Refuse what else the family cannot train, by the base's `model_index.json`."""
+
+    @classmethod
     @abstractmethod
     def check_scheduler_class(cls, name: str, scheduler: str) -> None:
         """Refuse the scheduler of another kind of noise."""

@@ -149,6 +149,7 @@ def check_index(family: Family, name: str, index: Mapping[str, Any]) -> None:
         if not is_absent(family, index, component):
             _check_entry(family, name, index, component)
     family.check_scheduler_class(name, str(index["scheduler"][1]))
+    family.check_index_entries(name, index)
 
 
 def family_of(pipeline: str) -> str | None:
