@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorainit_diffusers import initialize
 from lorainit_diffusers.families.latent_diffusion import UNET_TARGETS
-from lorainit_diffusers.training.cli_parser import ScriptParser
+from lorainit_diffusers.training.options.parser import ScriptParser
 
 BUNDLED_BASE = Path(__file__).resolve().parent.parent / "assets" / "models" / "tiny-sd"
 # UNet2DConditionModel's defaults are Stable Diffusion 1.x except for these.

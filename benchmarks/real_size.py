@@ -44,7 +44,7 @@ from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
 from lorainit_diffusers.families.sd import StableDiffusionFamily
 from lorainit_diffusers.families.sdxl import StableDiffusionXLFamily
 from lorainit_diffusers.statistics import SecondMoment, SketchedSecondMoment
-from lorainit_diffusers.training.cli_parser import ScriptParser
+from lorainit_diffusers.training.options.parser import ScriptParser
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "assets" / "models" / "tiny-sd" / "tokenizer"
 SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}

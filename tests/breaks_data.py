@@ -7,21 +7,21 @@ from breaks import Break
 BREAKS: tuple[Break, ...] = (
     Break(
         "every epoch has the same order",
-        "train_scripts/common_data.py",
+        "lorainit_diffusers/training/data/order.py",
         '                    generator = seeded_generator(self.seed, "order", epoch)\n                    order',
         '                    generator = seeded_generator(self.seed, "order", 0)\n                    order',
         ("tests/scripts/test_loop_reference.py::test_stable_diffusion",),
     ),
     Break(
         "images are drawn with replacement",
-        "train_scripts/common_data.py",
+        "lorainit_diffusers/training/data/order.py",
         "order = torch.randperm(self.num_images, generator=generator).tolist()",
         "order = torch.randint(self.num_images, (self.num_images,), generator=generator).tolist()",
         ("tests/scripts/test_common_data.py::test_epochs_are_permutations_and_batches_run_over_their_ends",),
     ),
     Break(
         "an image's crop is the same in every epoch",
-        "train_scripts/common_data.py",
+        "lorainit_diffusers/training/data/order.py",
         'keys.append((order[position % self.num_images], derive_seed(self.seed, "image", position)))',
         (
             'keys.append((order[position % self.num_images], derive_seed(self.seed, "image", position '
@@ -31,14 +31,14 @@ BREAKS: tuple[Break, ...] = (
     ),
     Break(
         "buckets always come in the same order",
-        "train_scripts/common_data.py",
+        "lorainit_diffusers/training/data/order.py",
         'order = torch.randperm(len(batches), generator=seeded_generator(self.seed, "batches", epoch))',
         "order = torch.arange(len(batches))",
         ("tests/scripts/test_common_data.py::test_bucket_batches_hold_one_bucket_and_epochs_hold_every_image",),
     ),
     Break(
         "a short bucket loses its last images",
-        "train_scripts/common_data.py",
+        "lorainit_diffusers/training/data/order.py",
         "for start in range(0, len(images), self.batch_size)\n            ]\n        order",
         (
             "for start in range(0, len(images) // self.batch_size * self.batch_size or "
@@ -50,21 +50,21 @@ BREAKS: tuple[Break, ...] = (
     ),
     Break(
         "crop corner is width before height",
-        "train_scripts/common_data.py",
+        "lorainit_diffusers/training/data/captioned_images.py",
         "permute(2, 0, 1) / 127.5 - 1.0, (top, left)",
         "permute(2, 0, 1) / 127.5 - 1.0, (left, top)",
         ("tests/scripts/test_common_data.py::test_crop_corners_are_places_in_the_resized_and_possibly_mirrored_image",),
     ),
     Break(
         "mirrored crop keeps its corner",
-        "train_scripts/common_data.py",
+        "lorainit_diffusers/training/data/captioned_images.py",
         "image, left = ImageOps.mirror(image), covering[0] - (left + width)",
         "image = ImageOps.mirror(image)",
         ("tests/scripts/test_common_data.py::test_crop_corners_are_places_in_the_resized_and_possibly_mirrored_image",),
     ),
     Break(
         "random crops are centred",
-        "train_scripts/common_data.py",
+        "lorainit_diffusers/training/data/captioned_images.py",
         "    if center_crop:\n",
         "    if True:\n",
         ("tests/scripts/test_common_data.py::test_crops_and_flips_come_from_the_generator",),
@@ -85,49 +85,49 @@ BREAKS: tuple[Break, ...] = (
     ),
     Break(
         "nearest bucket by difference instead of ratio",
-        "train_scripts/common_data.py",
+        "lorainit_diffusers/training/data/buckets.py",
         "aspect = math.log(size[0] / size[1])",
         "aspect = size[0] / size[1] - 1",
         ("tests/scripts/test_common_data.py::test_the_nearest_bucket_has_the_nearest_log_aspect",),
     ),
     Break(
         "cached latents are the posterior's mean",
-        "train_scripts/common_data.py",
+        "lorainit_diffusers/training/data/captioned_images.py",
         'item["latents"] = mean + std * torch.randn(mean.shape, generator=generator)',
         'item["latents"] = mean',
         ("tests/scripts/test_loop_reference.py::test_comparison",),
     ),
     Break(
         "captions go to other images",
-        "train_scripts/common_data.py",
+        "lorainit_diffusers/training/data/captioned_images.py",
         "rows = torch.tensor([row_of[record.caption] for record in records])",
         "rows = torch.tensor([row_of[record.caption] for record in records]).flip(0)",
         ("tests/scripts/test_loop_reference.py::test_stable_diffusion",),
     ),
     Break(
         "class and instance images are told apart wrongly",
-        "train_scripts/common_classes.py",
+        "lorainit_diffusers/training/data/prior_preservation.py",
         'pair["is_class"] = torch.arange(sum(sizes)) >= sizes[0]',
         'pair["is_class"] = torch.arange(sum(sizes)) < sizes[0]',
         ("tests/scripts/test_loop_reference.py::test_prior_preservation",),
     ),
     Break(
         "class images of several processes are drawn twice",
-        "train_scripts/common_classes.py",
+        "lorainit_diffusers/training/data/prior_preservation.py",
         "index % num_processes == process",
         "index % num_processes >= 0",
         ("tests/scripts/test_common_classes.py::test_processes_draw_their_shares_of_one_set",),
     ),
     Break(
         "an answer with one wrong token matches",
-        "train_scripts/common_questions.py",
+        "lorainit_diffusers/training/questions/task.py",
         "num_wrong += int(wrong[answers.samples == number][-_last_answer_tokens(sample) :].any())",
         "num_wrong += int(wrong[answers.samples == number][-_last_answer_tokens(sample) :].all())",
         ("tests/scripts/test_train_vlm_lora.py::test_one_wrong_token_makes_an_answer_wrong",),
     ),
     Break(
         "validation loss of questions weighs batches alike",
-        "train_scripts/common_questions.py",
+        "lorainit_diffusers/training/questions/task.py",
         'loss += float(F.cross_entropy(answers.logits, answers.tokens, reduction="sum"))',
         "loss += float(F.cross_entropy(answers.logits, answers.tokens)) * answers.tokens.numel() ** 0.5",
         ("tests/scripts/test_train_vlm_lora.py::test_evaluation_does_not_depend_on_the_size_of_its_batches",),

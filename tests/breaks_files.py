@@ -220,7 +220,7 @@ BREAKS: tuple[Break, ...] = (
     ),
     Break(
         "processes of a launch do not join on the processor",
-        "train_scripts/common_output.py",
+        "lorainit_diffusers/training/run.py",
         'PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))',
         "PartialState()",
         ("tests/scripts/test_loop_processes.py::test_text_to_image",),

@@ -14,8 +14,8 @@ from torch import nn
 
 from lorainit_diffusers import initialize, save_diffusers_lora, save_kohya_lora, save_merged, save_peft_lora
 from lorainit_diffusers.adapters import trainable_parameters
-from lorainit_diffusers.training.checkpoints import load_training_state, save_training_state
 from lorainit_diffusers.finite import check_finite, first_not_finite
+from lorainit_diffusers.training.checkpoints import load_training_state, save_training_state
 
 BAD = [math.nan, math.inf, -math.inf]
 

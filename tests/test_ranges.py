@@ -26,7 +26,7 @@ from lorainit_diffusers.families.augment import Augmentation
 from lorainit_diffusers.families.classifier import ClassifierFamily
 from lorainit_diffusers.families.vlm import VisionLanguageFamily
 from lorainit_diffusers.ranges import COUNT, LARGEST, SEED, STEP_RANGES, Range, check_fields, numeric_fields, shown
-from lorainit_diffusers.training.cli_parser import ScriptParser
+from lorainit_diffusers.training.options.parser import ScriptParser
 from lorainit_diffusers.training.ranges import (
     OPTION_RANGES,
     check_options,

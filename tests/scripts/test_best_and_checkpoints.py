@@ -8,14 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import common_train
 import pytest
 import torch
 import train_classifier_lora
 import train_dit_lora
 import train_sd_lora
 from classifier_fixtures import CLASSES, write_class_folder, write_classifier
-from common_run import TrainingData
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 from pixart_fixtures import write_random_dit
@@ -25,8 +23,9 @@ from sd_fixtures import write_images
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from lorainit_diffusers.training import checkpoints
 from lorainit_diffusers.families.sd import StableDiffusionFamily
+from lorainit_diffusers.training import checkpoints, text_to_image
+from lorainit_diffusers.training.data.text_to_image import TrainingData
 
 SIDE = 16
 Run = Callable[..., Path]
@@ -254,9 +253,9 @@ def test_a_fraction_of_the_images_is_held_out_by_content(run: Run, tmp_path: Pat
         sides.append(({r.path.name for r in records}, {r.path.name for r in heldout}))
         return records, heldout
 
-    read = common_train.read_data
+    read = text_to_image.read_data
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common_train, "read_data", note)
+        patch.setattr(text_to_image, "read_data", note)
         out = run("a", train_data_dir=folder, validation_fraction=0.4, max_train_steps=1, repeats=2)
         run("b", train_data_dir=folder, validation_fraction=0.4, max_train_steps=1, seed=5)
     assert (out / "best" / "best.json").is_file()

@@ -10,10 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import derive_seed
-from common_classes import generate_class_images, missing_class_images, pair_batches
-from common_data import ImageRecord, load_image
 from PIL import Image
+
+from lorainit_diffusers.training.data.images import ImageRecord, load_image
+from lorainit_diffusers.training.data.prior_preservation import (
+    generate_class_images,
+    missing_class_images,
+    pair_batches,
+)
+from lorainit_diffusers.training.seeds import derive_seed
 
 SETTINGS = {"base_model": "some/base", "num_inference_steps": 25, "guidance_scale": 5.0, "resolution": 8}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from pathlib import Path
@@ -11,42 +10,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import derive_seed
-from common_data import (
-    INTERPOLATIONS,
-    BucketOrder,
-    CaptionedImages,
-    DataOrder,
-    ImageRecord,
-    check_images,
-    find_splits,
-    fixed_batches,
-    image_size,
-    image_to_tensor,
-    load_image,
-    nearest_bucket,
-    parse_buckets,
-    read_data,
-)
-from common_data import read_image_folder as read_folder
-from common_options import build_method
 from diffusers.training_utils import parse_buckets_string
 from PIL import Image
 from sd_fixtures import write_images
 from torch.utils.data import DataLoader
 
 from lorainit_diffusers.methods.cntlora import CNTLoRA
+from lorainit_diffusers.training.choices import INTERPOLATIONS
+from lorainit_diffusers.training.data.buckets import nearest_bucket, parse_buckets
+from lorainit_diffusers.training.data.captioned_images import CaptionedImages, fixed_batches, image_to_tensor
+from lorainit_diffusers.training.data.folders import read_image_folder as read_folder
+from lorainit_diffusers.training.data.images import ImageRecord, check_images, image_size, load_image
+from lorainit_diffusers.training.data.notes import DataNotes
+from lorainit_diffusers.training.data.order import BucketOrder, DataOrder
+from lorainit_diffusers.training.data.splits import find_image_splits
+from lorainit_diffusers.training.data.text_to_image import read_data
+from lorainit_diffusers.training.options.checks import build_method
+from lorainit_diffusers.training.options.text_to_image import StableDiffusionOptions
+from lorainit_diffusers.training.seeds import derive_seed
 
 
 def read(folder: Path, prompt: str | None = None) -> list[ImageRecord]:
     return read_folder(folder, flag="--train_data_dir", prompt=prompt)
 
 
-def arguments(**options: Any) -> argparse.Namespace:
+def arguments(**options: Any) -> StableDiffusionOptions:
     """The options that `read_data` looks at, as the scripts' parser leaves them when they are not given."""
-    unset = ("train_data_dir", "instance_data_dir", "instance_prompt", "dataset_name", "dataset_config_name")
-    unset = (*unset, "cache_dir", "image_column", "caption_column", "max_train_samples")
-    return argparse.Namespace(**{**dict.fromkeys(unset), "repeats": 1, **options})
+    return StableDiffusionOptions(**options)
 
 
 def loaded(path: Path) -> list[Any]:
@@ -272,10 +262,14 @@ def test_captions_from_csv_text_files_and_prompt(tmp_path: Path) -> None:
 
 
 def test_find_splits(image_dir: Path) -> None:
+    def found(folder: Path) -> tuple[Path, Path | None]:
+        splits = find_image_splits(folder, str(folder), DataNotes())
+        return splits.train, splits.heldout
+
     expected = image_dir / "train", image_dir / "heldout"
-    assert find_splits(image_dir) == expected
-    assert find_splits(image_dir / "train") == expected
-    assert find_splits(image_dir / "heldout") == (image_dir / "heldout", None)
+    assert found(image_dir) == expected
+    assert found(image_dir / "train") == expected
+    assert found(image_dir / "heldout") == (image_dir / "heldout", None)
 
 
 def test_epochs_are_permutations_and_batches_run_over_their_ends() -> None:

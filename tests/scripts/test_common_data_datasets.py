@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import zipfile
@@ -12,10 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common_data import CaptionedImages, load_image, read_data
 from PIL import Image
 from sd_fixtures import write_images
 from torch.utils.data import DataLoader
+
+from lorainit_diffusers.training.data.captioned_images import CaptionedImages
+from lorainit_diffusers.training.data.images import load_image
+from lorainit_diffusers.training.data.text_to_image import read_data
+from lorainit_diffusers.training.options.text_to_image import StableDiffusionOptions
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 
@@ -25,11 +28,9 @@ def hub() -> Any:
     return pytest.importorskip("datasets")
 
 
-def arguments(tmp_path: Path, name: str | Path, **options: Any) -> argparse.Namespace:
-    unset = ("train_data_dir", "instance_data_dir", "instance_prompt", "dataset_config_name")
-    unset = (*unset, "image_column", "caption_column", "max_train_samples")
-    given = {"dataset_name": str(name), "cache_dir": str(tmp_path / "cache"), "repeats": 1, **options}
-    return argparse.Namespace(**{**dict.fromkeys(unset), **given})
+def arguments(tmp_path: Path, name: str | Path, **options: Any) -> StableDiffusionOptions:
+    given: dict[str, Any] = {"dataset_name": str(name), "cache_dir": str(tmp_path / "cache"), **options}
+    return StableDiffusionOptions(**given)
 
 
 def encoded(colour: tuple[int, int, int]) -> bytes:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import common_export
 import pytest
 import torch
 import train_classifier_lora as script
 from classifier_fixtures import write_class_folder, write_classifier
-from common_tasks import stages, summary
 from safetensors.torch import load_file
 from script_fixtures import read_json, run_main
 from torch import Tensor
+
+from lorainit_diffusers.training import hub
+from lorainit_diffusers.training.stages import stages
+from lorainit_diffusers.training.task import summary
 
 FAST: dict[str, Any] = {
     **{"init": "cntlora", "rank": 2, "max_train_steps": 2, "train_batch_size": 4, "init_num_batches": 2},
@@ -112,8 +114,8 @@ def test_export_rank_compresses_and_says_what_it_discards(
 def test_push_to_hub(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     made = type("Made", (), {"repo_id": "me/out"})
-    monkeypatch.setattr(common_export.huggingface_hub, "create_repo", lambda name, **options: made)
-    monkeypatch.setattr(common_export.huggingface_hub, "upload_folder", lambda **options: calls.append(options))
+    monkeypatch.setattr(hub.huggingface_hub, "create_repo", lambda name, **options: made)
+    monkeypatch.setattr(hub.huggingface_hub, "upload_folder", lambda **options: calls.append(options))
     output = run(base, data, tmp_path / "out", push_to_hub=True, hub_model_id="me/out")
     assert [call["repo_id"] for call in calls] == ["me/out"]
     card = (output / "README.md").read_text(encoding="utf-8")

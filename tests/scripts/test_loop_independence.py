@@ -22,9 +22,9 @@ from script_fixtures import losses, run_main, weights
 from sd_fixtures import write_images
 from torch import Tensor
 
-from lorainit_diffusers.training import checkpoints
 from lorainit_diffusers.families.sd import StableDiffusionFamily
 from lorainit_diffusers.families.sd3 import StableDiffusion3Family
+from lorainit_diffusers.training import checkpoints
 
 SIDE = 16
 NUM_HELDOUT = 7

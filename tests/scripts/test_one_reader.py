@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any
 
 import pytest
 import vtab_protocol
-from common_classes import missing_class_images
-from common_classify import read_class_dataset
-from common_questions import read_questions
 from PIL import Image
+
+from lorainit_diffusers.training.classification.data import read_class_dataset
+from lorainit_diffusers.training.classification.options import ClassTaskOptions
+from lorainit_diffusers.training.data.prior_preservation import missing_class_images
+from lorainit_diffusers.training.questions.conversations import read_questions
 
 LINE = {"image": "images/a.png", "question": "What?", "answer": "a café"}
 
@@ -99,6 +100,6 @@ def test_labels_of_datasets_that_are_no_classes_name_the_row(tmp_path: Path, lab
     (tmp_path / "set").mkdir()
     rows.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "set" / "train-00000-of-00001.parquet"))
     given = {"dataset_name": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache"), "dataset_config_name": None}
-    args = argparse.Namespace(**given, image_column=None, label_column=None)
+    options = ClassTaskOptions(pretrained_model_name_or_path="base", **given)
     with pytest.raises(ValueError, match=rf"train\[2\] has the label {shown} in the column 'label', which is no class"):
-        read_class_dataset(args)
+        read_class_dataset(options, given["dataset_name"])

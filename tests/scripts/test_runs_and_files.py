@@ -15,10 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common_classify
-import common_export
-import common_run
-import common_tasks
 import pytest
 import torch
 import train_classifier_lora
@@ -33,9 +29,16 @@ from script_fixtures import argv_of, read_json, run_main
 from sd_fixtures import ROOT
 from vlm_fixtures import write_base, write_questions
 
+from lorainit_diffusers.training import hub, task
 from lorainit_diffusers.training.checkpoints import list_checkpoints
+from lorainit_diffusers.training.classification.options import ClassifierTrainingOptions
+from lorainit_diffusers.training.classification.report import ClassPages
+from lorainit_diffusers.training.log import RunLog
+from lorainit_diffusers.training.options.fields import option_facts
+from lorainit_diffusers.training.options.text_to_image import StableDiffusionOptions
 from lorainit_diffusers.training.output_dir import FILES_NAME, MARK, RUN_NAME
-from lorainit_diffusers.training.resume import FREE_TO_CHANGE, PLACES
+from lorainit_diffusers.training.questions.options import QuestionTrainingOptions
+from lorainit_diffusers.training.task import TaskTraining
 
 Run = Callable[..., Path]
 FAST: dict[str, Any] = {
@@ -194,9 +197,9 @@ def test_two_scripts_at_once_end_with_one_run(base: Path, data: Path, tmp_path: 
 def test_what_is_uploaded_is_what_the_run_wrote(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[dict[str, Any]] = []
     made = argparse.Namespace(repo_id="me/out")
-    monkeypatch.setattr(common_export.huggingface_hub, "create_repo", lambda name, **options: made)
-    monkeypatch.setattr(common_export.huggingface_hub, "upload_folder", lambda **options: calls.append(options))
-    save = common_tasks.save_adapter
+    monkeypatch.setattr(hub.huggingface_hub, "create_repo", lambda name, **options: made)
+    monkeypatch.setattr(hub.huggingface_hub, "upload_folder", lambda **options: calls.append(options))
+    save = TaskTraining.write_files
 
     def save_and_drop_files(*args: Any) -> None:
         for name in (".env", "private/keys.txt", "photo.png", "samples/mine.png", "notes.md"):
@@ -205,7 +208,7 @@ def test_what_is_uploaded_is_what_the_run_wrote(run: Run, monkeypatch: pytest.Mo
             path.write_text("mine", encoding="utf-8")
         save(*args)
 
-    monkeypatch.setattr(common_tasks, "save_adapter", save_and_drop_files)
+    monkeypatch.setattr(TaskTraining, "write_files", save_and_drop_files)
     output = run(push_to_hub=True, report_to="tensorboard")
     names = [path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()]
     options = {name: calls[0][name] for name in ("allow_patterns", "ignore_patterns")}
@@ -237,13 +240,12 @@ def test_every_option_that_differs_is_named_with_both_values(run: Run, finished:
 
 def test_every_option_is_compared_or_says_why_not() -> None:
     """An option that is added later is compared unless somebody writes down why it may change."""
-    for script in (train_classifier_lora, train_sd_lora, train_vlm_lora):
-        known = {action.dest for action in script.make_parser()._actions} - {"help"}
-        free = known & (FREE_TO_CHANGE.keys() | PLACES.keys())
+    for options in (ClassifierTrainingOptions, StableDiffusionOptions, QuestionTrainingOptions):
+        facts = option_facts(options)
         for name in ("rank", "learning_rate", "seed", "lr_scheduler", "init_option", "mixed_precision", "allow_tf32"):
-            assert name in known - free
-    for name, reason in FREE_TO_CHANGE.items():
-        assert len(reason.split()) > 1, name
+            assert (facts[name].may_change, facts[name].place) == (None, None)
+        for name, fact in facts.items():
+            assert fact.may_change is None or len(fact.may_change.split()) > 1, name
 
 
 def test_the_steps_must_fit(run: Run, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,7 +349,7 @@ class Killed(BaseException):
 def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     """End the run before its file operation of this number, counted from the first "end" line on."""
     count = [-1]
-    write, replace = common_run.RunLog.write, os.replace
+    write, replace = RunLog.write, os.replace
 
     def write_line(self: Any, line: dict[str, Any]) -> None:
         if line.get("stage") == "end":
@@ -365,14 +367,14 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
                 raise Killed
         replace(*args, **options)
 
-    monkeypatch.setattr(common_run.RunLog, "write", write_line)
+    monkeypatch.setattr(RunLog, "write", write_line)
     monkeypatch.setattr(os, "replace", counted)
     return count
 
 
 def check_kills(run: Run, expected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: list[int]) -> None:
     """Kill a run at each of these operations, go on, and compare everything with an uninterrupted one."""
-    monkeypatch.setattr(common_tasks, "plot_loss", lambda *args: None)
+    monkeypatch.setattr(task, "plot_loss", lambda *args: None)
     want = {name for name in contents(expected) if name not in ("loss.png",)}
     output = run(resume_from_checkpoint="latest")
     for number in numbers:
@@ -390,7 +392,7 @@ def check_kills(run: Run, expected: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_kills_during_the_export_of_a_classifier(
     run: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common_classify.ClassificationTask, "_draw_mistakes", lambda *args: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(ClassPages, "_draw_mistakes", lambda *args: Image.new("RGB", (8, 8)))
     shutil.copytree(finished, tmp_path / "out")
     check_kills(run, finished, tmp_path, monkeypatch, [0, 1, 2, 5, 8])
 

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common_run
 import pytest
 import train_sd_lora
 from script_fixtures import FAST, read_json, run_main
+
+from lorainit_diffusers.training import loop
 
 Run = Callable[..., Path]
 
@@ -106,13 +107,13 @@ def test_equal_ranks_leave_no_picture(run):
 
 def test_validation_and_samples_have_bars_of_their_own(run, monkeypatch):
     shown: list[tuple[str, bool]] = []
-    bar = common_run.progress_bar
+    bar = loop.progress_bar
 
     def record(*iterable: Any, **options: Any) -> Any:
         shown.append((options["desc"], options.get("leave", True)))
         return bar(*iterable, **options)
 
-    monkeypatch.setattr(common_run, "progress_bar", record)
+    monkeypatch.setattr(loop, "progress_bar", record)
     run("bars", validation_steps=2)
     assert shown.count(("validating", False)) == 2
     assert shown.count(("sampling", False)) == 3

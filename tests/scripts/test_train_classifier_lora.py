@@ -8,12 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import common_classify
 import pytest
 import torch
 import train_classifier_lora as script
 from classifier_fixtures import CLASSES, SIDE, picture, write_backbone, write_class_folder, write_classifier
-from common_classify import ClassificationTask, read_classes
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,6 +19,8 @@ from script_fixtures import argv_of, losses, read_json, run_main
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lorainit_diffusers import METHODS, load_lora
+from lorainit_diffusers.training.classification.data import read_classes
+from lorainit_diffusers.training.classification.task import ClassificationTask
 
 FAST: dict[str, Any] = {
     "init": "cntlora",

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common_run
 import numpy as np
 import pytest
 import torch
@@ -23,6 +22,9 @@ from sd_fixtures import write_images
 from torch import Tensor
 
 from lorainit_diffusers import load_lora
+from lorainit_diffusers.training import samples
+from lorainit_diffusers.training.options.fields import option_facts
+from lorainit_diffusers.training.options.text_to_image import StableDiffusionOptions, TransformerOptions
 
 Run = Callable[..., Path]
 WRITERS: dict[str, Callable[[Path], None]] = {
@@ -65,7 +67,7 @@ def run(bases: dict[str, Path], image_dir: Path, tmp_path: Path) -> Run:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a tiny run's time is its pictures; tests of weights do without."""
-    monkeypatch.setattr(common_run, "draw_samples", lambda *args: [Image.new("RGB", (32, 32))])
+    monkeypatch.setattr(samples, "draw_samples", lambda *args: [Image.new("RGB", (32, 32))])
 
 
 def test_writes_everything(run: Run) -> None:
@@ -115,7 +117,7 @@ def test_reloads_on_the_original_base(
             trained["images"] = live.pipeline()(**embeds, generator=generator, height=32, width=32, **drawing).images
         return [Image.new("RGB", (32, 32))]
 
-    monkeypatch.setattr(common_run, "draw_samples", remember)
+    monkeypatch.setattr(samples, "draw_samples", remember)
     out = run(family, lora_alpha=5, learning_rate=1e-2, **options)
     if options.get("variable_rank"):
         assert len({w.shape[0] for name, w in weights(out).items() if name.endswith("lora_A.weight")}) > 1
@@ -134,7 +136,7 @@ def test_families_without_a_loader_write_a_peft_adapter(
     run: Run, bases: dict[str, Path], image_dir: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live: list[Any] = []
-    monkeypatch.setattr(common_run, "draw_samples", lambda args, family, prompts: live.append(family) or [_blank()])
+    monkeypatch.setattr(samples, "draw_samples", lambda options, family, prompts: live.append(family) or [_blank()])
     out = run(
         family,
         **{"variable_rank": True, "export_merged": True, "validation_prompt": "1"},
@@ -213,7 +215,9 @@ def test_resumed_run_equals_an_uninterrupted_one(run: Run, family: str) -> None:
 def test_text_encoders_leave_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[bool] = []
     monkeypatch.setattr(
-        common_run, "draw_samples", lambda args, family, prompts: held.append(bool(family.text_encoders)) or [_blank()]
+        samples,
+        "draw_samples",
+        lambda options, family, prompts: held.append(bool(family.text_encoders)) or [_blank()],
     )
     run("flux", pre_compute_text_embeddings=True)
     run("flux", name="kept")
@@ -266,8 +270,7 @@ def test_bad_input(run: Run, family: str, options: dict[str, Any], message: str)
 
 def test_every_option_of_its_own_is_in_a_test() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
-    own = {action.dest for action in train_dit_lora.make_parser()._actions}
-    own -= {action.dest for action in train_sd_lora.make_parser()._actions}
+    own = option_facts(TransformerOptions).keys() - option_facts(StableDiffusionOptions).keys()
     assert {name for name in own if f'"{name}"' not in source and f"{name}=" not in source} == set()
 
 

@@ -13,12 +13,11 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import accelerate
-import common_export
-import common_run
 import pytest
 import torch
 import train_sd_lora
@@ -36,7 +35,17 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from lorainit_diffusers import adapters_disabled
+from lorainit_diffusers.families.sd import StableDiffusionFamily
 from lorainit_diffusers.methods import METHODS
+from lorainit_diffusers.methods.gaussian import Gaussian
+from lorainit_diffusers.training import image_outputs, samples
+from lorainit_diffusers.training import run as run_module
+from lorainit_diffusers.training.data import text_to_image as data_module
+from lorainit_diffusers.training.options.fields import option_facts
+from lorainit_diffusers.training.options.text_to_image import StableDiffusionOptions
+from lorainit_diffusers.training.run import Run as TrainingRun
+from lorainit_diffusers.training.run import start_accelerator
+from lorainit_diffusers.training.text_to_image import settle_options
 
 Run = Callable[..., Path]
 SCORED = ("cntlora", "eva", "lora_ga", "pissa")  # some of the methods that can allocate ranks
@@ -68,8 +77,8 @@ def run(random_sd: Path, image_dir: Path, tmp_path: Path) -> Run:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a tiny run's time is its pictures; tests of weights do without."""
-    monkeypatch.setattr(common_export, "plot_loss", lambda *args: None)
-    monkeypatch.setattr(common_run, "draw_samples", lambda *args: [Image.new("RGB", (32, 32))])
+    monkeypatch.setattr(image_outputs, "plot_loss", lambda *args: None)
+    monkeypatch.setattr(samples, "draw_samples", lambda *args: [Image.new("RGB", (32, 32))])
 
 
 # ------------------------------------------------------------------------------------------------------------- outputs
@@ -127,7 +136,7 @@ def test_every_method_trains_and_reloads_on_the_original_base(
         return [Image.new("RGB", (32, 32))]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common_run, "draw_samples", remember)
+        patch.setattr(samples, "draw_samples", remember)
         out = run(init=init, lora_alpha=5, learning_rate=1e-2, **more)
     pipeline = StableDiffusionPipeline.from_pretrained(random_sd, safety_checker=None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -309,7 +318,7 @@ def test_mixed_precision_trains_float32_adapters_on_a_half_base(run: Run, monkey
         dtypes["vae"] = {parameter.dtype for parameter in family.vae.parameters()}
         return [Image.new("RGB", (32, 32))]
 
-    monkeypatch.setattr(common_run, "draw_samples", look)
+    monkeypatch.setattr(samples, "draw_samples", look)
     run(mixed_precision="bf16")
     assert dtypes == {"trained": {torch.float32}, "frozen": {torch.bfloat16}, "vae": {torch.float32}}
 
@@ -444,22 +453,21 @@ def test_two_processes_share_one_initialisation(random_sd: Path, image_dir: Path
 def test_every_option_is_in_a_test() -> None:
     files = (Path(__file__), Path(__file__).with_name("test_best_and_checkpoints.py"))
     source = "".join(file.read_text(encoding="utf-8") for file in files)
-    for action in train_sd_lora.make_parser()._actions:
-        if action.dest != "help":
-            named = (*(f'"{prefix}{action.dest}"' for prefix in ("", "no-", "--")), f"{action.dest}=")
-            assert any(name in source for name in named), f"--{action.dest} has no test"
+    for option in option_facts(StableDiffusionOptions):
+        named = (*(f'"{prefix}{option}"' for prefix in ("", "no-", "--")), f"{option}=")
+        assert any(name in source for name in named), f"--{option} has no test"
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_options_of_loading_reach_the_loader(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: dict[str, Any] = {}
-    load = train_sd_lora.StableDiffusionFamily.from_pretrained
+    load = StableDiffusionFamily.from_pretrained
 
     def spy(path: Any, **options: Any) -> Any:
         seen.update(options)
         return load(path, **{**options, "revision": None})
 
-    monkeypatch.setattr(train_sd_lora.StableDiffusionFamily, "from_pretrained", spy)
+    monkeypatch.setattr(StableDiffusionFamily, "from_pretrained", spy)
     run(revision="abc", cache_dir=tmp_path / "cache", offload=True, max_train_steps=1)
     assert seen["revision"] == "abc"
     assert seen["cache_dir"] == str(tmp_path / "cache")
@@ -509,13 +517,12 @@ def test_merged_unet(run: Run, random_sd: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_xformers_and_tf32_are_switched_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xformers_and_tf32_are_switched_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     find_spec = importlib.util.find_spec
     known = {"xformers": object()}
     calls: list[str] = []
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: known.get(name) or find_spec(name, *rest))
-    monkeypatch.setattr("common_options.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(common_run, "start_accelerator", None)  # never reached: is_available lies
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     args = train_sd_lora.parse_args(["--enable_xformers_memory_efficient_attention", "--allow_tf32"])
     monkeypatch.undo()
 
@@ -530,12 +537,11 @@ def test_xformers_and_tf32_are_switched_on(run: Run, monkeypatch: pytest.MonkeyP
     AcceleratorState._reset_state(reset_partial_state=True)
     before = torch.backends.cuda.matmul.allow_tf32
     try:
-        accelerator = common_run.start_accelerator(args)
+        accelerator = start_accelerator(args)
         assert torch.backends.cuda.matmul.allow_tf32
-        common_run.settle_options(args, Family(), accelerator, None)
+        settle_options(TrainingRun("test", args, args, Gaussian(), tmp_path, None, accelerator), Family())
         assert calls == ["xformers"]
-        args.allow_tf32 = False
-        common_run.start_accelerator(args)
+        start_accelerator(replace(args, allow_tf32=False))
         assert not torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
@@ -561,13 +567,13 @@ def test_text_embeddings_are_computed_once(run: Run, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("option", [{"cache_latents": True}, {}], ids=lambda option: "-".join(option))
 def test_latents_are_encoded_once(run: Run, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any]) -> None:
     calls: list[int] = []
-    encode = train_sd_lora.StableDiffusionFamily.encode_images
+    encode = StableDiffusionFamily.encode_images
 
     def count(self: Any, pixel_values: Tensor) -> Any:
         calls.append(len(pixel_values))
         return encode(self, pixel_values)
 
-    monkeypatch.setattr(train_sd_lora.StableDiffusionFamily, "encode_images", count)
+    monkeypatch.setattr(StableDiffusionFamily, "encode_images", count)
     run(**option, max_train_steps=3)
     held_out, training, steps = 2, 4, (2 + 3) * 2
     assert sum(calls) == held_out + (training if option else steps)
@@ -630,7 +636,7 @@ def test_samples_are_drawn_as_the_options_say(run: Run, monkeypatch: pytest.Monk
         calls.append((len(prompts), options))
         return [Image.new("RGB", (32, 32)) for _ in prompts]
 
-    monkeypatch.setattr(train_sd_lora.StableDiffusionFamily, "sample", spy)
+    monkeypatch.setattr(StableDiffusionFamily, "sample", spy)
     run(
         validation_prompt=["a", "b", "c"],
         validation_inference_steps=7,
@@ -668,7 +674,7 @@ def test_trackers_get_losses_and_pictures(run: Run) -> None:
 @pytest.mark.usefixtures("no_pictures")
 def test_report_to_wandb(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[int | None, list[str]]] = []
-    monkeypatch.setattr(common_run, "Accelerator", _with_tracker(logged))
+    monkeypatch.setattr(run_module, "Accelerator", _with_tracker(logged))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     run(report_to="wandb", max_train_steps=1)
     assert (1, ["loss", "lr", "grad_norm", "step_s"]) in logged
@@ -794,7 +800,7 @@ def test_push_to_hub(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalTokenNotFoundError("nobody is logged in")
 
     monkeypatch.setattr("huggingface_hub.create_repo", refuse)
-    monkeypatch.setattr(train_sd_lora.StableDiffusionFamily, "from_pretrained", _must_not_load)
+    monkeypatch.setattr(StableDiffusionFamily, "from_pretrained", _must_not_load)
     with pytest.raises(ValueError, match=r"--push_to_hub cannot make the repository 'b' .*hf auth login"):
         run("b", push_to_hub=True)
 
@@ -848,13 +854,13 @@ def test_prior_preservation_draws_class_images_once(
     run: Run, image_dir: Path, monkeypatch: pytest.MonkeyPatch, init: str
 ) -> None:
     drawn: list[int] = []
-    sample = common_run.sample
+    sample = samples.sample
 
     def spy(args: Any, family: Any, prompts: Any, seeds: Any) -> list[Image.Image]:
         drawn.append(sum(prompt == "a cat" for prompt in prompts))
         return sample(args, family, prompts, seeds)
 
-    monkeypatch.setattr(common_run, "sample", spy)
+    monkeypatch.setattr(data_module, "sample", spy)
     options: dict[str, Any] = {
         **{"train_data_dir": None, "instance_data_dir": image_dir / "train", "instance_prompt": "a sks cat"},
         **{"with_prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3, "sample_batch_size": 2},
@@ -1047,7 +1053,7 @@ def test_latest_starts_anew_where_there_is_no_checkpoint(run: Run, capsys: pytes
 def test_bad_option_is_found_before_the_base_is_loaded(
     run: Run, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(train_sd_lora.StableDiffusionFamily, "from_pretrained", _must_not_load)
+    monkeypatch.setattr(StableDiffusionFamily, "from_pretrained", _must_not_load)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         run(**options)
     assert "\n" not in str(error.value)
@@ -1088,7 +1094,7 @@ def test_missing_packages_are_named(
 def test_bad_data_is_found_before_the_base_is_loaded(
     run: Run, image_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_sd_lora.StableDiffusionFamily, "from_pretrained", _must_not_load)
+    monkeypatch.setattr(StableDiffusionFamily, "from_pretrained", _must_not_load)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"--train_data_dir '.*empty' has no images in it"):
         run(train_data_dir=tmp_path / "empty")
@@ -1133,14 +1139,14 @@ def test_resolution_that_does_not_fit(run: Run) -> None:
 
 
 def test_non_finite_activations_name_the_layer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = train_sd_lora.StableDiffusionFamily.from_pretrained
+    load = StableDiffusionFamily.from_pretrained
 
     def load_damaged(*args: Any, **options: Any) -> Any:
         family = load(*args, **options)
         family.unet.conv_in.weight.data[0] = float("inf")
         return family
 
-    monkeypatch.setattr(train_sd_lora.StableDiffusionFamily, "from_pretrained", load_damaged)
+    monkeypatch.setattr(StableDiffusionFamily, "from_pretrained", load_damaged)
     with pytest.raises(ValueError, match=r"unet\.down_blocks\.0\.attentions\.0.*to_q"):
         run()
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common_run
 import pytest
 import torch
 import train_sdxl_lora
@@ -17,6 +16,8 @@ from safetensors.torch import load_file
 from script_fixtures import FAST, changes, read_json, run_main, weights
 from sd_fixtures import write_images
 from torch import Tensor
+
+from lorainit_diffusers.training import samples
 
 Run = Callable[..., Path]
 
@@ -39,7 +40,7 @@ def run(random_sdxl: Path, image_dir: Path, tmp_path: Path) -> Run:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a tiny run's time is its pictures; tests of weights do without."""
-    monkeypatch.setattr(common_run, "draw_samples", lambda *args: [Image.new("RGB", (32, 32))])
+    monkeypatch.setattr(samples, "draw_samples", lambda *args: [Image.new("RGB", (32, 32))])
 
 
 def test_writes_everything(run: Run) -> None:
@@ -81,7 +82,7 @@ def test_reloads_on_the_original_base(run: Run, random_sdxl: Path, init: str, mo
         return [Image.new("RGB", (32, 32))]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common_run, "draw_samples", remember)
+        patch.setattr(samples, "draw_samples", remember)
         out = run(init=init, lora_alpha=5, learning_rate=1e-2, **more)
     pipeline = StableDiffusionXLPipeline.from_pretrained(random_sdxl)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)  # as samples are drawn
@@ -165,7 +166,7 @@ def test_another_vae_stays_in_float32(
         dtypes.update(parameter.dtype for parameter in family.vae.parameters())
         return [Image.new("RGB", (32, 32))]
 
-    monkeypatch.setattr(common_run, "draw_samples", look)
+    monkeypatch.setattr(samples, "draw_samples", look)
     AutoencoderKL.from_pretrained(random_sdxl, subfolder="vae").half().save_pretrained(tmp_path / "vae")
     run(mixed_precision="bf16", pretrained_vae_model_name_or_path=tmp_path / "vae", max_train_steps=1)
     assert dtypes == {torch.float32}

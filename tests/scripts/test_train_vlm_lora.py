@@ -1,29 +1,17 @@
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import common_questions
 import pytest
 import torch
 import train_vlm_lora
-from common_questions import (
-    NEW_TOKENS,
-    EncodedQuestions,
-    QuestionAnsweringTask,
-    QuestionRecord,
-    add_question_arguments,
-    read_question_data,
-    read_questions,
-    resolve_question_options,
-    settle_answer_length,
-)
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -33,6 +21,12 @@ from transformers import AutoModelForImageTextToText
 from vlm_fixtures import ask, edit_json, make_image, write_base, write_lines, write_questions
 
 from lorainit_diffusers.families.vlm import VisionLanguageFamily
+from lorainit_diffusers.training.data.images import load_image
+from lorainit_diffusers.training.questions.conversations import QuestionRecord, read_questions
+from lorainit_diffusers.training.questions.data import read_question_data
+from lorainit_diffusers.training.questions.encoded import NEW_TOKENS, EncodedQuestions, settle_answer_length
+from lorainit_diffusers.training.questions.options import QuestionTaskOptions, resolve_questions
+from lorainit_diffusers.training.questions.task import QuestionAnsweringTask
 
 Run = Callable[..., Path]
 LINE = {"image": "images/0.png", "question": "What is this?", "answer": "red apple"}
@@ -61,16 +55,10 @@ def run(base: Path, questions: Path, tmp_path: Path) -> Run:
     return run
 
 
-def arguments(base: Path | str = "base", **options: Any) -> argparse.Namespace:
+def arguments(base: Path | str = "base", **options: Any) -> QuestionTaskOptions:
     """The options that a task reads."""
-    parser = argparse.ArgumentParser()
-    add_question_arguments(parser)
-    args = parser.parse_args([])
-    given = {"pretrained_model_name_or_path": str(base), "revision": None, "cache_dir": None}
-    given |= {"train_batch_size": 2, "lora_layers": None}
-    for name, value in {**given, **options}.items():
-        setattr(args, name, str(value) if isinstance(value, Path) else value)
-    return args
+    texts = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    return QuestionTaskOptions(pretrained_model_name_or_path=str(base), train_batch_size=2, **texts)
 
 
 def make_task(base: Path, questions: Path, **options: Any) -> QuestionAnsweringTask:
@@ -178,7 +166,7 @@ def test_options_that_cannot_work(run: Run, options: Mapping[str, Any], message:
 
 def test_the_bundled_questions_are_the_default() -> None:
     args = arguments()
-    resolve_question_options(args)
+    args = resolve_questions(args)
     assert args.train_data_file.endswith("assets/data/high-contrast-questions/train.jsonl")
     assert args.validation_data_file.endswith("assets/data/high-contrast-questions/validation.jsonl")
     records, validation = read_question_data(args)
@@ -370,7 +358,7 @@ def test_a_part_of_the_images_is_held_out_with_all_of_their_questions(questions:
     rows = [json.loads(line) for line in (questions / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     options = {"train_data_file": write_lines(tmp_path / "all.jsonl", rows), "image_dir": questions}
     args = arguments(**options)
-    resolve_question_options(args)
+    args = resolve_questions(args)
     records, validation = read_question_data(args)
     assert (len(records), len(validation)) == (10, 2)
     assert not {record.images for record in records} & {record.images for record in validation}
@@ -388,11 +376,11 @@ COLOURS = ("red", "green", "blue", "white", "black", "gray", "yellow", "purple",
 def held_out(folder: Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> tuple[int, int, int]:
     """The number of records on either side, after a check that they share no picture; and of the pictures held out."""
     args = arguments(train_data_file=write_lines(folder / "all.jsonl", rows), **options)
-    resolve_question_options(args)
+    args = resolve_questions(args)
     train, validation = read_question_data(args)
 
     def pixels(records: Sequence[QuestionRecord]) -> set[bytes]:
-        return {common_questions.load_image(image).tobytes() for record in records for image in record.images}
+        return {load_image(image).tobytes() for record in records for image in record.images}
 
     assert not pixels(train) & pixels(validation)
     return len(train), len(validation), len(pixels(validation))
@@ -478,7 +466,7 @@ def test_rows_of_a_dataset_about_one_picture(tmp_path: Path) -> None:
         arguments(dataset_name=str(tmp_path / "one"), cache_dir=str(tmp_path / "c"), validation_fraction=0.2)
     )
     assert (len(train), len(validation)) == (24, 6)
-    seen, new = ({common_questions.load_image(r.images[0]).tobytes() for r in part} for part in (train, validation))
+    seen, new = ({load_image(r.images[0]).tobytes() for r in part} for part in (train, validation))
     assert not seen & new
 
 
@@ -500,7 +488,7 @@ def test_datasets_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     rows.to_parquet(str(tmp_path / "one" / "train-00000-of-00001.parquet"))
     args = arguments(dataset_name=str(tmp_path / "one"), cache_dir=str(tmp_path / "cache"))
-    resolve_question_options(args)
+    args = resolve_questions(args)
     records, validation = read_question_data(args)
     assert [len(records), len(validation)] == [1, 1]
     assert texts(records[0])[0] in ("user: <image>What?", "user: <image>Which?")
@@ -516,12 +504,12 @@ def test_datasets_of_the_hub(tmp_path: Path) -> None:
         arguments(dataset_name=str(tmp_path / "two"), cache_dir=str(tmp_path / "c"))
     )
     assert texts(records[0]) == ["user: <image> and <image>", "assistant: yes"]
-    loaded = [common_questions.load_image(image) for image in validation[0].images]
+    loaded = [load_image(image) for image in validation[0].images]
     assert [image.tobytes() for image in loaded] == [make_image(0).tobytes(), make_image(1).tobytes()]
     args = arguments(dataset_name=str(tmp_path / "one"), cache_dir=str(tmp_path / "cache"), image_column="number")
     with pytest.raises(ValueError, match=r"the column 'number' holds no images but .*; set --image_column"):
         read_question_data(args)
-    args.image_column = "picture"
+    args = replace(args, image_column="picture")
     with pytest.raises(ValueError, match=r"has no column 'picture' .*; set --image_column"):
         read_question_data(args)
     with pytest.raises(ValueError, match="cannot be loaded"):
@@ -645,7 +633,7 @@ def test_generated_answers_are_as_long_as_the_data_need(
     if given is None and limit not in NEW_TOKENS:
         # what the answers are encoded as needs no more, and little less
         encoded = [
-            int((family.encode(r.messages, [common_questions.load_image(r.images[0])])["labels"] != -100).sum())
+            int((family.encode(r.messages, [load_image(r.images[0])])["labels"] != -100).sum())
             for r in (*trained, *asked)
         ]
         assert max(encoded) <= found <= max(encoded) + 3

@@ -14,7 +14,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from classifier_fixtures import CLASSES, SIDE, random_classifier
-from common_run import backward_step
 from core_fixtures import relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from lorainit_diffusers.families.classifier import ClassifierFamily, ImagePrepar
 from lorainit_diffusers.families.sd import StableDiffusionFamily
 from lorainit_diffusers.families.vlm import IGNORED, VisionLanguageFamily
 from lorainit_diffusers.initialize import initialize
+from lorainit_diffusers.training.loop import backward_step
 
 ANSWERS = ("no", "a green pear and a red apple and fruit", "red apple", "yes yes yes yes yes yes")
 

@@ -20,7 +20,8 @@ from lorainit_diffusers.families.classifier import HEADS
 from lorainit_diffusers.families.flow_matching import WEIGHTING_SCHEMES
 from lorainit_diffusers.families.vlm import PARTS, ROWS
 from lorainit_diffusers.training import choices
-from lorainit_diffusers.training.cli_parser import ScriptParser, closest, unknown_name
+from lorainit_diffusers.training.options.parser import ScriptParser
+from lorainit_diffusers.training.options.spelling import closest, unknown_name
 
 SCRIPTS = ROOT / "train_scripts"
 PROGRAMS = sorted(
@@ -192,10 +193,9 @@ def test_invalid_values_are_answered_at_once(script, arguments, answer):
 def test_a_command_line_is_read_without_torch():
     code = (
         f"import sys; sys.path[:0] = [{str(SCRIPTS)!r}, {str(ROOT)!r}]\n"
-        "import common_options, common_task_options, common_classify_options, common_question_options\n"
-        "import common_compare_options, common_recipe_options\n"
-        "common_options.make_training_parser(None, None).parse_args([])\n"
-        "print(sorted({'torch', 'diffusers', 'transformers', 'peft', 'PIL', 'numpy'} & set(sys.modules)))"
+        "from lorainit_diffusers.training import classifier, dit, sd, sdxl, vlm\n"
+        "sd.parse_args([]), dit.parse_args([])\n"
+        "print(sorted({'torch', 'diffusers', 'peft', 'PIL'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

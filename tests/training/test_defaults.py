@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import train_classifier_lora
@@ -12,11 +12,11 @@ import train_dit_lora
 import train_sd_lora
 import train_sdxl_lora
 import train_vlm_lora
-from common_compare_options import parse_comparison
 from sd_fixtures import write_images
 
 from lorainit_diffusers.families import TEXT_TO_IMAGE_FAMILIES
 from lorainit_diffusers.training.bundled import BUNDLED_BASES
+from lorainit_diffusers.training.classification.options import ClassifierTrainingOptions
 from lorainit_diffusers.training.defaults import (
     REAL,
     TINY,
@@ -25,14 +25,16 @@ from lorainit_diffusers.training.defaults import (
     default_lines,
     defaults_of,
     is_tiny,
-    parse_with_defaults,
+    usual_value,
 )
+from lorainit_diffusers.training.options.parser import parse_options
+from lorainit_diffusers.training.questions.options import QuestionTrainingOptions
 
 FAMILIES = [*TEXT_TO_IMAGE_FAMILIES, "classifier", "vlm"]
 NAMES = [field.name for field in dataclasses.fields(RunDefaults)]
 
 
-def chosen(args: argparse.Namespace) -> RunDefaults:
+def chosen(args: Any) -> RunDefaults:
     return RunDefaults(**{name: getattr(args, name) for name in NAMES})
 
 
@@ -77,42 +79,37 @@ def test_the_scripts_take_them_and_what_is_given_stays(family: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("script", "family"), [(train_classifier_lora, "classifier"), (train_vlm_lora, "vlm")])
-def test_so_do_the_scripts_of_tasks(script: argparse.Namespace, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parser = script.make_parser()
-    real = parse_with_defaults(parser, ["--pretrained_model_name_or_path", "owner/name"], family)
+def test_so_do_the_scripts_of_tasks(script: Any, family: str) -> None:
+    options = {"classifier": ClassifierTrainingOptions, "vlm": QuestionTrainingOptions}[family]
+    real = parse_options(options, ["--pretrained_model_name_or_path", "owner/name"], None)
     assert chosen(real) == REAL[family]
-    assert chosen(parse_with_defaults(script.make_parser(), [], family)) == TINY[family]
+    assert chosen(script.parse_args([])) == TINY[family]
     # an option at its default is no option that a resumed run has changed
-    assert real.option_defaults("learning_rate") == REAL[family].learning_rate
-
-
-def test_a_comparison_of_a_real_base_takes_them_too(tmp_path: Path) -> None:
-    data = ["--train_data_dir", str(write_images(tmp_path / "data"))]
-    args = parse_comparison(None, ["--family", "sdxl", "--pretrained_model_name_or_path", "owner/name", *data])
-    assert (args.learning_rates, args.train_batch_size, args.max_train_steps) == ([1e-4, 2e-4], 1, 1000)
-    args = parse_comparison(None, [])
-    assert (args.learning_rates, args.train_batch_size, args.max_train_steps) == ([1e-3, 2e-3], 8, 100)
+    assert usual_value(real, "learning_rate") == REAL[family].learning_rate
+    assert usual_value(real, "rank") == 8
+    assert usual_value(real, "nothing") is None
 
 
 def test_the_banner_names_them() -> None:
-    options = {**dataclasses.asdict(REAL["vlm"]), "defaults_of": "vlm"}
+    options = dataclasses.asdict(REAL["vlm"])
     text = (
         "learning rate 0.0002, batches of 4, 4 of them a step, 500 steps, a validation every 50, a checkpoint every 250"
     )
-    assert default_lines(options) == [("defaults", f"for vlm: {text}")]
+    assert default_lines("vlm", "owner/name", options) == [("defaults", f"for vlm: {text}")]
     options = {
         **dataclasses.asdict(TINY["sd"]),
-        "defaults_of": "sd (tiny)",
         "learning_rate": 1e-4,
         "max_train_steps": 3,
     }
     text = "batches of 8, a validation every 50, a checkpoint every 500"
-    assert default_lines(options) == [("defaults", f"for the tiny bases of sd: {text}")]
-    assert default_lines({"learning_rate": 1e-4}) == []
+    assert default_lines("sd", None, options) == [("defaults", f"for the tiny bases of sd: {text}")]
+    assert default_lines("sd", None, {"learning_rate": 1e-4}) == []
 
 
 @pytest.mark.parametrize("script", [train_sd_lora, train_dit_lora, train_vlm_lora])
-def test_the_help_states_them(script: argparse.Namespace) -> None:
-    text = " ".join(script.make_parser().format_help().split())
+def test_the_help_states_them(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
     assert "for tiny bases, such as the bundled ones" in text
     assert "default 0.0001; 0.001 for tiny bases" in text or "default 0.0002; 0.001 for tiny bases" in text

@@ -12,11 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from common_run import backward_step
 from torch import Tensor, nn
 
 from lorainit_diffusers.families.base import StepRecord
 from lorainit_diffusers.training.gradients import LEAST_SCALE, clip_gradients, gradient_error, weight_at_fault
+from lorainit_diffusers.training.loop import backward_step
 
 BAD = [math.nan, math.inf, -math.inf]
 

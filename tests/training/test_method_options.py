@@ -6,11 +6,11 @@ import dataclasses
 import re
 
 import pytest
-from common_options import build_method
 from sd_fixtures import ROOT
 
 from lorainit_diffusers.methods import METHODS
 from lorainit_diffusers.training.method_options import describe_options, document, method_options
+from lorainit_diffusers.training.options.checks import build_method
 
 PAGE = ROOT / "docs" / "methods.md"
 REMEDY = (

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lorainit_diffusers.training import resume
-from lorainit_diffusers.training.option_defaults import OptionDefaults
+from lorainit_diffusers.training.options.fields import DefaultOf, Options, default_of, option, option_facts
+from lorainit_diffusers.training.options.text_to_image import StableDiffusionOptions
 from lorainit_diffusers.training.resume import (
     base_differences,
     base_identity,
@@ -44,26 +45,28 @@ class Question:
 # -------------------------------------------------------------------------------------------------------------- options
 
 
-def defaults() -> OptionDefaults:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--dropout", type=float, default=0.5)
-    parser.add_argument("--flag", action="store_true")
-    parser.add_argument("--lora_alpha", type=float)
-    found = OptionDefaults(parser)
-    parser.add_argument("--later", type=int, default=3)
-    return found
+@dataclass(frozen=True, kw_only=True)
+class SomeOptions(Options):
+    dropout: float = 0.5
+    flag: bool = False
+    rank: int = 8
+    lora_alpha: Annotated[float, DefaultOf("rank", float)] = option(None, "alpha")
+    later: int = 3
+
+
+FACTS = option_facts(StableDiffusionOptions)
 
 
 def test_every_difference_is_found_with_both_values() -> None:
     now = {"rank": 8, "crop": (0.5, 1.0), "seed": 0, "path": Path("a"), "max_train_steps": 9, "report_to": "wandb"}
     before = {"rank": 4, "crop": [0.25, 1.0], "seed": 0, "path": "a", "max_train_steps": 5, "report_to": None}
-    found = option_differences(now, before)
+    found = option_differences(now, before, FACTS)
     assert found == {"rank": (8, 4), "crop": ([0.5, 1.0], [0.25, 1.0])}
     assert describe_differences(found, "the checkpoint was written with") == [
         "--rank is 8, but the checkpoint was written with 4",
         "--crop is [0.5, 1.0], but the checkpoint was written with [0.25, 1.0]",
     ]
-    assert option_differences(now, json.loads(json.dumps(now, default=str))) == {}
+    assert option_differences(now, json.loads(json.dumps(now, default=str)), FACTS) == {}
 
 
 @pytest.mark.parametrize(
@@ -84,14 +87,16 @@ def test_every_difference_is_found_with_both_values() -> None:
 def test_options_that_one_version_does_not_know_count_with_their_default(
     now: dict[str, Any], before: dict[str, Any], found: dict[str, Any]
 ) -> None:
-    assert option_differences(now, before, defaults=defaults()) == found
+    assert (
+        option_differences(now, before, option_facts(SomeOptions), defaults=partial(default_of, SomeOptions)) == found
+    )
 
 
 def test_places_are_free_where_it_is_known_what_is_there() -> None:
     now, before = {"train_data_dir": "b", "revision": "x"}, {"train_data_dir": "a", "revision": "y"}
-    assert option_differences(now, before).keys() == {"train_data_dir", "revision"}
-    assert option_differences(now, before, known=["training data"]).keys() == {"revision"}
-    assert option_differences(now, before, known=["training data", "base"]) == {}
+    assert option_differences(now, before, FACTS).keys() == {"train_data_dir", "revision"}
+    assert option_differences(now, before, FACTS, known=["training data"]).keys() == {"revision"}
+    assert option_differences(now, before, FACTS, known=["training data", "base"]) == {}
 
 
 @pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])

@@ -182,12 +182,12 @@ def test_the_command_is_copied_without_its_token():
 def test_seconds_add_up_and_count_when_the_block_fails(monkeypatch):
     clock = iter([1.0, 3.0, 10.0, 14.0])
     monkeypatch.setattr(cost.time, "perf_counter", lambda: next(clock))
-    seconds: dict[str, float] = {}
-    with cost.timing(seconds, "samples"):
+    watch = cost.Stopwatch("samples", "validation")
+    with watch.part("samples"):
         pass
-    with pytest.raises(RuntimeError), cost.timing(seconds, "samples"):
+    with pytest.raises(RuntimeError), watch.part("samples"):
         raise RuntimeError
-    assert seconds == {"samples": 6.0}
+    assert watch.seconds == {"samples": 6.0, "validation": 0.0}
 
 
 def test_memory_is_that_of_this_process():

@@ -10,7 +10,7 @@ from lorainit_diffusers.training.bundled import BUNDLED_BASES, BUNDLED_CLASSES, 
 from lorainit_diffusers.training.choices import names_in
 from lorainit_diffusers.training.options.checks import require_package
 from lorainit_diffusers.training.options.fields import NumValues, Options, Place, given, option
-from lorainit_diffusers.training.options.initialisation import LoraOptions
+from lorainit_diffusers.training.options.initialisation import HeadOptions, LoraOptions
 from lorainit_diffusers.training.options.model import BaseOptions
 from lorainit_diffusers.training.options.task import TaskOptions, check_task
 from lorainit_diffusers.training.ranges import FRACTION, SIDE
@@ -101,7 +101,7 @@ class ClassTaskOptions(ClassDataOptions, LoraOptions, ClassifierOptions, Augment
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierTrainingOptions(ClassTaskOptions, TaskOptions):
+class ClassifierTrainingOptions(ClassTaskOptions, TaskOptions, HeadOptions):
     """Options of `train_classifier_lora.py`."""
 
     FAMILIES = ("classifier",)

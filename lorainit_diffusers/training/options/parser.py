@@ -56,13 +56,10 @@ _MAX_CHOICES = 12
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows the first spelling of an option alone: one with hyphens and the opposites are accepted, too."""
+    """Shows a switch without the value that it may be given."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        if len(action.option_strings) < 2 or "-h" in action.option_strings:
-            return super()._format_action_invocation(action)
-        first, value = action.option_strings[0], self._format_args(action, action.dest.upper())
-        return f"{first} {value}" if action.nargs != 0 and action.type is not string_to_bool else first
+        return action.option_strings[0] if action.type is string_to_bool else super()._format_action_invocation(action)
 
 
 class ScriptParser(HfArgumentParser):
@@ -90,20 +87,20 @@ class ScriptParser(HfArgumentParser):
         self.more_options = tuple(more_options)
         self.facts: Mapping[str, Facts] = {} if options is None else option_facts(options)
         for action in self._actions:
+            self._keep_names(action)
             fact = self.facts.get(action.dest)
             if fact is not None and fact.num_values is not None:
                 action.nargs = fact.num_values
 
     @property
     def flags(self) -> list[str]:
-        """All that may be given, in its first spelling and without the opposites `--no_...`."""
-        first = [action.option_strings[0] for action in self._actions if action.option_strings]
-        own = [flag for flag in first if flag.startswith("--") and not flag.startswith(("--no_", "--no-"))]
+        """All that may be given, without the opposites `--no-...`."""
+        own = [flag for flag in self._option_string_actions if flag.startswith("--") and not flag.startswith("--no-")]
         return [*own, *self.more_options]
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """The options; a misspelt one is named before a required one that is missing, which it may be."""
-        texts = self._spelt(sys.argv[1:] if args is None else args)
+        texts = list(sys.argv[1:] if args is None else args)
         unknown = [text for text in texts[: _separator(texts)] if self._is_unknown(text)]
         if unknown and not {"-h", "--help"} & set(texts):
             self.error(" ".join(self._unknown_flag(text) for text in unknown))
@@ -122,21 +119,20 @@ class ScriptParser(HfArgumentParser):
         ranges = OPTION_RANGES | {name: fact.range for name, fact in self.facts.items() if fact.range is not None}
         describe_ranges(self, ranges)
         remember_flags(self)
-        found, rest = super().parse_known_args(self._spelt(sys.argv[1:] if args is None else args), namespace)
+        found, rest = super().parse_known_args(args, namespace)
         check_numbers(vars(found), self, ranges)
         return found, rest
 
-    def _spelt(self, texts: Iterable[str]) -> list[str]:
-        """The texts with flags as they are known here: `--no-keep_best` is `--no_keep_best`."""
-        spelt: list[str] = []
-        for text in texts:
-            flag, equals, value = text.partition("=")
-            underscored = "--" + flag[2:].replace("-", "_")
-            known = self._option_string_actions
-            if flag.startswith("--") and flag not in known and underscored in known:
-                text = f"{underscored}{equals}{value}"
-            spelt.append(text)
-        return spelt
+    def _keep_names(self, action: argparse.Action) -> None:
+        """One spelling of an option, and `--no-...` for its opposite, where `HfArgumentParser` has several."""
+        if action.dest not in self.facts:
+            return
+        opposite = action.option_strings[0].startswith("--no_")
+        name = f"--no-{action.dest}" if opposite else f"--{action.dest}"
+        for other in action.option_strings:
+            del self._option_string_actions[other]
+        action.option_strings = [name]
+        self._option_string_actions[name] = action
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong in one line, and end the script with exit code 2."""

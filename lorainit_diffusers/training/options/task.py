@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorainit_diffusers.training.options.checks import TrainOptions, check_adapter_options, check_run_options
-from lorainit_diffusers.training.options.initialisation import HeadOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskOptions(TrainOptions, HeadOptions):
+class TaskOptions(TrainOptions):
     """What every script has that trains on a task."""
 
 

@@ -15,7 +15,7 @@ from lorainit_diffusers.training.options.initialisation import LoraOptions
 from lorainit_diffusers.training.options.model import BaseOptions
 from lorainit_diffusers.training.options.optimisation import OptimizerOptions
 from lorainit_diffusers.training.options.task import TaskOptions, check_task
-from lorainit_diffusers.training.ranges import FRACTION
+from lorainit_diffusers.training.ranges import FRACTION, LEARNING_RATE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,17 @@ class QuestionOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoHeadOptions(Options):
+    """An option of the other task, so that whoever gives it hears why it has no effect."""
+
+    _argument_group_name = "head"
+
+    head_lr: Annotated[float | None, LEARNING_RATE, MayChange("nothing is trained in full here")] = option(
+        None, "of classifiers only: nothing is trained in full here"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuestionDataOptions(BaseOptions, QuestionOptions):
     """A vision-language model with its questions."""
 
@@ -79,7 +90,7 @@ class QuestionTaskOptions(QuestionDataOptions, LoraOptions, OptimizerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionTrainingOptions(QuestionTaskOptions, TaskOptions):
+class QuestionTrainingOptions(QuestionTaskOptions, TaskOptions, NoHeadOptions):
     """Options of `train_vlm_lora.py`."""
 
     FAMILIES = ("vlm",)
@@ -97,7 +108,7 @@ def resolve_question_training(options: QuestionTrainingOptions) -> QuestionTrain
     if given(options.pretrained_model_name_or_path) is None:
         base = bundled(BUNDLED_BASES["vlm"], "--pretrained_model_name_or_path")
         options = replace(options, pretrained_model_name_or_path=base)
-    if options.head_lr != options.learning_rate:
+    if options.head_lr is not None:
         raise ValueError(f"--head_lr {options.head_lr} has no effect: nothing is trained in full here; leave it out")
     check_task(options)
     return resolve_questions(options)

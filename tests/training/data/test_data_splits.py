@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from common_classify import check_classes, read_class_folder
 from PIL import Image
 
+from lorainit_diffusers.training.classification.data import check_classes, read_class_folder
 from lorainit_diffusers.training.data.notes import DataNotes
 from lorainit_diffusers.training.data.splits import (
     find_class_splits,
