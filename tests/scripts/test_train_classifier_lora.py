@@ -19,6 +19,7 @@ from script_fixtures import argv_of, losses, read_json, run_main
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lorainit_diffusers import METHODS, load_lora
+from lorainit_diffusers.families.classifier import ClassifierFamily
 from lorainit_diffusers.training.classification.data import read_classes
 from lorainit_diffusers.training.classification.task import ClassificationTask
 
@@ -425,7 +426,7 @@ def test_data_that_cannot_be_used_is_named_before_the_base_is_loaded(base, data,
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr(common_classify.ClassifierFamily, "from_pretrained", forbidden)
+    monkeypatch.setattr(ClassifierFamily, "from_pretrained", forbidden)
     with pytest.raises(FileNotFoundError, match="is not a directory"):
         task_of(base, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
