@@ -91,6 +91,7 @@ def describe_run(run: Run[Any]) -> dict[str, Any]:
     return {
         "arguments": values_of(run.options),
         "method": {"name": run.options.init, **dataclasses.asdict(cast(Any, run.method))},
+        "step_zero": run.method.step_zero,
         "seeds": {"seed": run.options.seed, "init_seed": run.options.init_seed},
         "versions": versions(),
         "device": str(run.accelerator.device),

@@ -66,7 +66,7 @@ def report_discarded_energy(run: Run[Any], family: ModelFamily) -> dict[str, Any
 
 def export_options(options: ExportOptions, config: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of the functions that write a LoRA: its ranks, and how it was made."""
-    provenance = {"init": config["method"], "versions": config["versions"], "seeds": config["seeds"]}
+    provenance = {name: config[name] for name in ("step_zero", "versions", "seeds")} | {"init": config["method"]}
     return {"export_rank": options.export_rank, "pad_rank": options.pad_rank, "provenance": provenance}
 
 
