@@ -146,7 +146,7 @@ def test_what_is_no_lora_is_named(tmp_path: Path) -> None:
         inspect_lora(tmp_path / "empty")
     half = {"unet.a.lora_A.weight": torch.zeros(2, 3)}
     save_file(half, tmp_path / "half.safetensors")
-    with pytest.raises(ValueError, match="has lora_A.weight but no lora_B.weight"):
+    with pytest.raises(ValueError, match=r"has lora_A\.weight but no lora_B\.weight"):
         inspect_lora(tmp_path / "half.safetensors")
 
 

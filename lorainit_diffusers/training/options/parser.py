@@ -127,7 +127,7 @@ class ScriptParser(HfArgumentParser):
         """One spelling of an option, and `--no-...` for its opposite, where `HfArgumentParser` has several."""
         if action.dest not in self.facts:
             return
-        opposite = action.option_strings[0].startswith("--no_")
+        opposite = action.option_strings[0] != f"--{action.dest}"
         name = f"--no-{action.dest}" if opposite else f"--{action.dest}"
         for other in action.option_strings:
             del self._option_string_actions[other]
