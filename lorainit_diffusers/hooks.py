@@ -74,36 +74,9 @@ def observe_weight_gradients(
         What the backward pass has to reach, for ``loss.backward(inputs=...)``.
     """
     leaves: list[Tensor] = []
-    packed_sums: dict[str, Tensor] = {}
-
-    def make_hook(name: str) -> Callable[[Tensor], None]:
-        def hook(weight: Tensor) -> None:
-            if weight.grad is not None:
-                callback(name, weight.grad)
-                weight.grad = None
-
-        return hook
-
-    def restore(weight: nn.Parameter, requires_grad: bool, gradient: Tensor | None) -> None:
-        weight.requires_grad_(requires_grad)
-        weight.grad = gradient
-
-    def make_packed_hook(name: str, leaf: Tensor) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-            rows = _input_of(name, args, kwargs).detach()
-            return _WeightGradient.apply(output, leaf, rows, partial(_add, packed_sums, name))
-
-        return hook
-
-    def make_leaf_hook(name: str) -> Callable[[Tensor], None]:
-        def hook(leaf: Tensor) -> None:
-            callback(name, packed_sums.pop(name))
-            leaf.grad = None
-
-        return hook
-
+    watch = _GradientWatch(callback)
     with ExitStack() as stack:
-        stack.callback(packed_sums.clear)  # what a backward pass that raised has left
+        stack.callback(watch.packed_sums.clear)  # what a backward pass that raised has left
         for name, layer in layers.items():
             weight = layer.weight
             assert isinstance(weight, nn.Parameter)
@@ -111,21 +84,56 @@ def observe_weight_gradients(
                 # Autograd finishes this leaf when it has gone through every call of the layer, as it does a weight.
                 leaf = torch.zeros((), device=weight.device, requires_grad=True)
                 leaves.append(leaf)
-                stack.callback(leaf.register_post_accumulate_grad_hook(make_leaf_hook(name)).remove)
-                handle = layer.register_forward_hook(make_packed_hook(name, leaf), with_kwargs=True)
+                stack.callback(leaf.register_post_accumulate_grad_hook(partial(watch.packed_finished, name)).remove)
+                handle = layer.register_forward_hook(partial(watch.packed_called, name, leaf), with_kwargs=True)
                 stack.callback(handle.remove)
                 continue
             leaves.append(weight)
-            stack.callback(restore, weight, weight.requires_grad, weight.grad)
+            stack.callback(_restore, weight, weight.requires_grad, weight.grad)
             weight.grad = None
             weight.requires_grad_(True)
-            handle = weight.register_post_accumulate_grad_hook(make_hook(name))
+            handle = weight.register_post_accumulate_grad_hook(partial(watch.finished, name))
             stack.callback(handle.remove)
         yield leaves
 
 
-def _add(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    sums[name] = sums[name].add_(gradient) if name in sums else gradient
+def _restore(weight: nn.Parameter, requires_grad: bool, gradient: Tensor | None) -> None:
+    weight.requires_grad_(requires_grad)
+    weight.grad = gradient
+
+
+class _GradientWatch:
+    """Hands each weight's gradient to the callback as the backward pass finishes it, and frees it.
+
+    Attributes:
+        packed_sums: gradients so far of the packed weights whose layers were called, by name.
+    """
+
+    def __init__(self, callback: Callable[[str, Tensor], None]) -> None:
+        self._callback = callback
+        self.packed_sums: dict[str, Tensor] = {}
+
+    def finished(self, name: str, weight: Tensor) -> None:
+        """The gradient of a plain weight is complete."""
+        if weight.grad is not None:
+            self._callback(name, weight.grad)
+            weight.grad = None
+
+    def packed_called(
+        self, name: str, leaf: Tensor, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Any:
+        """A layer with a packed weight was called: its output's backward pass adds to the weight's gradient."""
+        rows = _input_of(name, args, kwargs).detach()
+        return _WeightGradient.apply(output, leaf, rows, partial(self._add, name))
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        sums = self.packed_sums
+        sums[name] = sums[name].add_(gradient) if name in sums else gradient
+
+    def packed_finished(self, name: str, leaf: Tensor) -> None:
+        """All calls of a layer with a packed weight are through the backward pass."""
+        self._callback(name, self.packed_sums.pop(name))
+        leaf.grad = None
 
 
 class _WeightGradient(torch.autograd.Function):

@@ -168,12 +168,12 @@ BREAKS: tuple[Break, ...] = (
         "hook of a packed layer stays after an exception",
         "lorainit_diffusers/hooks.py",
         (
-            "                handle = layer.register_forward_hook(make_packed_hook(name, leaf), "
+            "                handle = layer.register_forward_hook(partial(watch.packed_called, name, leaf), "
             "with_kwargs=True)\n"
             "                stack.callback(handle.remove)\n"
         ),
         (
-            "                handle = layer.register_forward_hook(make_packed_hook(name, leaf), "
+            "                handle = layer.register_forward_hook(partial(watch.packed_called, name, leaf), "
             "with_kwargs=True)\n"
             "                stack.push(lambda kind, *rest, handle=handle: None if kind else handle.remove())\n"
         ),
@@ -192,7 +192,7 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "weights keep requiring gradients",
         "lorainit_diffusers/hooks.py",
-        "            stack.callback(restore, weight, weight.requires_grad, weight.grad)\n",
+        "            stack.callback(_restore, weight, weight.requires_grad, weight.grad)\n",
         "",
         ("tests/test_hooks.py::test_gradient_observer_restores_grad_and_requires_grad",),
     ),
