@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         load_adapter_state_dict,
         trainable_parameters,
     )
-    from lorainit_diffusers.checkpoint_hooks import register_checkpoint_hooks
     from lorainit_diffusers.export import (
         discarded_energy,
         load_lora,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
         save_merged,
         save_peft_lora,
     )
+    from lorainit_diffusers.export.checkpoint_hooks import register_checkpoint_hooks
     from lorainit_diffusers.initialize import initialize, make_method
     from lorainit_diffusers.methods import METHODS, Initializer, LoraFactors
     from lorainit_diffusers.report import InitReport, LayerReport
@@ -60,11 +60,11 @@ __all__ = [
 # The file of each public name.
 _FILES = {
     "adapters": ("adapter_state_dict", "adapters_disabled", "load_adapter_state_dict", "trainable_parameters"),
-    "checkpoint_hooks": ("register_checkpoint_hooks",),
     "export": (
         *("discarded_energy", "load_lora"),
         *("save_diffusers_lora", "save_kohya_lora", "save_lora", "save_merged", "save_peft_lora"),
     ),
+    "export.checkpoint_hooks": ("register_checkpoint_hooks",),
     "initialize": ("initialize", "make_method"),
     "methods": ("METHODS", "Initializer", "LoraFactors"),
     "report": ("InitReport", "LayerReport"),

@@ -63,14 +63,14 @@ BREAKS: tuple[Break, ...] = (
     ),
     Break(
         "kohya: up blocks are counted from the wrong end",
-        "lorainit_diffusers/kohya.py",
+        "lorainit_diffusers/export/kohya_names.py",
         "layers = layers_per_block if down else layers_per_block[::-1]",
         "layers = layers_per_block",
         ("tests/test_kohya_keys.py::test_the_block_counts_come_from_the_unets_configuration",),
     ),
     Break(
         "kohya: downsamplers are not counted",
-        "lorainit_diffusers/kohya.py",
+        "lorainit_diffusers/export/kohya_names.py",
         "sum(count + 1 for count in layers[: int(block)])",
         "sum(count for count in layers[: int(block)])",
         ("tests/test_kohya_keys.py::test_the_block_counts_come_from_the_unets_configuration",),
@@ -112,7 +112,7 @@ BREAKS: tuple[Break, ...] = (
     ),
     Break(
         "checkpoint hooks forget the offset",
-        "lorainit_diffusers/checkpoint_hooks.py",
+        "lorainit_diffusers/export/checkpoint_hooks.py",
         "load_adapter_state_dict(unwrapped, state, adapter_name)",
         "load_adapter_state_dict(unwrapped, {k: v for k, v in state.items() if 'offset' not in k}, adapter_name)",
         ("tests/test_checkpoint_hooks.py::test_twin_follows_the_checkpoint",),
@@ -157,7 +157,7 @@ BREAKS: tuple[Break, ...] = (
     ),
     Break(
         "a resumed run has no offset",
-        "lorainit_diffusers/adapters.py",
+        "lorainit_diffusers/adapters/state.py",
         'offset=LoraFactors(entry["offset_A"], entry["offset_B"]) if "offset_A" in entry else None',
         "offset=None",
         ("tests/test_adapters.py::test_adapter_state_round_trip_is_bit_exact",),

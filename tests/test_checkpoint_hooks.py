@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from lorainit_diffusers import adapter_state_dict, initialize, trainable_parameters
-from lorainit_diffusers.checkpoint_hooks import ADAPTER_STATE_NAME, register_checkpoint_hooks
+from lorainit_diffusers.export.checkpoint_hooks import ADAPTER_STATE_NAME, register_checkpoint_hooks
 
 WIDTH = 6
 

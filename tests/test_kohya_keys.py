@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lorainit_diffusers import save_diffusers_lora, save_kohya_lora
 from lorainit_diffusers.adapters import AdapterWeights, attach, lora_layers, target_layers
-from lorainit_diffusers.kohya import sgm_layer_name
+from lorainit_diffusers.export.kohya_names import sgm_layer_name
 from lorainit_diffusers.methods import LoraFactors
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -100,7 +100,7 @@ def test_a_break_without_an_end_is_no_catch(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_breaks_are_chosen_by_name_and_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert mutations.main(["--list", "--only", "kohya.py"]) == 0
+    assert mutations.main(["--list", "--only", "kohya_names.py"]) == 0
     assert all("kohya" in line for line in capsys.readouterr().out.splitlines())
     with pytest.raises(SystemExit):
         mutations.main(["--list", "--only", "nothing is called so"])

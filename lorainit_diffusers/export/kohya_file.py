@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit_diffusers import kohya
 from lorainit_diffusers.adapters import check_beside, unwrap
+from lorainit_diffusers.export import kohya_names
 from lorainit_diffusers.export.factors import check_holds, exported_factors, exported_magnitudes, text_model_name
 from lorainit_diffusers.files import save_tensors
 
@@ -36,9 +36,10 @@ def save_kohya_lora(
         target: component -> adapted module; or a model family.
         path: of the ``.safetensors`` file.
         adapter_name: which adapter.
-        prefixes: component -> key prefix; when left out, :data:`kohya.PREFIXES` or :data:`kohya.SDXL_PREFIXES`.
-        sdxl: use SDXL's prefixes and the original UNet's layer names (see :mod:`kohya`). When left out: if there is a
-            ``text_encoder_2``, or the UNet's ``addition_embed_type`` is ``"text_time"``; SDXL's first text encoder
+        prefixes: component -> key prefix; when left out, :data:`kohya_names.PREFIXES` or
+            :data:`kohya_names.SDXL_PREFIXES`.
+        sdxl: use SDXL's prefixes and the original UNet's layer names (see :mod:`kohya_names`). When left out: if there
+            is a ``text_encoder_2``, or the UNet's ``addition_embed_type`` is ``"text_time"``; SDXL's first text encoder
             alone needs it said.
         export_rank: compress layers of a larger rank, as in :func:`exported_factors`.
         pad_rank: zero-pad every layer to this rank. diffusers' own converter (0.42.1) takes one alpha for all layers
@@ -57,7 +58,7 @@ def save_kohya_lora(
         text_time = getattr(configs.get("unet"), "addition_embed_type", None) == "text_time"
         sdxl = text_time or "text_encoder_2" in modules
     if prefixes is None:
-        prefixes = kohya.SDXL_PREFIXES if sdxl else kohya.PREFIXES
+        prefixes = kohya_names.SDXL_PREFIXES if sdxl else kohya_names.PREFIXES
     tensors: dict[str, Tensor] = {}
     for component, module in modules.items():
         if component not in prefixes:
@@ -69,7 +70,7 @@ def save_kohya_lora(
             if component.startswith("text_encoder"):
                 file_name = text_model_name(name)
             elif component == "unet" and sdxl:
-                file_name = kohya.sgm_layer_name(name, _layers_per_block(configs[component]))
+                file_name = kohya_names.sgm_layer_name(name, _layers_per_block(configs[component]))
             else:
                 file_name = name
             key = f"{prefixes[component]}_{file_name.replace('.', '_')}"

@@ -69,22 +69,36 @@ def load_lora(
     tensors, config = _read(file, component)
     whole = _take_full_modules(module, tensors, config, file)
     names = _saved_labels(file, unwrap(module))
-    entries: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        layer, found, entry = key.rpartition(".lora_")
-        entry = entry.removesuffix(".weight")
-        if not found or entry not in ("A", "B", "B.bias", "magnitude_vector"):
-            raise ValueError(f"{str(file)!r} holds {key!r}, which is no part of a LoRA of linear layers")
-        entries.setdefault(layer, {})[entry] = value
-    linear = base_layers(module)
+    weights = _layer_weights(unwrap(module), tensors, config, file)
+    if not weights:
+        raise ValueError(f"{str(file)!r} holds no LoRA layers; save it again")
+    attach(module, weights, adapter_name=adapter_name, use_dora=any(w.magnitude is not None for w in weights.values()))
+    own = state_of_base(module)
+    for key, value in whole.items():
+        own[key].copy_(value)
+    if names is not None:
+        settings = cast(Any, unwrap(module)).config
+        settings.id2label = dict(enumerate(names))
+        settings.label2id = {name: number for number, name in enumerate(names)}
+
+
+def _layer_weights(
+    inner: nn.Module, tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path
+) -> dict[str, AdapterWeights]:
+    """What a file holds of every layer, each held against the layer of the model.
+
+    Raises:
+        ValueError: naming the file, the layer and what does not fit.
+    """
+    linear = base_layers(inner)
     weights: dict[str, AdapterWeights] = {}
-    for saved_name, entry in entries.items():
+    for saved_name, entry in _by_layer(tensors, file).items():
         # transformers 5 has flattened CLIP, whose layers files nest under "text_model."
         name = saved_name if saved_name in linear else saved_name.removeprefix("text_model.")
         layer = linear.get(name)
         if not isinstance(layer, nn.Linear):
             raise ValueError(
-                f"{str(file)!r} adapts layer {saved_name!r}, but {type(unwrap(module)).__name__} has no such linear "
+                f"{str(file)!r} adapts layer {saved_name!r}, but {type(inner).__name__} has no such linear "
                 "layer; load it into the model that it was trained on"
             )
         if "A" not in entry or "B" not in entry:
@@ -93,7 +107,7 @@ def load_lora(
         if (rows, columns) != (layer.out_features, layer.in_features):
             raise ValueError(
                 f"the LoRA of layer {saved_name!r} in {str(file)!r} is for a weight of shape ({rows}, {columns}), but "
-                f"that of {type(unwrap(module)).__name__} has ({layer.out_features}, {layer.in_features}); load it "
+                f"that of {type(inner).__name__} has ({layer.out_features}, {layer.in_features}); load it "
                 "into the model that it was trained on"
             )
         rank = _saved_rank(config, saved_name, entry["A"], entry["B"], file)
@@ -109,16 +123,19 @@ def load_lora(
             magnitude=entry.get("magnitude_vector"),
             bias=entry.get("B.bias"),
         )
-    if not weights:
-        raise ValueError(f"{str(file)!r} holds no LoRA layers; save it again")
-    attach(module, weights, adapter_name=adapter_name, use_dora=any(w.magnitude is not None for w in weights.values()))
-    own = state_of_base(module)
-    for key, value in whole.items():
-        own[key].copy_(value)
-    if names is not None:
-        settings = cast(Any, unwrap(module)).config
-        settings.id2label = dict(enumerate(names))
-        settings.label2id = {name: number for number, name in enumerate(names)}
+    return weights
+
+
+def _by_layer(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of every layer, by what they are of it."""
+    entries: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        layer, found, entry = key.rpartition(".lora_")
+        entry = entry.removesuffix(".weight")
+        if not found or entry not in ("A", "B", "B.bias", "magnitude_vector"):
+            raise ValueError(f"{str(file)!r} holds {key!r}, which is no part of a LoRA of linear layers")
+        entries.setdefault(layer, {})[entry] = value
+    return entries
 
 
 def _read(file: Path, component: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -24,7 +24,7 @@ from lorainit_diffusers import (
     save_kohya_lora,
     save_lora,
 )
-from lorainit_diffusers.checkpoint_hooks import ADAPTER_STATE_NAME
+from lorainit_diffusers.export.checkpoint_hooks import ADAPTER_STATE_NAME
 from lorainit_diffusers.families.sd import StableDiffusionFamily
 
 SCRIPTS = ("text_to_image", "dreambooth", "dreambooth --train_text_encoder")
