@@ -26,7 +26,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": set(),
     "files": set(),
     "finite": set(),
-    "checkpoints": {"files", "finite"},
     "loading": set(),
     "evaluation": {"families.base", "files", "loading"},
     "families": {"ranges", "loading"},
@@ -37,25 +36,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "target": {"adapters", "families.base", "ranges"},
     "rank_plan": {"methods", "ranges", "ranks", "report", "target"},
     "solving": {"adapters", "collect", "methods", "quantized", "rank_plan", "statistics"},
-    "training": {
-        *(
-            "adapters",
-            "checkpoints",
-            "evaluation",
-            "export",
-            "families",
-            "files",
-            "finite",
-            "loading",
-            "methods",
-            "ranges",
-            "progress",
-            "report",
-        ),
-    },
-    "comparison": {
-        *("adapters", "evaluation", "families", "files", "initialize", "methods", "progress", "ranges", "training"),
-    },
     "offset": {"methods.base"},
     "trained": set(),
     "lora_config": set(),
@@ -65,20 +45,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("adapters", "budget", "collect", "families.base", "methods", "rank_plan", "ranges", "report", "solving"),
         *("statistics", "target", "training_step"),
     },
-    "__init__": {
-        *(
-            "adapters",
-            "export",
-            "initialize",
-            "methods",
-            "report",
-            "statistics",
-            "ranks",
-            "collect",
-        ),
-        "families.base",
-    },
+    "__init__": {"adapters", "export", "initialize", "methods", "report"},
 }
+# What runs the library may import all of it; a training knows no comparison.
+MAY_IMPORT["training"] = MAY_IMPORT.keys() - {"__init__"}
+MAY_IMPORT["comparison"] = MAY_IMPORT.keys() - {"__init__"}
 
 
 def library_imports(path: Path) -> set[str]:
