@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # What runs the library may import all of it; a training knows no comparison.
 MAY_IMPORT["training"] = MAY_IMPORT.keys() - {"__init__"}
 MAY_IMPORT["comparison"] = MAY_IMPORT.keys() - {"__init__"}
+MAY_IMPORT["cli"] = MAY_IMPORT.keys() - {"__init__"}
 
 
 def library_imports(path: Path) -> set[str]:
