@@ -5,13 +5,13 @@ Pandas reads and writes them. It is an extra (`eval`), because training needs no
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorainit_diffusers.comparison.extras import require_pandas
 from lorainit_diffusers.evaluation.metrics import METRICS
 from lorainit_diffusers.files import csv_cell, csv_text, replacing
 
@@ -46,19 +46,6 @@ class RunCurves:
     curves: dict[str, dict[int, float]]
     seconds: dict[int, float]
     num_head_parameters: int = 0
-
-
-def require_pandas() -> None:
-    """See that the tables of a comparison can be read and written.
-
-    Raises:
-        ValueError: naming the extra that pandas comes with.
-    """
-    if importlib.util.find_spec("pandas") is None:
-        raise ValueError(
-            "a comparison needs the package pandas for its tables, which is not installed; "
-            'pip install "lorainit-diffusers[eval]"'
-        )
 
 
 def read_table(path: Path) -> pandas.DataFrame:

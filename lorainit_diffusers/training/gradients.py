@@ -14,6 +14,10 @@ from lorainit_diffusers.finite import first_not_finite
 LEAST_SCALE = 2.0**-10
 
 
+class DivergedError(ValueError):
+    """A loss, a gradient or a weight is no longer finite."""
+
+
 def clip_gradients(parameters: Sequence[nn.Parameter], max_grad_norm: float) -> float:
     """Scale the gradients down to this norm; the norm that they had, over all of them.
 
@@ -70,7 +74,7 @@ def gradient_error(
     loss: float,
     remedy: str,
     scale: float | None = None,
-) -> ValueError | None:
+) -> DivergedError | None:
     """The error of a step whose gradients have this norm; `None` where it may be used, or a scaler skips it.
 
     Args:
@@ -88,4 +92,4 @@ def gradient_error(
     if scale is not None and infinite and scale >= LEAST_SCALE:
         return None
     what = "is not finite" if infinite else "is the largest of those whose squares exceed float32"
-    return ValueError(f"the gradient of {name} {what} at step {step}, where the loss is {loss:g}; {remedy}")
+    return DivergedError(f"the gradient of {name} {what} at step {step}, where the loss is {loss:g}; {remedy}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lorainit_diffusers.families.base import ModelFamily, loss_weight
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training import checkpoints
-from lorainit_diffusers.training.gradients import clip_gradients, gradient_error
+from lorainit_diffusers.training.gradients import DivergedError, clip_gradients, gradient_error
 from lorainit_diffusers.training.log import RunLog
 from lorainit_diffusers.training.optimization import Optimization
 from lorainit_diffusers.training.run import Run
@@ -82,7 +83,7 @@ def backward_step(
         gradients (float16) will skip the step.
 
     Raises:
-        ValueError: when the loss or a gradient is no longer finite; nothing has been changed then.
+        DivergedError: when the loss or a gradient is no longer finite; nothing has been changed then.
     """
     micro_batches = [next(batches) for _ in range(options.gradient_accumulation_steps)]
     shares = micro_batch_shares([loss_weight(family, batch) for batch in micro_batches], accelerator)
@@ -96,7 +97,7 @@ def backward_step(
         total += loss.detach()
     mean_loss = float(cast(Tensor, accelerator.reduce(total, "mean")))
     if not np.isfinite(mean_loss):
-        raise ValueError(f"the loss is {mean_loss} at step {step}; lower --learning_rate {options.learning_rate}")
+        raise DivergedError(f"the loss is {mean_loss} at step {step}; lower --learning_rate {options.learning_rate}")
     average_gradients(accelerator, parameters)
     accelerator.unscale_gradients()
     norm = clip_gradients(parameters, options.max_grad_norm)
@@ -112,6 +113,67 @@ def backward_step(
     if error is not None:
         raise error
     return mean_loss, norm
+
+
+class Moves(Protocol):
+    """What a step moves the trained weights with."""
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """The trained weights."""
+        ...
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """Of the learning rates."""
+        ...
+
+    def step(self) -> bool:
+        """Use the gradients, and clear them; whether they were used."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step of a training was.
+
+    Attributes:
+        loss: mean over its samples.
+        grad_norm: of the gradients before they were clipped; not finite only where the step was skipped.
+        learning_rate: of the first group of weights.
+        used: whether the weights were moved: a scaler of gradients (float16) may skip a step.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    used: bool
+
+
+def take_step(
+    options: StepOptions,
+    family: ModelFamily,
+    batches: Iterator[Any],
+    accelerator: Accelerator,
+    moves: Moves,
+    step: int,
+) -> StepOutcome:
+    """One step of a training or of a comparison's run: gradients, and what moves the weights.
+
+    Args:
+        options: of the step.
+        family: the base.
+        batches: the next ones are those of this step.
+        accelerator: of the processes that train together.
+        moves: the trained weights with their optimiser.
+        step: its number, from 1 on.
+
+    Raises:
+        DivergedError: when the loss, a gradient or a weight is no longer finite.
+    """
+    loss, grad_norm = backward_step(options, family, batches, accelerator, moves.parameters, step)
+    learning_rate = float(moves.lr_scheduler.get_last_lr()[0])
+    return StepOutcome(loss, grad_norm, learning_rate, used=moves.step())
 
 
 @contextmanager
@@ -159,14 +221,12 @@ def train_steps(
     for step in range(run.first_step + 1, last + 1):
         step_started = time.perf_counter()
         with last_good_named(run.output_dir):
-            loss, grad_norm = backward_step(options, family, batches, run.accelerator, optimization.parameters, step)
-            learning_rate = float(optimization.lr_scheduler.get_last_lr()[0])
-            used = optimization.step()
+            done = take_step(options, family, batches, run.accelerator, optimization, step)
         step_s = round(time.perf_counter() - step_started, 4)
         # a norm that is not finite is no number of JSON
-        of_gradients = {"grad_norm": grad_norm} if used else {"skipped": True}
-        log.write({"step": step, "loss": loss, "lr": learning_rate, **of_gradients, "step_s": step_s})
-        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        of_gradients = {"grad_norm": done.grad_norm} if done.used else {"skipped": True}
+        log.write({"step": step, "loss": done.loss, "lr": done.learning_rate, **of_gradients, "step_s": step_s})
+        progress.set_postfix(loss=f"{done.loss:.3f}", refresh=False)
         progress.update()
         if step % options.validation_steps == 0 or step == last:
             with optimization.average.applied():

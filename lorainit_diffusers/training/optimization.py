@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lorainit_diffusers import adapters
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.training import checkpoints
-from lorainit_diffusers.training.gradients import weight_at_fault
+from lorainit_diffusers.training.gradients import DivergedError, weight_at_fault
 from lorainit_diffusers.training.options.fields import values_of
 from lorainit_diffusers.training.options.initialisation import HeadOptions, TextEncoderRateOptions
 from lorainit_diffusers.training.options.optimisation import OptimizerOptions, TrainingOptions
@@ -100,6 +101,64 @@ def parameter_groups(options: TrainingOptions, family: ModelFamily) -> list[dict
     return groups
 
 
+class Stepper:
+    """An optimiser with its schedule, over weights that are trained: what one step moves.
+
+    Args:
+        options: of optimiser and schedule.
+        groups: of parameters, with their learning rates.
+        family: that they are in.
+        accelerator: of the processes that train together.
+        parameters: the same parameters, in the order that clipping adds their norms in; that of the groups by default.
+
+    Attributes:
+        parameters: the trained weights.
+        optimizer: prepared by the accelerator.
+        lr_scheduler: stepped once an optimiser step, so it needs no correction for processes and accumulation.
+    """
+
+    def __init__(
+        self,
+        options: OptimizerOptions,
+        groups: list[dict[str, Any]],
+        family: ModelFamily,
+        accelerator: Accelerator,
+        parameters: Sequence[nn.Parameter] | None = None,
+    ) -> None:
+        self.family = family
+        grouped: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+        self.parameters = grouped if parameters is None else list(parameters)
+        self.optimizer: Any = accelerator.prepare_optimizer(make_optimizer(options, groups))
+        self.lr_scheduler = get_scheduler(
+            options.lr_scheduler,
+            self.optimizer.optimizer,
+            num_warmup_steps=options.lr_warmup_steps,
+            num_training_steps=options.max_train_steps,
+            num_cycles=options.lr_num_cycles,
+            power=options.lr_power,
+        )
+
+    def step(self) -> bool:
+        """Use the gradients, and clear them; whether the scaler let them be used: or else nothing moves.
+
+        Raises:
+            DivergedError: when a weight is not finite afterwards; names it.
+        """
+        self.optimizer.step()
+        used = not self.optimizer.step_was_skipped
+        self.optimizer.zero_grad()
+        if not used:
+            return False
+        name = weight_at_fault(self.family.adapted, self.parameters)
+        if name is not None:
+            rates = ", ".join(f"{group['lr']:g}" for group in self.optimizer.param_groups)
+            raise DivergedError(
+                f"the weight {name} is not finite after a step with the learning rate {rates}; lower it"
+            )
+        self.lr_scheduler.step()
+        return True
+
+
 class Optimization:
     """What moves the trained weights, and what a checkpoint keeps of a run.
 
@@ -113,17 +172,9 @@ class Optimization:
     def __init__(self, run: Run[Any], family: ModelFamily) -> None:
         options, accelerator, state = run.options, run.accelerator, run.state
         self.run, self.family, self.accelerator = run, family, accelerator
-        groups = parameter_groups(options, family)
-        self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer: Any = accelerator.prepare_optimizer(make_optimizer(options, groups))
-        self.lr_scheduler = get_scheduler(
-            options.lr_scheduler,
-            self.optimizer.optimizer,
-            num_warmup_steps=options.lr_warmup_steps,
-            num_training_steps=options.max_train_steps,
-            num_cycles=options.lr_num_cycles,
-            power=options.lr_power,
-        )
+        self._stepper = Stepper(options, parameter_groups(options, family), family, accelerator)
+        self.parameters = self._stepper.parameters
+        self.optimizer, self.lr_scheduler = self._stepper.optimizer, self._stepper.lr_scheduler
         self.average = WeightAverage(self.parameters, options.ema_decay if options.use_ema else None)
         if state is not None:
             state.restore(self.optimizer.optimizer, self.lr_scheduler)
@@ -136,18 +187,10 @@ class Optimization:
         """Use the gradients, and clear them; whether the scaler let them be used: or else nothing moves.
 
         Raises:
-            ValueError: when a weight is not finite afterwards; names it.
+            DivergedError: when a weight is not finite afterwards; names it.
         """
-        self.optimizer.step()
-        used = not self.optimizer.step_was_skipped
-        self.optimizer.zero_grad()
-        if not used:
+        if not self._stepper.step():
             return False
-        name = weight_at_fault(self.family.adapted, self.parameters)
-        if name is not None:
-            rates = ", ".join(f"{group['lr']:g}" for group in self.optimizer.param_groups)
-            raise ValueError(f"the weight {name} is not finite after a step with the learning rate {rates}; lower it")
-        self.lr_scheduler.step()
         self.average.update()
         return True
 
