@@ -52,10 +52,12 @@ def run_workers(work: Callable[[int], None], logs: Sequence[Path], bar: GridProg
                 _check(futures, logs)
             bar.update(count() - bar.n)
             _check(futures, logs)
-        finally:
+        except BaseException:
             # of a failure or an interruption, the other workers hear that nobody waits for them
             for process in set(multiprocessing.active_children()) - earlier:
                 process.terminate()
+            raise
+        finally:
             pool.shutdown(cancel_futures=True)
 
 
