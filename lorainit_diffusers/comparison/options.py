@@ -58,7 +58,24 @@ class TaskKind:
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-TASKS: dict[str, TaskKind] = {}
+_OPTIONS = "lorainit_diffusers.comparison.task_options"
+_TRAINING = "lorainit_diffusers.training"
+TASKS: dict[str, TaskKind] = {
+    "classifier": TaskKind(
+        options=f"{_OPTIONS}:ClassifierComparisonOptions",
+        check=f"{_TRAINING}.classification.options:resolve_classification",
+        task=f"{_TRAINING}.classification.task:ClassificationTask",
+        examples="images",
+        defaults={"learning_rates": [1e-3, 2e-3], "max_train_steps": 60, "train_batch_size": 32},
+    ),
+    "vlm": TaskKind(
+        options=f"{_OPTIONS}:QuestionComparisonOptions",
+        check=f"{_TRAINING}.questions.options:resolve_questions",
+        task=f"{_TRAINING}.questions.task:QuestionAnsweringTask",
+        examples="questions",
+        defaults={"learning_rates": [1e-3, 2e-3], "max_train_steps": 60, "train_batch_size": 16},
+    ),
+}
 
 
 def known_families() -> list[str]:

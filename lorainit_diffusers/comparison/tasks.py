@@ -20,7 +20,7 @@ from lorainit_diffusers.training.banner import Line, cut_lines
 from lorainit_diffusers.training.bundled import BUNDLED_BASES
 from lorainit_diffusers.training.data.captioned_images import CaptionedImages, caption_columns, fixed_batches
 from lorainit_diffusers.training.data.images import ImageRecord
-from lorainit_diffusers.training.data.notes import DataNotes
+from lorainit_diffusers.training.data.notes import DataNotes, print_once
 from lorainit_diffusers.training.data.order import DataOrder
 from lorainit_diffusers.training.data.text_to_image import read_data
 from lorainit_diffusers.training.options.fields import given
@@ -224,10 +224,3 @@ def check_drift_prompts(options: ImageComparisonOptions, family: TextToImageFami
         family.caption_inputs(drift_prompts(options))
     except ValueError as error:
         raise ValueError(f"--drift_prompts: {error}") from error
-
-
-def print_once(text: str) -> None:
-    """Print in the main process alone."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0):
-        print(text)

@@ -163,6 +163,7 @@ def train(task: ComparedTask, run: PlannedRun, grid: Grid, start: Start, bar: Gr
                 take_step(settings, task.family, iter([batch]), accelerator, stepper, step)
             except DivergedError:
                 record.diverged = True
+                stepper.optimizer.zero_grad()  # the next run has the same parameters
         train_s += time.perf_counter() - started
         if step in options.eval_steps:
             record.evaluate(step, train_s)

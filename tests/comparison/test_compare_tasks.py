@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import common_compare
 import compare_inits
 import pytest
 import torch
@@ -18,16 +17,20 @@ import torch.nn.functional as F
 import train_classifier_lora
 import train_vlm_lora
 from classifier_fixtures import write_class_folder, write_classifier
-from common import ROOT, evaluating
-from common_data import DataOrder
-from common_run import lora_targets
 from safetensors.torch import load_file
 from script_fixtures import run_main
+from sd_fixtures import ROOT
 from torch import Tensor, nn
 from vlm_fixtures import write_base, write_questions
 
-from lorainit_diffusers.comparison import Comparison
+from lorainit_diffusers.comparison import Comparison, run, training
+from lorainit_diffusers.comparison.options import TASKS, HeadRatioOptions, TaskComparisonOptions, TaskKind
 from lorainit_diffusers.families import StepRecord
+from lorainit_diffusers.hooks import evaluating
+from lorainit_diffusers.training import loop
+from lorainit_diffusers.training.data.order import DataOrder
+from lorainit_diffusers.training.options.fields import Options, option
+from lorainit_diffusers.training.start import lora_targets
 
 Compare = Callable[..., Path]
 NUM_CLASSES, NUM_FEATURES = 3, 8
@@ -74,26 +77,45 @@ class PointFamily:
         return nullcontext()
 
 
+@dataclass(frozen=True, kw_only=True)
+class PointOptions(Options):
+    """The points."""
+
+    _argument_group_name = "data"
+
+    train_data_dir: str | None = option(None, "filled in by default")
+    spread: float = option(0.5, "of the points of a class")
+    data_seed: int = option(0, "of the points")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointComparison(TaskComparisonOptions, HeadRatioOptions, PointOptions):
+    """As those of the families of the library."""
+
+
+def resolve_points(options: PointComparison) -> PointComparison:
+    return replace(options, train_data_dir=options.train_data_dir or "outputs/clouds")
+
+
 class PointTask:
     """As the tasks of the training scripts: made from options, a device and a dtype."""
 
     primary_metric = "accuracy"
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
-        if args.spread <= 0:
-            raise ValueError(f"--spread {args.spread}: must be positive")
-        args.train_data_dir = args.train_data_dir or "outputs/clouds"
-        generator = torch.Generator().manual_seed(args.data_seed)
+    def __init__(self, options: PointComparison, device: torch.device, dtype: torch.dtype) -> None:
+        if options.spread <= 0:
+            raise ValueError(f"--spread {options.spread}: must be positive")
+        generator = torch.Generator().manual_seed(options.data_seed)
         centres = torch.randn(NUM_CLASSES, NUM_FEATURES, generator=generator)
 
         def draw(count: int) -> tuple[Tensor, Tensor]:
             labels = torch.arange(count) % NUM_CLASSES
-            return centres[labels] + args.spread * torch.randn(count, NUM_FEATURES, generator=generator), labels
+            return centres[labels] + options.spread * torch.randn(count, NUM_FEATURES, generator=generator), labels
 
         self.train_set, self.validation_set = draw(12), draw(30)
         self.num_train, self.num_validation = 12, 30
         self.family = PointFamily()
-        self.targets = lora_targets(args, self.family, "model")
+        self.targets = lora_targets(options, self.family, "model")
 
     def batches(self, seed: int, batch_size: int, numbers: range) -> Iterator[dict[str, Tensor]]:
         points, labels = self.train_set
@@ -110,23 +132,17 @@ class PointTask:
         return {"validation_loss": float(F.cross_entropy(logits, labels)), "accuracy": right / len(labels)}
 
 
-def add_point_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
-    add("--train_data_dir", help="default: filled in by the task")
-    add("--spread", type=float, default=0.5)
-    add("--data_seed", type=int, default=0)
-
-
 @pytest.fixture
 def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compare:
     """Run the comparison of a family of points with tiny settings."""
-    kind = common_compare.TaskKind(
-        *(__name__, "PointTask", "add_point_arguments"),
+    kind = TaskKind(
+        options=f"{__name__}:PointComparison",
+        check=f"{__name__}:resolve_points",
+        task=f"{__name__}:PointTask",
         examples="points",
-        has_head=True,
         defaults={"learning_rates": [0.01, 0.02], "max_train_steps": 7, "train_batch_size": 5},
     )
-    monkeypatch.setitem(common_compare.TASKS, "points", kind)
+    monkeypatch.setitem(TASKS, "points", kind)
 
     def call(**changed: Any) -> Path:
         return run_main(compare_inits, {"output_dir": tmp_path / "out", **FAST, **changed})
@@ -137,7 +153,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compare:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures and tables take most of a tiny comparison's time; tests of numbers do without."""
-    monkeypatch.setattr(compare_inits, "write_report", lambda directory: [])
+    monkeypatch.setattr(run, "write_report", lambda directory: [])
 
 
 def rows(directory: Path) -> list[dict[str, str]]:
@@ -224,7 +240,7 @@ def test_the_heads_learning_rate_is_a_multiple_of_the_adapters(compare):
 @pytest.mark.usefixtures("no_report")
 def test_stopped_at_any_moment_it_ends_with_the_same_results(compare, monkeypatch, tmp_path):
     expected = (compare(output_dir=tmp_path / "whole", seeds=[0, 1]) / "results.csv").read_bytes()
-    train, calls = compare_inits.train, 0
+    train, calls = training.train, 0
 
     def stop(*arguments: Any) -> None:
         nonlocal calls
@@ -234,7 +250,7 @@ def test_stopped_at_any_moment_it_ends_with_the_same_results(compare, monkeypatc
         train(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare_inits, "train", stop)
+        patch.setattr(training, "train", stop)
         with pytest.raises(KeyboardInterrupt):
             compare(seeds=[0, 1])
     assert (compare(seeds=[0, 1]) / "results.csv").read_bytes() == expected
@@ -261,11 +277,10 @@ def help_of(capsys: pytest.CaptureFixture[str], argv: Sequence[str]) -> str:
 @pytest.mark.usefixtures("compare")
 def test_help_has_the_options_of_the_family_alone(capsys):
     text = help_of(capsys, ["--family", "points"])
-    for option in ("--spread", "--head_lr_ratio", "--snapshot_steps", "--lora_layers", "--cache_dir"):
-        assert option in text
-    for option in ("--drift_prompts", "--image_steps", "--snr_gamma", "--train_text_encoder", "--variant"):
-        assert option not in text
-    assert "(default 0.01 0.02)" in text
+    for name in ("--spread", "--head_lr_ratio", "--snapshot_steps", "--lora_layers", "--cache_dir"):
+        assert name in text
+    for name in ("--drift_prompts", "--image_steps", "--snr_gamma", "--train_text_encoder", "--variant"):
+        assert name not in text
     text = help_of(capsys, [])
     assert "--drift_prompts" in text
     assert "--snapshot_steps" not in text
@@ -389,19 +404,23 @@ def test_a_classifier_is_compared(classes, tmp_path):
 
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("family", ["classifier", "vlm"])
-def test_a_run_is_the_one_that_the_training_script_makes(classes, questions, tmp_path, family):
-    """Otherwise the comparison would say nothing of what users train."""
-    options = classes if family == "classifier" else questions
+def test_a_run_is_the_one_that_the_training_script_makes(classes, questions, tmp_path, family, monkeypatch):
+    """Bit for bit: otherwise the comparison would say nothing of what users train."""
+    found: list[loop.StepOutcome] = []
+    take = loop.take_step
+    for module in (loop, training):
+        monkeypatch.setattr(module, "take_step", lambda *a: found.append(take(*a)) or found[-1])
+    options = {**(classes if family == "classifier" else questions), "lora_dropout": 0.1}
     out = run_main(compare_inits, {**options, "inits": ["cntlora"], "seeds": [3], "output_dir": tmp_path / "out"})
     steps = options["max_train_steps"]
     state = snapshot(out, "cntlora-lr0.01-seed3", steps)
     same = (
         *("pretrained_model_name_or_path", "train_data_dir", "train_data_file", "rank", "max_train_steps"),
-        *("train_batch_size", "init_num_batches"),
+        *("train_batch_size", "init_num_batches", "lora_dropout"),
     )
     script_options = {
         **{name: options[name] for name in same if name in options},
-        **{"init": "cntlora", "seed": 3, "learning_rate": 1e-2, "checkpointing_steps": steps},
+        **{"init": "cntlora", "seed": 3, "learning_rate": 1e-2, "checkpointing_steps": steps, "validation_steps": 2},
         **{"output_dir": tmp_path / "single"},
     }
     trained = run_main(train_classifier_lora if family == "classifier" else train_vlm_lora, script_options)
@@ -409,8 +428,13 @@ def test_a_run_is_the_one_that_the_training_script_makes(classes, questions, tmp
     single = load_file(checkpoint)
     assert single.keys() == state.keys()
     assert any(name.startswith("head.") for name in state) == (family == "classifier")
-    for name, value in single.items():
-        assert torch.allclose(value, state[name], atol=1e-5), name
+    assert not [name for name, value in single.items() if not torch.equal(value, state[name])]
+    assert len(found) == 2 * steps
+    assert found[:steps] == found[steps:]  # loss, norm of the gradients, learning rate
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    validated = {str(line["step"]): line["validation_loss"] for line in lines if "validation_loss" in line}
+    compared = {row["step"]: float(row["validation_loss"]) for row in rows(out)}
+    assert {step: compared[step] for step in validated} == validated
 
 
 @pytest.mark.slow

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common_compare
 import compare_inits
 import pytest
 import torch
 import train_dit_lora
 import train_sd_lora
+from diffusers.models.attention_processor import AttnProcessor
 from dit_fixtures import write_random_sd3
 from PIL import Image
 from pixart_fixtures import write_random_dit
@@ -27,7 +27,11 @@ from script_fixtures import argv_of, run_main
 from sd_fixtures import ROOT, write_images
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, T5EncoderModel
 
+from lorainit_diffusers.comparison import run, samples, tasks, training
+from lorainit_diffusers.comparison.grid import Init, PlannedRun
 from lorainit_diffusers.evaluation import METRICS
+from lorainit_diffusers.families.sd import StableDiffusionFamily
+from lorainit_diffusers.training import loop
 
 Compare = Callable[..., Path]
 REPORT = (
@@ -98,7 +102,7 @@ def options(random_sd: Path, random_clip: Path, image_dir: Path, tmp_path: Path)
 @pytest.fixture
 def compare(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Compare:
     """Run the comparison with tiny settings; options given as None are left out, True is a switch."""
-    monkeypatch.setattr(common_compare, "MIN_VALIDATION_SAMPLES", 4)
+    monkeypatch.setattr(tasks, "MIN_VALIDATION_SAMPLES", 4)
 
     def call(**changed: Any) -> Path:
         return run_main(compare_inits, {**options, **changed})
@@ -139,7 +143,7 @@ def test_everything_is_written(compare):
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures and tables take most of a tiny comparison's time; tests of numbers do without."""
-    monkeypatch.setattr(compare_inits, "write_report", lambda directory: [])
+    monkeypatch.setattr(run, "write_report", lambda directory: [])
 
 
 @pytest.mark.usefixtures("no_report")
@@ -148,7 +152,7 @@ def test_step_zero_of_zero_delta_and_offset_inits_is_the_base(compare):
     out = compare(inits=inits, mixed_precision="bf16", image_metrics="all")
     base = Image.open(out / "base.png")
     for label, equal in zip(inits, (True, True, True, False), strict=True):
-        name = compare_inits.Run(compare_inits.Init.parse(label), 1e-3, 0).name
+        name = PlannedRun(Init.parse(label), 1e-3, 0).name
         strip = Image.open(out / "runs" / name / "samples" / "step-000000.png")
         difference = max(abs(a - b) for a, b in zip(base.tobytes(), strip.tobytes(), strict=True))
         assert (difference <= 1) == equal, label
@@ -178,40 +182,66 @@ def test_a_diffusion_transformer_is_compared_as_a_unet_is(compare, random_sd3, m
     assert sum(encoded) == (4 + 2 + 1) + (2 + 1 + 1)
 
 
+def with_plain_attention(family: StableDiffusionFamily) -> StableDiffusionFamily:
+    family.denoiser.set_attn_processor(AttnProcessor())
+    return family
+
+
+@pytest.fixture
+def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[loop.StepOutcome]:
+    """Every step of the comparison and of the training, as it comes."""
+    found: list[loop.StepOutcome] = []
+    take = loop.take_step
+
+    def noted(*arguments: Any) -> loop.StepOutcome:
+        found.append(take(*arguments))
+        return found[-1]
+
+    for module in (loop, training):
+        monkeypatch.setattr(module, "take_step", noted)
+    return found
+
+
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize(("family", "train_text_encoder"), [("sd", False), ("sd", True), ("sd3", False)])
 def test_a_run_is_the_one_that_the_training_script_makes(
-    compare, options, random_sd3, tmp_path, family, train_text_encoder
+    compare, options, random_sd3, tmp_path, family, train_text_encoder, outcomes, monkeypatch
 ):
-    """Otherwise the comparison would say nothing of what users train."""
+    """Bit for bit: otherwise the comparison would say nothing of what users train."""
+    # on a processor a comparison of UNets multiplies plainly, which is faster there and the same but for rounding
+    load_unet = StableDiffusionFamily.from_pretrained.__func__
+    plain = classmethod(lambda cls, *a, **k: with_plain_attention(load_unet(cls, *a, **k)))
+    monkeypatch.setattr(StableDiffusionFamily, "from_pretrained", plain)
     base = {"train_text_encoder": train_text_encoder, **(random_sd3 if family == "sd3" else {})}
-    out = compare(inits=["cntlora"], seeds=[3], image_metrics="none", **base)
-    state = load_file(out / "runs" / "cntlora-lr0.001-seed3" / "snapshots" / "step-000002.safetensors")
-    same = ("pretrained_model_name_or_path", "train_data_dir", "rank", "max_train_steps", "train_batch_size")
+    shared = {"lora_dropout": 0.1, "lr_scheduler": "cosine", "max_train_steps": 3, "max_grad_norm": 0.01}
+    out = compare(inits=["cntlora"], seeds=[3], image_metrics="none", **base, **shared)
+    state = load_file(out / "runs" / "cntlora-lr0.001-seed3" / "snapshots" / "step-000003.safetensors")
+    same = ("pretrained_model_name_or_path", "train_data_dir", "rank", "train_batch_size")
     script_options = {
         **{name: options[name] for name in (*same, "init_num_batches", "validation_inference_steps")},
-        **{"init": "cntlora", "seed": 3, "learning_rate": 1e-3, "cache_latents": True, "checkpointing_steps": 2},
+        **{"init": "cntlora", "seed": 3, "learning_rate": 1e-3, "cache_latents": True, "checkpointing_steps": 3},
         **{"validation_prompt": "x", "output_dir": tmp_path / "single"},
+        "pre_compute_text_embeddings": not train_text_encoder,
     }
-    trained = run_main(train_dit_lora if family == "sd3" else train_sd_lora, {**script_options, **base})
-    (checkpoint,) = (trained / "checkpoint-2").glob("adapters*.safetensors")
+    trained = run_main(train_dit_lora if family == "sd3" else train_sd_lora, {**script_options, **base, **shared})
+    (checkpoint,) = (trained / "checkpoint-3").glob("adapters*.safetensors")
     single = load_file(checkpoint)
     assert single.keys() == state.keys()
     assert any(name.startswith("text_encoder") for name in state) == train_text_encoder
-    for name, value in single.items():
-        assert torch.allclose(value, state[name], atol=1e-5), name
+    assert not [name for name, value in single.items() if not torch.equal(value, state[name])]
+    assert len(outcomes) == 6
+    assert outcomes[:3] == outcomes[3:]  # loss, norm of the gradients, learning rate
 
 
 @pytest.mark.usefixtures("no_report")
 def test_stopped_at_any_moment_it_ends_with_the_same_results(compare, random_sd3, monkeypatch, tmp_path):
     expected = (compare(output_dir=tmp_path / "whole", **random_sd3) / "results.csv").read_bytes()
-    save, count = compare_inits.write_json, 0
+    save, count = training.write_json, 0
 
     def stop(path: Path, document: Any, moment: int) -> None:
         nonlocal count
         count += "runs" in path.parts
         if count == moment:
-            path.write_text("{", encoding="utf-8")  # half a file
             raise KeyboardInterrupt
         save(path, document)
 
@@ -219,7 +249,8 @@ def test_stopped_at_any_moment_it_ends_with_the_same_results(compare, random_sd3
     for moment in (1, 4, 3):  # at the first report; at the second result; then, two files later, at the first scores
         count = 0
         with monkeypatch.context() as patch:
-            patch.setattr(compare_inits, "write_json", lambda path, document, at=moment: stop(path, document, at))
+            for module in (training, samples):
+                patch.setattr(module, "write_json", lambda path, document, at=moment: stop(path, document, at))
             with pytest.raises(KeyboardInterrupt):
                 compare(**random_sd3)
     assert (compare(**random_sd3) / "results.csv").read_bytes() == expected
@@ -230,8 +261,8 @@ def test_the_grid_grows_and_finished_runs_are_kept(compare, monkeypatch):
     out = compare(image_metrics="none")
     before = rows(out)
     trained: list[str] = []
-    train = compare_inits.train
-    monkeypatch.setattr(compare_inits, "train", lambda *a: (trained.append(a[1].name), train(*a)))
+    train = training.train
+    monkeypatch.setattr(training, "train", lambda *a: (trained.append(a[1].name), train(*a)))
     out = compare(image_metrics="none", inits=["gaussian", "cntlora", "eva"], seeds=[0, 1])
     assert trained == ["gaussian-lr0.001-seed1", "cntlora-lr0.001-seed1", "eva-lr0.001-seed0", "eva-lr0.001-seed1"]
     after = rows(out)
@@ -241,7 +272,7 @@ def test_the_grid_grows_and_finished_runs_are_kept(compare, monkeypatch):
 
 @pytest.mark.usefixtures("no_report")
 def test_two_workers_do_what_one_does(compare, monkeypatch, tmp_path):
-    monkeypatch.setattr(common_compare, "MIN_VALIDATION_SAMPLES", 40)  # as in the workers, which are other processes
+    monkeypatch.setattr(tasks, "MIN_VALIDATION_SAMPLES", 40)  # as in the workers, which are other processes
     one = compare(output_dir=tmp_path / "one", image_metrics="none")
     two = compare(output_dir=tmp_path / "two", image_metrics="none", num_workers=2)
     for a, b in zip(rows(one), rows(two), strict=True):
@@ -296,7 +327,7 @@ def test_without_a_held_out_folder_a_quarter_is_held_out(compare, tmp_path):
 def test_repeated_images_are_not_on_both_sides(options, tmp_path):
     write_images(tmp_path / "plain", count=8)
     argv = argv_of({**options, "train_data_dir": tmp_path / "plain", "repeats": 3})
-    training, heldout = common_compare.split_records(compare_inits.parse_args(argv))
+    training, heldout = tasks.split_records(compare_inits.parse_args(argv))
     assert (len(training), len(heldout)) == (18, 2)
     assert not set(training) & set(heldout)
 
@@ -353,8 +384,8 @@ def test_the_default_base_is_the_familys_bundled_one():
     for family, name in (("sd", "tiny-sd"), ("sd3", "tiny-dit")):
         args = compare_inits.parse_args(["--family", family])
         assert args.pretrained_model_name_or_path == str(ROOT / "assets" / "models" / name)
-        assert common_compare.encoder_names(args) == [str(ROOT / "assets" / "models" / "tiny-clip")]
-        assert common_compare.drift_prompts(args) == list(common_compare.EMOJI_DRIFT_PROMPTS)
+        assert samples.encoder_names(args) == [str(ROOT / "assets" / "models" / "tiny-clip")]
+        assert tasks.drift_prompts(args) == list(tasks.EMOJI_DRIFT_PROMPTS)
 
 
 def test_too_few_images_to_hold_any_out(compare, tmp_path):
@@ -375,10 +406,15 @@ def test_another_comparison_in_the_same_directory_is_refused(compare):
         compare(image_metrics="none", rank=3)
 
 
+def fail(phase: str, options: Any, device: str, count: int, part: int) -> None:
+    """In the place of a worker's work."""
+    raise ValueError(f"the {phase} of part {part} of {count} cannot be done")
+
+
 @pytest.mark.usefixtures("no_report")
 def test_a_worker_that_fails_says_why(compare, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "false")
-    with pytest.raises(ValueError, match=r"a worker failed \(.*worker-0.log\)"):
+    monkeypatch.setattr(run, "work_part", fail)
+    with pytest.raises(ValueError, match=r"a worker failed \(.*worker-\d.log\): the training of part \d of 2 cannot"):
         compare(num_workers=2)
 
 
