@@ -316,5 +316,7 @@ def _family(argv: Sequence[str]) -> str:
         return found.family or "sd"
     named = read_config(found.config).values.get("family", "sd")
     if named not in known_families():
-        raise ValueError(f"--config {found.config}: family {named!r} is unknown; choose from {known_families()}")
+        raise ValueError(
+            f"--config {found.config}: family {named!r} is unknown; choose from {', '.join(known_families())}"
+        )
     return named

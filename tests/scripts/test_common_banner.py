@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import compare_inits
 import pytest
 import train_classifier_lora
 import train_sd_lora
@@ -116,26 +115,3 @@ def test_a_vision_language_run_says_its_questions(tmp_path: Path, capsys: pytest
     assert said["training"] == ["4 steps of 3: 1 epochs"]
     assert said["images"] == ["6 training, 3 validation; in the questions"]
     assert said["answers"][0].startswith("12, ")
-
-
-def test_a_comparison_says_its_grid_and_the_captions_that_are_cut(
-    random_sd: Path, image_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [{"file_name": f"{i:02d}.png", "text": "a" * (30 if i == 1 else 3)} for i in range(4)]
-    (image_dir / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for workers in (1, 2):
-        options = {"inits": ["gaussian", "orthonormal"], "learning_rates": [1e-3], "seeds": [0], "max_train_steps": 1}
-        options |= {"pretrained_model_name_or_path": random_sd, "train_data_dir": image_dir, "train_batch_size": 2}
-        args = compare_inits.parse_args(
-            [
-                text
-                for name, value in options.items()
-                for text in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
-            ]
-        )
-        text = compare_inits.describe_comparison(args, None, captions=workers > 1)
-        assert "runs: 2 initialisations x 1 learning rates x 1 seeds" in text
-        assert f"images         4 training, 2 held out; --train_data_dir {image_dir}" in text
-        assert ("tokens beyond the 12 that text_encoder takes: 20 of 1 captions" in text) == (workers > 1)
-    compare_inits.TextToImageTask(args, compare_inits.torch.device("cpu"))
-    assert "tokens beyond the 12 that text_encoder takes: 20 of 1 captions" in capsys.readouterr().out

@@ -145,7 +145,7 @@ def test_validations_of_the_comparison_are_stratified_over_all_passes(
     run: Run, random_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Recorder(monkeypatch, StableDiffusionFamily)
-    monkeypatch.setattr(compare_inits, "write_report", lambda *args: [])
+    monkeypatch.setattr("lorainit_diffusers.comparison.run.write_report", lambda *args: [])
     options = {
         **{"pretrained_model_name_or_path": random_sd, "train_data_dir": tmp_path / "data", "rank": 2},
         **{"output_dir": tmp_path / "comparison", "inits": ["gaussian"], "learning_rates": [1e-3], "seeds": [0]},

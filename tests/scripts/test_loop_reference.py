@@ -310,7 +310,7 @@ def test_vision_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_comparison(random_sd: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of the comparison: schedule, clipping, the rate of A, latents encoded once."""
     recorder = Recorder(monkeypatch, StableDiffusionFamily)
-    monkeypatch.setattr(compare_inits, "write_report", lambda *args: [])
+    monkeypatch.setattr("lorainit_diffusers.comparison.run.write_report", lambda *args: [])
     options: dict[str, Any] = {
         **{"pretrained_model_name_or_path": random_sd, "train_data_dir": images, "output_dir": tmp_path / "out"},
         **{"inits": ["gaussian:a_lr_ratio=0.25"], "learning_rates": [2e-3], "seeds": [3], "num_workers": 1},
