@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         load_adapter_state_dict,
         trainable_parameters,
     )
+    from lorainit_diffusers.attach import attach
     from lorainit_diffusers.export import (
         discarded_energy,
         load_lora,
@@ -43,6 +44,7 @@ __all__ = [
     "LoraFactors",
     "adapter_state_dict",
     "adapters_disabled",
+    "attach",
     "discarded_energy",
     "initialize",
     "load_adapter_state_dict",
@@ -60,6 +62,7 @@ __all__ = [
 # The file of each public name.
 _FILES = {
     "adapters": ("adapter_state_dict", "adapters_disabled", "load_adapter_state_dict", "trainable_parameters"),
+    "attach": ("attach",),
     "export": (
         *("discarded_energy", "load_lora"),
         *("save_diffusers_lora", "save_kohya_lora", "save_lora", "save_merged", "save_peft_lora"),

@@ -105,6 +105,7 @@ class PassOptions:
         share_inputs: one statistic for all layers that one tensor feeds.
         batch_name: what messages and the progress bar call a batch.
         progress: show a progress bar.
+        allow_unreached: leave out layers that the loss never reaches, instead of refusing them.
     """
 
     observes: Literal["inputs", "gradients", "inputs and gradients"]
@@ -113,6 +114,7 @@ class PassOptions:
     share_inputs: bool = True
     batch_name: str = "batch"
     progress: bool = True
+    allow_unreached: bool = False
 
 
 def collect(
@@ -187,6 +189,7 @@ class _Pass:
         self._shared = _SharedInputs()
         self._ran_before: set[str] = set()
         self._weight, self._weight_unit = 1.0, 0.0  # of the current batch
+        self._in_backward = False
         if self._observes_gradients:
             self._gradients = {
                 name: cast(Any, _part(make_statistic(name, layer), "gradient")) for name, layer in layers.items()
@@ -218,6 +221,8 @@ class _Pass:
             yield leaves
 
     def _on_input(self, name: str, tensor: Tensor) -> None:
+        if self._in_backward:  # gradient checkpointing runs the forward again
+            return
         start = _now(tensor)
         leaders, token_mask = self._result.leaders, self._step.token_mask
         leader = self._shared.leader(name, tensor) if self._options.share_inputs else name
@@ -270,7 +275,11 @@ class _Pass:
                     "the loss does not depend on the target layers, or ran under no_grad: no gradient to collect"
                 )
             # Only into the target weights: the loss may run trainable modules that were not handed over.
-            (loss * self._scale).backward(inputs=leaves)
+            self._in_backward = True
+            try:
+                (loss * self._scale).backward(inputs=leaves)
+            finally:
+                self._in_backward = False
         return loss
 
     def finished(self) -> Collection:
@@ -286,12 +295,21 @@ class _Pass:
                 f"or num_batches is 0; pass at least one {name}"
             )
         start = time.perf_counter()
+        unreached: set[str] = set()
         if self._observes_inputs:
-            _check_reached(self._layers, {layer: inputs[leader] for layer, leader in result.leaders.items()})
+            unreached |= _unreached(self._layers, {layer: inputs[leader] for layer, leader in result.leaders.items()})
         if self._observes_gradients:
-            _check_reached(self._layers, gradients)
-        _all_reduce([*inputs.values(), *gradients.values()])
+            unreached |= _unreached(self._layers, gradients)
+        if unreached and not (self._options.allow_unreached and len(unreached) < len(self._layers)):
+            raise ValueError(
+                f"the loss never reached layer {next(name for name in self._layers if name in unreached)!r}"
+                + (f" and {len(unreached) - 1} more" if len(unreached) > 1 else "")
+                + "; leave it out of target_modules, or check that the loss uses this module"
+            )
+        _all_reduce([*inputs.values(), *(value for layer, value in gradients.items() if layer not in unreached)])
         for layer in self._layers:
+            if layer in unreached:
+                continue
             if not gradients:
                 result.statistics[layer] = inputs[result.leaders[layer]]
             elif not inputs:
@@ -376,14 +394,8 @@ def _check_finite(
     )
 
 
-def _check_reached(layers: Mapping[str, nn.Linear], statistics: Mapping[str, Statistic]) -> None:
-    missing = [name for name in layers if name not in statistics or statistics[name].num_rows == 0]
-    if missing:
-        raise ValueError(
-            f"the loss never reached layer {missing[0]!r}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + "; leave it out of target_modules, or check that the loss uses this module"
-        )
+def _unreached(layers: Mapping[str, nn.Linear], statistics: Mapping[str, Statistic]) -> set[str]:
+    return {name for name in layers if name not in statistics or statistics[name].num_rows == 0}
 
 
 def _is_distributed() -> bool:

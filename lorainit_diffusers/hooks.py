@@ -186,3 +186,20 @@ def evaluating(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
     finally:
         for module, training in modes:
             module.train(training)
+
+
+def watch_calls(modules: Iterable[nn.Module], callback: Callable[[], None]) -> ExitStack:
+    """Call ``callback()`` before every forward of one of these that builds a graph; others are no training steps.
+
+    Returns:
+        What ends it, with its `close`.
+    """
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled():
+            callback()
+
+    stack = ExitStack()
+    for module in modules:
+        stack.callback(module.register_forward_pre_hook(before).remove)
+    return stack

@@ -47,6 +47,8 @@ class CollectOptions:
         statistics_device: where the statistics wait for the end of the pass, ``"cpu"`` say, while their products are
             taken where the model runs. ``None``: there, too. Decompositions run on the layer's device.
         progress: show a progress bar.
+        allow_unreached: layers that the loss never reaches start as PEFT starts them, instead of an error: for targets
+            that somebody else has chosen, such as a text encoder's last layer, whose output SDXL does not read.
     """
 
     RANGES: ClassVar[Mapping[str, Range]] = {
@@ -62,6 +64,7 @@ class CollectOptions:
     memory_budget_gb: float | None = None
     statistics_device: torch.device | str | None = None
     progress: bool = True
+    allow_unreached: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -127,6 +130,7 @@ def initialize(
     memory_budget_gb: float | None = None,
     statistics_device: torch.device | str | None = None,
     progress: bool = True,
+    allow_unreached: bool = False,
 ) -> InitReport:
     """Initialise LoRA adapters from the fine-tuning data: ``initialize(unet, "cntlora", batches, loss_fn)``.
 
@@ -162,6 +166,7 @@ def initialize(
         memory_budget_gb: what the statistics of one process may take (10^9 bytes). Default: half of what is free.
         statistics_device: where the statistics are kept. Default: where the model runs.
         progress: show a progress bar.
+        allow_unreached: layers that the loss never reaches start as PEFT starts them, instead of an error.
 
     Returns:
         The report: ranks, scores and rows of every layer, and the cost.
@@ -175,7 +180,7 @@ def initialize(
     ranks = RankOptions(rank, alpha, variable_rank, rank_budget, parameter_budget, min_rank, max_rank)
     adapter = AdapterOptions(adapter_name, use_rslora, use_dora, lora_dropout)
     options = CollectOptions(
-        num_batches, seed, share_inputs, mask_padding, memory_budget_gb, statistics_device, progress
+        num_batches, seed, share_inputs, mask_padding, memory_budget_gb, statistics_device, progress, allow_unreached
     )
     return _initialize(find_target(target, target_modules, adapter), name, method, data, ranks, options)
 
@@ -252,6 +257,7 @@ def _collect(
         seed=pass_seed,
         share_inputs=options.share_inputs,
         progress=options.progress,
+        allow_unreached=options.allow_unreached,
     )
 
     def collect_over(batches: Iterable[Any], part: Literal["inputs", "reference"], batch_name: str) -> Collection:

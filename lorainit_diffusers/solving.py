@@ -123,7 +123,10 @@ class Solver:
             solved.num_rows[full_name] = statistic.num_rows
             if isinstance(parts[0], SketchedSecondMoment):
                 solved.sketch_columns[full_name] = parts[0].num_columns
-        if statistic is not None and statistic.num_rows < fewest_rows(self.method, rank):
+        if statistic is None and self.method.observes != "nothing":
+            solver = Kaiming()
+            solved.fallbacks[full_name] = "the loss never reaches it: Kaiming A, zero B"
+        elif statistic is not None and statistic.num_rows < fewest_rows(self.method, rank):
             solver = Kaiming()
             solved.fallbacks[full_name] = f"only {statistic.num_rows} rows for rank {rank}: Kaiming A, zero B"
         elif (reason := why_nothing_to_learn(self.method, statistic)) is not None:

@@ -113,8 +113,8 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "checkpoint hooks forget the offset",
         "lorainit_diffusers/export/checkpoint_hooks.py",
-        "load_adapter_state_dict(unwrapped, state, adapter_name)",
-        "load_adapter_state_dict(unwrapped, {k: v for k, v in state.items() if 'offset' not in k}, adapter_name)",
+        "load_adapter_state_dict(modules, state, adapter_name)",
+        "load_adapter_state_dict(modules, {k: v for k, v in state.items() if 'offset' not in k}, adapter_name)",
         ("tests/test_checkpoint_hooks.py::test_twin_follows_the_checkpoint",),
     ),
     Break(

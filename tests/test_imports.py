@@ -45,7 +45,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("adapters", "budget", "collect", "families.base", "methods", "rank_plan", "ranges", "report", "solving"),
         *("statistics", "target", "training_step"),
     },
-    "__init__": {"adapters", "export", "initialize", "methods", "report"},
+    "init_file": {"adapters", "files", "finite", "report"},
+    "in_loop": {"adapters", "export"},
+    "attach": {
+        *("adapters", "export", "files", "hooks", "in_loop", "init_file", "initialize", "methods", "rank_plan"),
+        *("ranges", "report"),
+    },
+    "run": {"attach", "in_loop", "init_file", "initialize", "methods"},
+    "__init__": {"adapters", "attach", "export", "initialize", "methods", "report"},
 }
 # What runs the library may import all of it; a training knows no comparison.
 MAY_IMPORT["training"] = MAY_IMPORT.keys() - {"__init__"}

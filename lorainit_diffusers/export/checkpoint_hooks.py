@@ -57,33 +57,66 @@ def register_checkpoint_hooks(
 
     # Neither hook touches `models` and `weights`: those are for the script's own hooks, which empty them.
     def save_adapters(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], output_dir: str) -> None:
-        on_each_node = accelerator.project_configuration.save_on_each_node
-        if accelerator.is_local_main_process if on_each_node else accelerator.is_main_process:
-            state = adapter_state_dict(_unwrapped(accelerator, modules), adapter_name)
-            check_finite(state, f"the checkpoint {output_dir!r}")
-            save_tensors(state, Path(output_dir) / ADAPTER_STATE_NAME)
+        write_adapters(accelerator, _unwrapped(accelerator, modules), output_dir, adapter_name)
 
     def load_adapters(models: list[nn.Module], input_dir: str) -> None:
-        path = Path(input_dir) / ADAPTER_STATE_NAME
-        if not path.is_file():
+        if not (Path(input_dir) / ADAPTER_STATE_NAME).is_file():
             raise ValueError(
                 f"checkpoint {os.fspath(input_dir)!r} has no {ADAPTER_STATE_NAME}, so its initial factors are lost; "
                 "resume from a checkpoint saved after register_checkpoint_hooks, or start anew"
             )
-        unwrapped = _unwrapped(accelerator, modules)
-        state = load_file(path)
-        for key, value in adapter_state_dict(unwrapped, adapter_name).items():
-            # The optimizer holds the live parameters, which another shape would replace.
-            if key.endswith((".lora_A", ".lora_B")) and (key not in state or state[key].shape != value.shape):
-                saved = tuple(state[key].shape) if key in state else "missing"
-                raise ValueError(
-                    f"{path}: {key} is {saved}, this run's is {tuple(value.shape)}; "
-                    "resume with the base, rank and target_modules of the run that wrote it"
-                )
-        load_adapter_state_dict(unwrapped, state, adapter_name)
+        read_adapters(_unwrapped(accelerator, modules), input_dir, adapter_name)
 
     accelerator.register_save_state_pre_hook(save_adapters)
     accelerator.register_load_state_pre_hook(load_adapters)
+
+
+def write_adapters(
+    accelerator: Accelerator, modules: Mapping[str, nn.Module], directory: str | Path, adapter_name: str = "default"
+) -> None:
+    """Write the adapters of unwrapped modules into a checkpoint, exactly, on the process that writes it."""
+    on_each_node = accelerator.project_configuration.save_on_each_node
+    if accelerator.is_local_main_process if on_each_node else accelerator.is_main_process:
+        state = adapter_state_dict(modules, adapter_name)
+        check_finite(state, f"the checkpoint {os.fspath(directory)!r}")
+        save_tensors(state, Path(directory) / ADAPTER_STATE_NAME)
+
+
+def read_adapters(
+    modules: Mapping[str, nn.Module],
+    directory: str | Path,
+    adapter_name: str = "default",
+    *,
+    same_ranks: bool = True,
+) -> None:
+    """Put the adapters of a checkpoint into the parameters that the optimizer holds.
+
+    Args:
+        modules: component -> unwrapped module.
+        directory: of the checkpoint.
+        adapter_name: PEFT's name of the adapter.
+        same_ranks: refuse other ranks. Without it the parameters get the shapes of the checkpoint, which only an
+            optimizer without state and one process can follow.
+
+    Raises:
+        ValueError: another base, or other ranks, wrote it.
+    """
+    path = Path(directory) / ADAPTER_STATE_NAME
+    state = load_file(path)
+    for key, value in adapter_state_dict(modules, adapter_name).items():
+        if not key.endswith((".lora_A", ".lora_B")):
+            continue
+        features = 1 if key.endswith(".lora_A") else 0
+        if not same_ranks and (key not in state or state[key].shape[features] == value.shape[features]):
+            continue
+        # The optimizer holds the live parameters, which another shape would replace.
+        if key not in state or state[key].shape != value.shape:
+            saved = tuple(state[key].shape) if key in state else "missing"
+            raise ValueError(
+                f"{path}: {key} is {saved}, this run's is {tuple(value.shape)}; "
+                "resume with the base, rank and target_modules of the run that wrote it"
+            )
+    load_adapter_state_dict(modules, state, adapter_name)
 
 
 def _unwrapped(accelerator: Accelerator, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
