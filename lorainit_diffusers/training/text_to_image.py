@@ -183,7 +183,8 @@ def family_options(
         "caption_dropout": options.caption_dropout,
         "prior_loss_weight": options.prior_loss_weight,
         "offload": options.offload,
-        **{name: getattr(options, name) for name in family_class.OPTIONS},
+        # what is not given is as the family has it
+        **{name: value for name in family_class.OPTIONS if (value := getattr(options, name)) is not None},
         **quantized,
     }
 

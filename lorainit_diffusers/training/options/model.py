@@ -88,7 +88,9 @@ class FlowOptions(Options):
     logit_mean: Annotated[float, STEP_RANGES["logit_mean"]] = option(0.0, "of logit_normal (default 0)")
     logit_std: Annotated[float, STEP_RANGES["logit_std"]] = option(1.0, "of logit_normal (default 1)")
     mode_scale: Annotated[float, STEP_RANGES["mode_scale"]] = option(1.29, "of mode (default 1.29)")
-    guidance_scale: Annotated[float, STEP_RANGES["guidance_scale"]] = option(3.5, "input of Flux dev (default 3.5)")
+    guidance_scale: Annotated[float | None, STEP_RANGES["guidance_scale"]] = option(
+        None, "input of FLUX.1 and FLUX.2 dev (default: the family's usual one, 3.5 and 4.0)"
+    )
     max_sequence_length: Annotated[int | None, STEP_RANGES["max_sequence_length"]] = option(
         None, "tokens of the large text encoder (default: the family's usual number)"
     )
