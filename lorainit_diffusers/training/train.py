@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.files import write_json
+from lorainit_diffusers.training.best import BestFolder
 from lorainit_diffusers.training.dry_run import print_plan
 from lorainit_diffusers.training.hub import open_hub_repository, upload
 from lorainit_diffusers.training.log import RunLog, write_start
@@ -131,15 +132,9 @@ def train(
         ValueError, FileNotFoundError: for what the user can mend, in one line.
     """
     started = time.perf_counter()
-    method = build_method(options.init, options.init_option)
-    check_method(options, method, class_images)
-    claimed = claim_output_dir(options, script, f"outputs/{output_name}-{options.init}")
-    state = find_state(claimed, Path(claimed.output_dir))
-    load = read(claimed)
-    repository = open_hub_repository(claimed)
 
     # ---- load
-    training = load(start_run(script, options, claimed, method, state))
+    training, repository = _load(options, read, script, output_name, class_images)
     run, family = training.run, training.family
     announce_resume(run)
     log = RunLog(run)
@@ -159,16 +154,59 @@ def train(
     config = write_start(run, num_parameters, init_report, training.counts)
     if run.options.init_only:
         if run.is_main:
-            config |= report_discarded_energy(run, family)
-            training.write_files(config)
-            training.write_card(log, init_report, None)
-            if repository is not None:
-                upload(run.options, repository, private_files=training.private_files)
-            run.accelerator.print(f"wrote the initialised LoRA to {run.output_dir}")
+            _write_untrained(training, config, log, init_report, repository)
         run.accelerator.wait_for_everyone()
         return run.output_dir
 
     # ---- train
+    best = _train(training, optimization, config, log, init_report)
+
+    # ---- evaluate and save
+    with optimization.average.applied():
+        training.evaluate("end", log)
+        if run.is_main:
+            config["total_s"] = round(time.perf_counter() - started, 1)
+            config["best"] = best.summary(log.lines) if best is not None else None
+            sentence = best.sentence(log.lines) if best is not None else None
+            finish(training, config, log, init_report, sentence)
+            if repository is not None:
+                upload(run.options, repository, private_files=training.private_files)
+            for line in (training.summary(log), f"done in {config['total_s']} s: {run.output_dir}", sentence):
+                if line is not None:
+                    run.accelerator.print(line)
+    run.accelerator.end_training()
+    return run.output_dir
+
+
+def _load(
+    options: SomeOptions,
+    read: Callable[[SomeOptions], Callable[[Run[SomeOptions]], Training]],
+    script: str,
+    output_name: str,
+    class_images: bool | None,
+) -> tuple[Training, str | None]:
+    """The training with its base and data, and the repository to upload to; what is wrong is found as early as it can.
+
+    Before the processes join, so that an error ends all of them: options, directory, checkpoint, data, repository.
+    """
+    method = build_method(options.init, options.init_option)
+    check_method(options, method, class_images)
+    claimed = claim_output_dir(options, script, f"outputs/{output_name}-{options.init}")
+    state = find_state(claimed, Path(claimed.output_dir))
+    load = read(claimed)
+    repository = open_hub_repository(claimed)
+    return load(start_run(script, options, claimed, method, state)), repository
+
+
+def _train(
+    training: Training,
+    optimization: Optimization,
+    config: Mapping[str, Any],
+    log: RunLog,
+    init_report: Mapping[str, Any],
+) -> BestFolder | None:
+    """All steps, with validations and checkpoints; the folder of the best one, in the main process, where it is kept."""
+    run, family = training.run, training.family
     if run.options.gradient_checkpointing:  # only now: recomputation would count the collection's activations twice
         enable_gradient_checkpointing(family)
 
@@ -190,27 +228,29 @@ def train(
         if best is not None:
             best.copy_into(checkpoint)
 
-    if state is None:
+    if run.state is None:
         training.evaluate("step-0", log)
         validate(0)
     batches = training.training_batches(run.first_step, run.options.max_train_steps)
     train_steps(run, family, batches, optimization, log, validate=validate, save=save)
+    return best
 
-    # ---- evaluate and save
-    with optimization.average.applied():
-        training.evaluate("end", log)
-        if run.is_main:
-            config["total_s"] = round(time.perf_counter() - started, 1)
-            config["best"] = best.summary(log.lines) if best is not None else None
-            sentence = best.sentence(log.lines) if best is not None else None
-            finish(training, config, log, init_report, sentence)
-            if repository is not None:
-                upload(run.options, repository, private_files=training.private_files)
-            for line in (training.summary(log), f"done in {config['total_s']} s: {run.output_dir}", sentence):
-                if line is not None:
-                    run.accelerator.print(line)
-    run.accelerator.end_training()
-    return run.output_dir
+
+def _write_untrained(
+    training: Training,
+    config: dict[str, Any],
+    log: RunLog,
+    init_report: Mapping[str, Any],
+    repository: str | None,
+) -> None:
+    """Write the LoRA as it is initialised (`--init_only`)."""
+    run = training.run
+    config |= report_discarded_energy(run, training.family)
+    training.write_files(config)
+    training.write_card(log, init_report, None)
+    if repository is not None:
+        upload(run.options, repository, private_files=training.private_files)
+    run.accelerator.print(f"wrote the initialised LoRA to {run.output_dir}")
 
 
 def finish(
