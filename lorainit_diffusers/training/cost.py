@@ -57,13 +57,19 @@ def _peak_bytes() -> int:
 def command_line(script: str, argv: Sequence[str] | None = None) -> str:
     """How this process was started, to be copied; empty where it runs something else than `script`.
 
+    The script itself, its module of the package (`-m lorainit_diffusers.training.sd`) and `lorainit` run the same.
+
     Args:
-        script: name of the script without its ending.
+        script: name of the script without its ending, such as `train_sd_lora`.
         argv: `sys.argv`, unless it is said otherwise.
     """
     words = list(sys.argv if argv is None else argv)
-    if not words or Path(words[0]).stem != script:
+    module = script.removeprefix("train_").removesuffix("_lora")
+    started = Path(words[0]).stem if words else ""
+    if started not in (script, module, "lorainit"):
         return ""
+    if started == module:
+        words[0:1] = ["-m", f"lorainit_diffusers.training.{module}"]
     for place, word in enumerate(words):
         flag, equals, _ = word.partition("=")
         if flag in _SECRETS:
@@ -71,4 +77,4 @@ def command_line(script: str, argv: Sequence[str] | None = None) -> str:
                 words[place] = f"{flag}=..."
             elif place + 1 < len(words):
                 words[place + 1] = "..."
-    return shlex.join(["accelerate", "launch", *words])
+    return shlex.join(["lorainit", *words[1:]] if started == "lorainit" else ["accelerate", "launch", *words])

@@ -185,7 +185,7 @@ def _load(
     output_name: str,
     class_images: bool | None,
 ) -> tuple[Training, str | None]:
-    """The training with its base and data, and the repository to upload to; what is wrong is found as early as it can.
+    """The training with its base and data, and the repository to upload to; what is wrong is found early.
 
     Before the processes join, so that an error ends all of them: options, directory, checkpoint, data, repository.
     """
@@ -205,7 +205,7 @@ def _train(
     log: RunLog,
     init_report: Mapping[str, Any],
 ) -> BestFolder | None:
-    """All steps, with validations and checkpoints; the folder of the best one, in the main process, where it is kept."""
+    """All steps, with validations and checkpoints; the folder of the best one, in the main process, if it is kept."""
     run, family = training.run, training.family
     if run.options.gradient_checkpointing:  # only now: recomputation would count the collection's activations twice
         enable_gradient_checkpointing(family)

@@ -177,6 +177,9 @@ def test_the_command_is_copied_without_its_token():
     assert cost.command_line("train_sd_lora", [argv[0], "--hub_token=hf_secret"]).endswith("--hub_token=...")
     assert cost.command_line("train_sdxl_lora", argv) == ""
     assert cost.command_line("train_sd_lora", []) == ""
+    assert cost.command_line("train_sd_lora", ["/usr/bin/lorainit", "train", "sd"]) == "lorainit train sd"
+    module = "accelerate launch -m lorainit_diffusers.training.sd --rank 4"
+    assert cost.command_line("train_sd_lora", ["/site/lorainit_diffusers/training/sd.py", "--rank", "4"]) == module
 
 
 def test_seconds_add_up_and_count_when_the_block_fails(monkeypatch):
