@@ -79,34 +79,35 @@ BREAKS: tuple[Break, ...] = (
         "logged learning rate is the next step's",
         "lorainit_diffusers/training/loop.py",
         (
-            "            learning_rate = float(optimization.lr_scheduler.get_last_lr()[0])\n"
-            "            used = optimization.step()\n"
+            "    learning_rate = float(moves.lr_scheduler.get_last_lr()[0])\n"
+            "    return StepOutcome(loss, grad_norm, learning_rate, used=moves.step())\n"
         ),
         (
-            "            used = optimization.step()\n"
-            "            learning_rate = float(optimization.lr_scheduler.get_last_lr()[0])\n"
+            "    used = moves.step()\n"
+            "    learning_rate = float(moves.lr_scheduler.get_last_lr()[0])\n"
+            "    return StepOutcome(loss, grad_norm, learning_rate, used=used)\n"
         ),
         ("tests/scripts/test_loop_reference.py::test_stable_diffusion",),
     ),
     Break(
         "schedule is as long as the micro-steps",
-        "train_scripts/compare_inits.py",
-        "num_training_steps=args.max_train_steps,",
-        "num_training_steps=args.max_train_steps * args.gradient_accumulation_steps,",
+        "lorainit_diffusers/training/optimization.py",
+        "num_training_steps=options.max_train_steps,",
+        "num_training_steps=options.max_train_steps * options.gradient_accumulation_steps,",
         ("tests/scripts/test_loop_reference.py::test_stable_diffusion",),
     ),
     Break(
         "warm-up counts micro-steps",
-        "train_scripts/compare_inits.py",
-        "num_warmup_steps=args.lr_warmup_steps,",
-        "num_warmup_steps=args.lr_warmup_steps * args.gradient_accumulation_steps,",
+        "lorainit_diffusers/training/optimization.py",
+        "num_warmup_steps=options.lr_warmup_steps,",
+        "num_warmup_steps=options.lr_warmup_steps * options.gradient_accumulation_steps,",
         ("tests/scripts/test_loop_reference.py::test_stable_diffusion",),
     ),
     Break(
         "schedule is stepped twice",
         "lorainit_diffusers/training/optimization.py",
-        "        self.lr_scheduler.step()\n        self.average.update()\n",
-        "        self.lr_scheduler.step()\n        self.lr_scheduler.step()\n        self.average.update()\n",
+        "        self.lr_scheduler.step()\n",
+        "        self.lr_scheduler.step()\n        self.lr_scheduler.step()\n",
         ("tests/scripts/test_loop_reference.py::test_stable_diffusion",),
     ),
     Break(
@@ -140,7 +141,7 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "the head trains at the adapters' rate",
         "lorainit_diffusers/training/optimization.py",
-        '{"params": heads, "lr": head_rate}',
+        '{"params": heads, "lr": options.head_lr if isinstance(options, HeadOptions) else options.learning_rate}',
         '{"params": heads, "lr": options.learning_rate}',
         ("tests/scripts/test_loop_reference.py::test_classifier",),
     ),
