@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any, Literal, cast
 
@@ -121,10 +121,11 @@ def collect(
     modules: Mapping[str, nn.Module],
     layers: Mapping[str, nn.Linear],
     batches: Iterable[Any],
-    step: TrainingStep,
+    step: TrainingStep | Callable[[Any], Tensor],
     make_statistic: MakeStatistic,
-    options: PassOptions,
+    options: PassOptions | None = None,
     budget: MemoryBudget | None = None,
+    **keywords: Any,
 ) -> Collection:
     """Run the training loss over the batches and gather a statistic for every layer.
 
@@ -135,16 +136,18 @@ def collect(
         modules: component -> module; their mode is switched and restored.
         layers: name -> linear layer inside them.
         batches: what the loss takes; at most ``options.num_batches`` are drawn.
-        step: the training loss, and what is known about its steps.
+        step: the training loss, and what is known about its steps; or the loss alone.
         make_statistic: (name, layer) -> empty statistic; an ``InputsAndGradient`` where both are observed.
         options: what is observed, over how many batches.
         budget: of memory, which makes sketches of what does not fit; ``None`` for no limit.
+        **keywords: fields of the step and of the options one by one, such as ``observes="inputs"``.
 
     Raises:
         ValueError: no batches; statistics that do not fit into the budget in any form; non-finite activations or
             gradients (names layer, batch and timesteps); a layer that the loss never reached; layers that share their
             input in one batch and not in another.
     """
+    step, options = _grouped(step, options, keywords)
     budget = budget or MemoryBudget(math.inf, num_columns=1)
     budget.start(next(iter(layers.values())).weight.device, _minimum_over_processes)
     gathering = _Pass(layers, step, make_statistic, options, budget)
@@ -164,6 +167,21 @@ def collect(
                 gathering.take(batch, leaves)
                 bar.update()
     return gathering.finished()
+
+
+def _grouped(
+    step: TrainingStep | Callable[[Any], Tensor], options: PassOptions | None, keywords: Mapping[str, Any]
+) -> tuple[TrainingStep, PassOptions]:
+    """The step and the options, with these fields of theirs.
+
+    Raises:
+        TypeError: a keyword that is a field of neither.
+    """
+    names = {item.name for item in fields(TrainingStep)}
+    of_step = {key: value for key, value in keywords.items() if key in names}
+    of_options = {key: value for key, value in keywords.items() if key not in names}
+    step = replace(step if isinstance(step, TrainingStep) else TrainingStep(step), **of_step)
+    return step, PassOptions(**of_options) if options is None else replace(options, **of_options)
 
 
 class _Pass:
@@ -254,8 +272,8 @@ class _Pass:
             _check_sharing(self._ran_before, self._shared.trace, result.leaders)
             self._ran_before |= self._shared.trace.keys()
         batch_name = f"{self._options.batch_name} {result.num_passes}"
-        _check_finite(self._inputs, "input activations", batch_name, self._step.describe)
-        _check_finite(self._gradients, "weight gradient", batch_name, self._step.describe)
+        _check_finite(self._inputs, "input activations", batch_name, self._step.describe_step)
+        _check_finite(self._gradients, "weight gradient", batch_name, self._step.describe_step)
         result.num_passes += 1
 
     def _loss_of(self, batch: Any, leaves: Sequence[Tensor]) -> Tensor:

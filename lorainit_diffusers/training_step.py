@@ -27,7 +27,7 @@ class TrainingStep:
             of the statistics. ``None`` where nothing is known of padding.
         batch_weight: how much the gradient of a batch counts in the mean, positive; ``None`` for all alike. Inputs need
             none: every row counts.
-        describe: says what the current step was (its timesteps), for error messages.
+        describe_step: says what the current step was (its timesteps), for error messages.
         stratified: number of batches -> a block inside which timesteps cover their distribution evenly.
         generator: of the noise and timesteps that ``loss_fn`` draws, where they are the family's.
     """
@@ -35,7 +35,7 @@ class TrainingStep:
     loss_fn: Callable[[Any], Tensor]
     token_mask: Callable[[str], Tensor | None] | None = None
     batch_weight: Callable[[Any], float] | None = None
-    describe: Callable[[], str] | None = None
+    describe_step: Callable[[], str] | None = None
     stratified: Callable[[int], AbstractContextManager[None]] = field(default=lambda _: nullcontext())
     generator: torch.Generator = field(default_factory=torch.Generator)
 
@@ -70,7 +70,7 @@ def training_step(
     def token_mask(layer: str) -> Tensor | None:
         return family.step.token_mask(*location[layer])
 
-    def describe() -> str:
+    def describe_step() -> str:
         timesteps = family.step.timesteps
         return "" if timesteps is None else f"timesteps {timesteps.flatten().tolist()}"
 
@@ -79,7 +79,7 @@ def training_step(
         token_mask=token_mask if mask_padding else None,
         # a loss of the user's own may be a mean over anything
         batch_weight=partial(loss_weight, family) if loss_fn is None else None,
-        describe=describe,
+        describe_step=describe_step,
         stratified=lambda num_batches: family.stratified_timesteps(num_batches, generator),
         generator=generator,
     )

@@ -255,7 +255,7 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "non-finite activations pass",
         "lorainit_diffusers/collect.py",
-        '        _check_finite(self._inputs, "input activations", batch_name, self._step.describe)\n',
+        '        _check_finite(self._inputs, "input activations", batch_name, self._step.describe_step)\n',
         "",
         ("tests/test_collect.py::test_non_finite_activations_name_layer_batch_and_timesteps",),
     ),

@@ -47,12 +47,16 @@ def run(
     observes: str = "inputs",
     **kwargs: Any,
 ) -> Collection:
-    of_step = {key: kwargs.pop(key) for key in ("token_mask", "batch_weight", "describe") if key in kwargs}
-    layers, budget = kwargs.pop("layers", linear_layers(module)), kwargs.pop("budget", None)
-    make_statistic = kwargs.pop("make_statistic", MAKE_STATISTIC[observes])
-    step = TrainingStep(loss or squared_loss(module), **of_step)
-    options = PassOptions(observes, progress=False, **kwargs)  # type: ignore[arg-type]
-    return collect({"module": module}, layers, batches, step, make_statistic, options, budget)
+    return collect(
+        {"module": module},
+        kwargs.pop("layers", linear_layers(module)),
+        batches,
+        loss or squared_loss(module),
+        kwargs.pop("make_statistic", MAKE_STATISTIC[observes]),
+        observes=observes,
+        progress=False,
+        **kwargs,
+    )
 
 
 def recorded_inputs(module: nn.Module, batches: list[Tensor], loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -458,7 +462,7 @@ def test_non_finite_activations_name_layer_batch_and_timesteps(poison):
         return model[2](torch.full_like(hidden, poison) if batch is batches[1] else hidden).mean()
 
     with pytest.raises(ValueError, match=re.escape("'2' in batch 1 (timesteps [3, 7])")):
-        run(model, batches, loss, describe=lambda: "timesteps [3, 7]")
+        run(model, batches, loss, describe_step=lambda: "timesteps [3, 7]")
 
 
 def test_messages_call_a_batch_what_the_caller_calls_it():
@@ -640,3 +644,24 @@ def test_two_processes_end_with_the_statistics_of_all_batches(tmp_path: Path):
         assert relative_error(first[f"{name}.gradient"], gradients[name].mean()) < 1e-5
         assert relative_error(first[f"{name}.both.inputs"], inputs[name].covariance()) < 1e-5
         assert relative_error(first[f"{name}.both.gradient"], gradients[name].mean()) < 1e-5
+
+
+def test_fields_one_by_one_are_those_of_the_step_and_the_options():
+    module, batches = tiny_attention(), token_batches(3)
+    args = ({"module": module}, linear_layers(module), batches)
+    mask = torch.zeros(4, 20, dtype=torch.bool)
+    mask[:, :7] = True
+    step = TrainingStep(squared_loss(module), token_mask=lambda _: mask)
+    grouped = collect(*args, step, second_moment, PassOptions("inputs", num_batches=2, progress=False))
+    options = {"token_mask": lambda _: mask, "num_batches": 2, "observes": "inputs", "progress": False}
+    single = collect(*args, squared_loss(module), second_moment, **options)
+    changed = PassOptions("inputs", progress=False)
+    replaced = collect(*args, step, second_moment, changed, num_batches=2)
+    assert grouped.num_passes == single.num_passes == replaced.num_passes == 2
+    for name, statistic in grouped.statistics.items():
+        assert statistic.num_rows == 2 * 4 * 7
+        for other in (single, replaced):
+            for key, value in statistic.state_dict().items():
+                assert torch.equal(other.statistics[name].state_dict()[key], value)
+    with pytest.raises(TypeError, match="share_input"):
+        collect(*args, step, second_moment, observes="inputs", share_input=False)

@@ -176,7 +176,7 @@ def test_a_family_without_a_text_encoder_says_so(random_sd: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(random_sd)
     family = StableDiffusionFamily(None, None, pipeline.vae, pipeline.unet, pipeline.scheduler)
     batch = {"pixel_values": torch.zeros(1, 3, 16, 16), "input_ids": torch.zeros(1, 5, 32)}
-    with pytest.raises(ValueError, match=r"needs prompt_embeds, and .*no text encoder, as in a script with --pre_comp"):
+    with pytest.raises(ValueError, match=r"needs prompt_embeds, and .*has let its text encoders go, as under pre_comp"):
         initialize(family, "eva", [batch], rank=2, progress=False)
 
 
