@@ -30,9 +30,16 @@ TEXT_TO_IMAGE_FAMILIES = {
     "wan": ("wan", "WanFamily"),
 }
 
+# All families.
+FAMILIES = {
+    **TEXT_TO_IMAGE_FAMILIES,
+    "classifier": ("classifier", "ClassifierFamily"),
+    "vlm": ("vlm", "VisionLanguageFamily"),
+}
+
 
 def family_class(name: str) -> type[TextToImageFamily]:
-    """The family of a short name, imported now.
+    """The text-to-image family of a short name, imported now.
 
     Raises:
         ValueError: for an unknown name (lists the known ones).
@@ -43,4 +50,4 @@ def family_class(name: str) -> type[TextToImageFamily]:
     return getattr(importlib.import_module(f"lorainit_diffusers.families.{module}"), kind)
 
 
-__all__ = ["TEXT_TO_IMAGE_FAMILIES", "ModelFamily", "StepRecord", "UniformDraws", "family_class"]
+__all__ = ["FAMILIES", "TEXT_TO_IMAGE_FAMILIES", "ModelFamily", "StepRecord", "UniformDraws", "family_class"]

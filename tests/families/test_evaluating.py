@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-import vlm_fixtures
-from classifier_fixtures import CLASSES, SIDE, random_classifier
-from dit_fixtures import write_random_flux, write_random_sd3
-from lumina2_fixtures import write_random_lumina2
-from pixart_fixtures import write_random_dit, write_random_pixart
-from sd_fixtures import write_random_sd, write_random_sdxl
+from family_fixtures import batches_of, load_family
 from torch import nn
 
 from lorainit_diffusers import initialize
 from lorainit_diffusers.evaluation import fixed_noise_loss
-from lorainit_diffusers.families import TEXT_TO_IMAGE_FAMILIES, family_class
+from lorainit_diffusers.families import TEXT_TO_IMAGE_FAMILIES
 from lorainit_diffusers.families.augment import Augmentation
 from lorainit_diffusers.families.base import evaluating
-from lorainit_diffusers.families.classifier import ClassifierFamily, ImagePreparation
-from lorainit_diffusers.families.vlm import VisionLanguageFamily
 
-WRITERS: dict[str, Callable[[Path], None]] = {
-    "sd": write_random_sd,
-    "sdxl": write_random_sdxl,
-    "sd3": write_random_sd3,
-    "flux": write_random_flux,
-    "pixart": write_random_pixart,
-    "dit": write_random_dit,
-    "lumina2": write_random_lumina2,
-}
 # What each kind of family does to the samples of a training step.
 DROPOUT: dict[str, dict[str, Any]] = {
     **{name: {"caption_dropout": 0.9} for name in TEXT_TO_IMAGE_FAMILIES},
@@ -44,35 +27,6 @@ DROPOUT: dict[str, dict[str, Any]] = {
     },
     "vlm": {},  # that of the adapters only
 }
-
-
-def load(kind: str, folder: Path, **options: Any) -> Any:
-    torch.manual_seed(0)
-    if kind == "classifier":
-        model = random_classifier().requires_grad_(False)
-        return ClassifierFamily(model, ImagePreparation(SIDE, SIDE), CLASSES, **options)
-    if kind == "vlm":
-        base = folder if folder.exists() else vlm_fixtures.write_base(folder, "llava")
-        return VisionLanguageFamily.from_pretrained(base, **options)
-    if not folder.exists():
-        WRITERS[kind](folder)
-    extra = {"max_sequence_length": 24} if kind == "flux" else {}
-    return family_class(kind).from_pretrained(folder, **extra, **options)
-
-
-def batches_of(kind: str, family: Any) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(3)
-    if kind == "classifier":
-        images = torch.rand(6, 3, SIDE, SIDE, generator=generator)
-        return [{"labels": torch.tensor([0, 1, 2]), "pixel_values": some} for some in images.split(3)]
-    if kind == "vlm":
-        return [
-            family.collate([family.encode(vlm_fixtures.ask("what?", answer), [vlm_fixtures.make_image(seed)])])
-            for seed, answer in enumerate(("cat", "a dog"))
-        ]
-    captions = ["2", "1"] if kind == "dit" else ["a cat", "one long house"]
-    pixels = torch.rand(4, 3, 32, 32, generator=generator) * 2 - 1
-    return [{**family.caption_inputs(captions), "pixel_values": some} for some in pixels.split(2)]
 
 
 def adapt(family: Any, batches: list[dict[str, Any]], lora_dropout: float) -> None:
@@ -87,7 +41,7 @@ def adapt(family: Any, batches: list[dict[str, Any]], lora_dropout: float) -> No
 
 @pytest.mark.parametrize("kind", [*TEXT_TO_IMAGE_FAMILIES, "classifier", "vlm"])
 def test_the_validation_loss_has_no_dropout(kind: str, tmp_path: Path) -> None:
-    plain, dropped = load(kind, tmp_path / "base"), load(kind, tmp_path / "base", **DROPOUT[kind])
+    plain, dropped = load_family(kind, tmp_path / "base"), load_family(kind, tmp_path / "base", **DROPOUT[kind])
     batches = batches_of(kind, plain)
     adapt(plain, batches, 0.0)
     adapt(dropped, batches, 0.5)
@@ -105,7 +59,7 @@ def test_the_validation_loss_has_no_dropout(kind: str, tmp_path: Path) -> None:
 
 
 def test_modes_are_what_they_were_afterwards(tmp_path: Path) -> None:
-    family = load("sd", tmp_path / "base", caption_dropout=0.5)
+    family = load_family("sd", tmp_path / "base", caption_dropout=0.5)
     family.unet.train()
     family.unet.mid_block.eval()
     modes = [module.training for module in family.unet.modules()]
