@@ -40,6 +40,7 @@ PINNED: dict[str, tuple[float, float, float]] = {
     "qwen_image": (4.21965, 4.34542, 4.07033),
     "z_image": (2.45762, 2.13314, 5.68606),
     "sana": (4.94314, 3.78839, 4.98511),
+    "wan": (5.25875, 5.01003, 5.70346),
     "classifier": (0.947199, 1.31099, 4.41625),
     "vlm": (6.02467, 5.86847, 4.09012),
 }
@@ -79,4 +80,4 @@ def train(kind: str, folder: Path) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_twenty_steps(kind: str, tmp_path: Path) -> None:
-    assert train(kind, tmp_path / "base") == pytest.approx(PINNED[kind], rel=1e-3)
+    assert train(kind, tmp_path / "base") == pytest.approx(PINNED.get(kind, (math.nan,) * 3), rel=1e-3)
