@@ -5,7 +5,7 @@
 
 Needs a checkout of diffusers (0.40 or newer) and what its example scripts import (torchvision, tensorboard, datasets);
 nothing is downloaded. Every script is run first without this library, so that a failure of its own is told from one of
-ours; then with each initialisation, four steps; and once more from the checkpoint of step two. The table says
+ours; then with each initialisation, two epochs of four images; and once more from the checkpoint between them. The table says
 
 - step 0: the largest difference between the trained model and its base in the first step after the pass;
 - reload: that between the model at the end and a stock pipeline on the original base with the file that was saved;
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 INITS = ("cntlora", "eva", "lora_ga")
-STEPS, HALF, BATCHES = 4, 2, 4
+BATCHES = 4
 STEP_0, RELOAD, MOVED = 1e-5, 1e-4, 1e-3
 
 
@@ -62,10 +62,16 @@ class Case:
     arguments: tuple[str, ...] = ()
     denoiser: str = "transformer"
 
+    @property
+    def half(self) -> int:
+        """The step of the checkpoint, where the first epoch of four images ends: scripts go on at an epoch's start."""
+        return 4 if SINGLE[0] in self.arguments else 2
+
 
 DREAMBOOTH = ("--instance_prompt", "a photo of sks cat")
 CHECKPOINTING = ("--gradient_checkpointing",)
 TEXT = ("--max_sequence_length", "48")
+SINGLE = ("--train_batch_size", "1")  # the script repeats no embeddings over a batch
 CASES: dict[str, Case] = {
     "text_to_image": Case(
         "text_to_image/train_text_to_image_lora.py", "sd", "StableDiffusionPipeline", ("--rank", "4"), "unet"
@@ -114,7 +120,7 @@ CASES: dict[str, Case] = {
         "dreambooth/train_dreambooth_lora_flux.py",
         "flux",
         "FluxPipeline",
-        (*DREAMBOOTH, *TEXT, "--train_text_encoder"),
+        (*DREAMBOOTH, *TEXT, *SINGLE, "--train_text_encoder"),
     ),
     "flux2_klein": Case(
         "dreambooth/train_dreambooth_lora_flux2_klein.py", "flux2-klein", "Flux2KleinPipeline", (*DREAMBOOTH, *TEXT)
@@ -127,14 +133,14 @@ CASES: dict[str, Case] = {
         "dreambooth/train_dreambooth_lora_sana.py",
         "sana",
         "SanaPipeline",
-        (*DREAMBOOTH, *TEXT, "--train_batch_size", "1"),
+        (*DREAMBOOTH, *TEXT, *SINGLE),
     ),
     "lumina2": Case("dreambooth/train_dreambooth_lora_lumina2.py", "lumina2", "Lumina2Pipeline", (*DREAMBOOTH, *TEXT)),
     "hidream": Case(
         "dreambooth/train_dreambooth_lora_hidream.py",
         "hidream",
         "HiDreamImagePipeline",
-        (*DREAMBOOTH, *TEXT),
+        (*DREAMBOOTH, *TEXT, *SINGLE),
     ),
 }
 
@@ -230,7 +236,16 @@ def run_case(name: str, script: Path, base: Path, data: Path, work: Path, inits:
     folder = "--train_data_dir" if case.script.startswith("text_to_image") else "--instance_data_dir"
     images = data if folder == "--train_data_dir" else data / "images"
     common = ["--pretrained_model_name_or_path", base, folder, images, "--resolution", 32, "--train_batch_size", 2]
-    common += ["--max_train_steps", STEPS, "--checkpointing_steps", HALF, "--learning_rate", 1e-2, "--seed", 0]
+    common += [
+        "--max_train_steps",
+        2 * case.half,
+        "--checkpointing_steps",
+        case.half,
+        "--learning_rate",
+        1e-2,
+        "--seed",
+        0,
+    ]
     common += ["--dataloader_num_workers", 0, *case.arguments]
     if name == "hidream":
         common += ["--pretrained_tokenizer_4_name_or_path", base / "tokenizer_4"]
@@ -241,16 +256,21 @@ def run_case(name: str, script: Path, base: Path, data: Path, work: Path, inits:
     try:
         _fresh()
         _alone(script, [*arguments, "--output_dir", str(whole)])
-        shutil.copytree(whole / f"checkpoint-{HALF}", again / f"checkpoint-{HALF}")
+    except (Exception, SystemExit) as error:
+        return {"stock": _short(error), "traceback": traceback.format_exc()[-3000:]}
+    try:
+        shutil.copytree(whole / f"checkpoint-{case.half}", again / f"checkpoint-{case.half}")
         _fresh()
-        _alone(script, [*arguments, "--output_dir", str(again), "--resume_from_checkpoint", f"checkpoint-{HALF}"])
+        _alone(script, [*arguments, "--output_dir", str(again), "--resume_from_checkpoint", f"checkpoint-{case.half}"])
         results["stock_resume"] = _file_difference(whole, again)
     except (Exception, SystemExit) as error:
-        return {"stock": _short(error)}
+        results["stock_resume"] = _short(error)
     for init in inits:
         try:
             results[init] = {"stock_resume": results["stock_resume"]}
             results[init] |= _with_init(case, init, script, arguments, base, work)
+            if not isinstance(results["stock_resume"], str):  # or else no run of it can be resumed
+                results[init] |= _resumed(case, init, script, arguments, work)
         except (Exception, SystemExit) as error:
             results[init] = {"error": _short(error), "traceback": traceback.format_exc()[-3000:]}
     return results
@@ -270,27 +290,27 @@ def _alone(script: Path, arguments: list[str]) -> None:
         sys.argv, sys.path[:] = argv, path
 
 
-def _with_init(case: Case, init: str, script: Path, arguments: list[str], base: Path, work: Path) -> dict[str, Any]:
-    import diffusers
-
+def _launch(case: Case, init: str, script: Path, arguments: list[str], output: Path, *more: str) -> Watched:
     from lorainit_diffusers import run
 
     module = importlib.import_module("lorainit_diffusers.attach")
     attach = module.attach
+    watched = Watched(case.denoiser)
+    module.attach = watched.attach(attach)
+    _fresh()
+    options = ["--init", init, "--init_batches", str(BATCHES), "--", str(script), *arguments]
+    try:
+        run.run(run.parse([*options, "--output_dir", str(output), *more]))
+    finally:
+        module.attach = attach
+    return watched
 
-    def launch(output: Path, *more: str) -> Watched:
-        watched = Watched(case.denoiser)
-        module.attach = watched.attach(attach)
-        _fresh()
-        options = ["--init", init, "--init_batches", str(BATCHES), "--", str(script), *arguments]
-        try:
-            run.run(run.parse([*options, "--output_dir", str(output), *more]))
-        finally:
-            module.attach = attach
-        return watched
 
-    whole, again = work / init, work / f"{init}-resumed"
-    watched = launch(whole)
+def _with_init(case: Case, init: str, script: Path, arguments: list[str], base: Path, work: Path) -> dict[str, Any]:
+    import diffusers
+
+    whole = work / init
+    watched = _launch(case, init, script, arguments, whole)
     pipeline = getattr(diffusers, case.pipeline).from_pretrained(base)
     pipeline.load_lora_weights(whole, weight_name="pytorch_lora_weights.safetensors")
     stock = watched.output(getattr(pipeline, case.denoiser))
@@ -305,13 +325,16 @@ def _with_init(case: Case, init: str, script: Path, arguments: list[str], base: 
     }
     for component in watched.attached.modules:
         if component != case.denoiser:
-            result["text_encoders"] = max(
-                result.get("text_encoders", 0.0), _text_difference(watched, pipeline, component)
-            )
-    shutil.copytree(whole / f"checkpoint-{HALF}", again / f"checkpoint-{HALF}")
-    launch(again, "--resume_from_checkpoint", f"checkpoint-{HALF}")
-    result["resume"] = _file_difference(whole, again)
+            difference = _text_difference(watched, pipeline, component)
+            result["text_encoders"] = max(result.get("text_encoders", 0.0), difference)
     return result
+
+
+def _resumed(case: Case, init: str, script: Path, arguments: list[str], work: Path) -> dict[str, Any]:
+    whole, again = work / init, work / f"{init}-resumed"
+    shutil.copytree(whole / f"checkpoint-{case.half}", again / f"checkpoint-{case.half}")
+    _launch(case, init, script, arguments, again, "--resume_from_checkpoint", f"checkpoint-{case.half}")
+    return {"resume": _file_difference(whole, again)}
 
 
 def _text_difference(watched: Watched, pipeline: Any, component: str) -> float:
@@ -364,8 +387,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             if init.startswith("stock"):
                 continue
             cells = [f"{found[key]:.1g}" if key in found else "" for key in ("step_0", "reload", "moved", "resume")]
-            if found.get("stock_resume"):
-                cells[3] += f" (by itself {found['stock_resume']:.1g})"
+            own = found.get("stock_resume")
+            if isinstance(own, str):
+                cells[3] = f"fails by itself: {own}"
+            elif own:
+                cells[3] += f" (by itself {own:.1g})"
             adapts = ", ".join(found.get("components", []))
             lines.append(f"| {title} | {adapts} | {init} | {' | '.join(cells)} | {verdict(found)} |")
     versions = ", ".join(f"{library} {importlib.metadata.version(library)}" for library in LIBRARIES)

@@ -1,6 +1,7 @@
 """A stand-in with the shape of diffusers' DreamBooth LoRA script: hooks that write LoRA files into checkpoints."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import diffusers
@@ -97,3 +98,7 @@ def main(argv):
         save_lora(args.output_dir)
         # Final inference
     return accelerator.unwrap_model(unet), text_encoder
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import diffusers
@@ -82,3 +83,7 @@ def main(argv):
         )
         # Final inference
     return accelerator.unwrap_model(unet), text_encoder
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
