@@ -1,12 +1,12 @@
 """An initialisation for any training loop that computes its loss through an `Accelerator`.
 
-:func:`attach` needs nothing of the loop: no family, no loss function, no batches. It watches the loop's own
+`attach` needs nothing of the loop: no family, no loss function, no batches. It watches the loop's own
 `Accelerator`. The first losses that reach `backward` are the collection pass; during it no parameter, optimiser or
 scheduler moves and no step is counted. Then it solves, sets the adapters in place, and gives the loop back the batches
 and random numbers that the pass has taken: what follows is the training that the loop would have done anyway, from
 another start.
 
-Collection itself is :func:`~lorainit_diffusers.initialize.initialize`, which runs in turns with the loop.
+Collection itself is `initialize`, which runs in turns with the loop.
 """
 
 from __future__ import annotations
@@ -70,26 +70,26 @@ def attach(
         unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(...)
         lorainit_diffusers.attach(accelerator, "cntlora")
 
-    The loop stays as it is. Its first ``init_batches`` losses on each process are collected; it then trains on the
+    The loop stays as it is. Its first `init_batches` losses on each process are collected; it then trains on the
     batches, and with the noise, that it would have had without them. Checkpoints of `accelerator.save_state` keep the
     adapters exactly, and `load_state` restores them: a resumed run is never initialised anew. What
     `pipeline.save_lora_weights` writes is right on the original base.
 
     Args:
-        accelerator: of the loop. The models that it prepared, or prepares later, with this adapter are initialised.
-        method: a name from ``METHODS``, or a configured instance.
-        init_batches: losses to collect, on each process; methods that observe nothing take none.
-        init_from: start from this file's initialisation instead of collecting one.
-        output_dir: folder for the report and a summary; nothing is written when left out.
+        accelerator: Of the loop. The models that it prepared, or prepares later, with this adapter are initialised.
+        method: A name from `METHODS`, or a configured instance.
+        init_batches: Losses to collect, on each process; methods that observe nothing take none.
+        init_from: Start from this file's initialisation instead of collecting one.
+        output_dir: Folder for the report and a summary; nothing is written when left out.
         adapter_name: PEFT's name of the adapters.
-        options: of :func:`~lorainit_diffusers.initialize.initialize`: ``variable_rank`` and its budgets, ``seed``,
-            ``share_inputs``, ``memory_budget_gb``, ``statistics_device``, ``progress``.
+        options: Of `initialize`: `variable_rank` and its budgets, `seed`,
+            `share_inputs`, `memory_budget_gb`, `statistics_device`, `progress`.
 
     Returns:
-        What became of it: ``report`` once the pass is over.
+        What became of it: `report` once the pass is over.
 
     Raises:
-        ValueError: an unknown method or option, or processes that shard the parameters. In the loop, as `initialize`.
+        ValueError: An unknown method or option, or processes that shard the parameters. In the loop, as `initialize`.
     """
     return Attached(accelerator, method, init_batches, init_from, output_dir, adapter_name, options)
 
@@ -98,11 +98,11 @@ class Attached:
     """An initialisation that waits in a training loop, happens, and is over.
 
     Attributes:
-        report: of the initialisation; ``None`` before it, in a resumed run, and under ``init_from``.
-        stage: ``"waiting"`` for the first step, ``"collecting"``, ``"solved"`` until the step of the last loss ends, or
-            ``"over"``.
-        outcome: one line on what was done; empty before.
-        on_solved: called when the adapters are set; what it raises ends the loop.
+        report: Of the initialisation; `None` before it, in a resumed run, and under `init_from`.
+        stage: `"waiting"` for the first step, `"collecting"`, `"solved"` until the step of the last loss ends, or
+            `"over"`.
+        outcome: One line on what was done; empty before.
+        on_solved: Called when the adapters are set; what it raises ends the loop.
     """
 
     def __init__(
@@ -169,8 +169,8 @@ class Attached:
         """Take a model in that carries the adapter; others are none of ours.
 
         Args:
-            model: before `prepare`.
-            prepared: what `prepare` made of it.
+            model: Before `prepare`.
+            prepared: What `prepare` made of it.
         """
         inner = unwrapped(model)
         if not is_adapted(inner, self._adapter_name) or any(inner is known for known in self._inner):
@@ -407,7 +407,7 @@ class Attached:
     # Files
 
     def _known(self) -> dict[str, nn.Module]:
-        """What :class:`WrittenFiles` sees to: nothing before the adapters are set."""
+        """What `WrittenFiles` sees to: nothing before the adapters are set."""
         return self.modules if self.stage in ("solved", "over") else {}
 
     def init_file(self) -> InitFile:
@@ -467,7 +467,7 @@ class Attached:
             print(f"lorainit: {line}", flush=True)
 
     def missing(self) -> str | None:
-        """Why nothing has been initialised when the loop is over; ``None`` where all is well."""
+        """Why nothing has been initialised when the loop is over; `None` where all is well."""
         if self.stage == "over":
             return None if self.outcome else "the collection pass has failed"
         if not self._inner:

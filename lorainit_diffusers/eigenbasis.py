@@ -25,11 +25,11 @@ class Eigenbasis:
     """An orthonormal basis that diagonalises a symmetric positive semi-definite matrix.
 
     Args:
-        leading: eigenpairs; all of them, or the leading k of ``features``.
-        rest: the eigenvalue of every direction orthogonal to the leading ones; unused when there is none.
+        leading: Eigenpairs; all of them, or the leading k of `features`.
+        rest: The eigenvalue of every direction orthogonal to the leading ones; unused when there is none.
 
     Attributes:
-        values: (features,) eigenvalues: the leading ones, then ``rest``.
+        values: (features,) eigenvalues: the leading ones, then `rest`.
         vectors: (features, k) the leading eigenvectors.
     """
 
@@ -62,7 +62,7 @@ class Eigenbasis:
         return torch.cat([known, matrix[:, k:] + thin @ self._outer.mT], dim=1)
 
     def lift(self, coordinates: Tensor) -> Tensor:
-        """Inverse of :meth:`project`: (n, features) coordinates as rows."""
+        """Inverse of `project`: (n, features) coordinates as rows."""
         if self._outer is None:
             return coordinates @ self.vectors.mT
         k = self.num_known

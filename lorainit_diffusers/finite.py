@@ -20,11 +20,11 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Refuse to write NaN and infinities.
 
     Args:
-        tensors: what is about to be written, by name.
-        what: names it in the message, such as `the checkpoint of step 500`.
+        tensors: What is about to be written, by name.
+        what: Names it in the message, such as `the checkpoint of step 500`.
 
     Raises:
-        ValueError: naming the first tensor that is not finite, and the remedy.
+        ValueError: Naming the first tensor that is not finite, and the remedy.
     """
     name = first_not_finite(tensors)
     if name is not None:

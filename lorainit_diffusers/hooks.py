@@ -1,6 +1,6 @@
 """Observing a model without changing it: the only place that registers hooks.
 
-Both observers are ``with`` blocks. Whatever happens inside, an exception included, the model leaves the block as it
+Both observers are `with` blocks. Whatever happens inside, an exception included, the model leaves the block as it
 entered it.
 """
 
@@ -21,17 +21,17 @@ from lorainit_diffusers.quantized import is_packed, undo_cpu_packing
 def observe_inputs(
     layers: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]
 ) -> Generator[None, None, None]:
-    """Call ``callback(name, input)`` before each forward of each layer.
+    """Call `callback(name, input)` before each forward of each layer.
 
     The callback receives the very tensor object that the layer receives, so that two layers fed by one tensor can be
     told by identity. Inputs passed by keyword are seen too.
 
     Args:
-        layers: name -> layer; the layers' forward takes the observed tensor first, or as ``input``/``hidden_states``.
-        callback: must not keep or change the tensor.
+        layers: Name -> layer; the layers' forward takes the observed tensor first, or as `input`/`hidden_states`.
+        callback: Must not keep or change the tensor.
 
     Raises:
-        ValueError: a layer is called with no tensor.
+        ValueError: A layer is called with no tensor.
     """
 
     def make_hook(name: str) -> Callable[..., None]:
@@ -59,19 +59,19 @@ def _input_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
 def observe_weight_gradients(
     layers: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]
 ) -> Generator[list[Tensor], None, None]:
-    """Call ``callback(name, gradient)`` as the backward pass finishes each layer's weight gradient, then free it.
+    """Call `callback(name, gradient)` as the backward pass finishes each layer's weight gradient, then free it.
 
-    Only one weight's gradient is alive at a time, instead of a full set of ``.grad``. The weights require gradients
-    inside the block; ``requires_grad`` and ``.grad`` are restored on exit. A packed weight (quantized.py) cannot have
+    Only one weight's gradient is alive at a time, instead of a full set of `.grad`. The weights require gradients
+    inside the block; `requires_grad` and `.grad` are restored on exit. A packed weight (quantized.py) cannot have
     a gradient; what it stands for has, dY' X, from the layer's inputs X and the gradients dY of its outputs.
 
     Args:
-        layers: name -> layer with a ``weight`` parameter.
-        callback: gets the gradient, (out_features, in_features), in the weight's dtype or, where it is packed, float32;
+        layers: Name -> layer with a `weight` parameter.
+        callback: Gets the gradient, (out_features, in_features), in the weight's dtype or, where it is packed, float32;
             must not keep it.
 
     Yields:
-        What the backward pass has to reach, for ``loss.backward(inputs=...)``.
+        What the backward pass has to reach, for `loss.backward(inputs=...)`.
     """
     leaves: list[Tensor] = []
     watch = _GradientWatch(callback)
@@ -106,7 +106,7 @@ class _GradientWatch:
     """Hands each weight's gradient to the callback as the backward pass finishes it, and frees it.
 
     Attributes:
-        packed_sums: gradients so far of the packed weights whose layers were called, by name.
+        packed_sums: Gradients so far of the packed weights whose layers were called, by name.
     """
 
     def __init__(self, callback: Callable[[str, Tensor], None]) -> None:
@@ -156,7 +156,7 @@ class _WeightGradient(torch.autograd.Function):
 
 @contextmanager
 def model_state_preserved(modules: Mapping[str, nn.Module]) -> Generator[None, None, None]:
-    """Restore training mode, ``requires_grad`` and torch's global random state on exit, exceptions included."""
+    """Restore training mode, `requires_grad` and torch's global random state on exit, exceptions included."""
     training = [(module, module.training) for root in modules.values() for module in root.modules()]
     trainable = [(p, p.requires_grad) for root in modules.values() for p in root.parameters()]
     devices = sorted({p.device.index or 0 for p, _ in trainable if p.device.type == "cuda"})
@@ -189,7 +189,7 @@ def evaluating(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
 
 
 def watch_calls(modules: Iterable[nn.Module], callback: Callable[[], None]) -> ExitStack:
-    """Call ``callback()`` before every forward of one of these that builds a graph; others are no training steps.
+    """Call `callback()` before every forward of one of these that builds a graph; others are no training steps.
 
     Returns:
         What ends it, with its `close`.

@@ -42,8 +42,8 @@ class BaseKey:
     """What a component of the base looked like.
 
     Attributes:
-        kind: name of its class.
-        tensors: name -> (shape, dtype) of every weight.
+        kind: Name of its class.
+        tensors: Name -> (shape, dtype) of every weight.
         samples: (weights, 2 + NUM_SAMPLES) float64: sum and sum of magnitudes, which are NaN where the weight is not
             adapted, then the samples, padded with zeros.
     """
@@ -58,14 +58,14 @@ class InitFile:
     """A whole initialisation.
 
     Attributes:
-        method: its name, and ``options`` its hyper-parameters.
-        state: as :func:`~lorainit_diffusers.adapters.adapter_state_dict` gives it, offsets included.
-        ranks: ``component.layer`` -> rank; 0 where the layer got no adapter.
-        asked_ranks: the ranks that the adapters had before, or would have had without variable ranks.
-        report: :meth:`InitReport.to_json`.
-        settings: everything else that decides the result, such as seed and number of batches.
-        base: component -> what its base looked like.
-        data: what is known of the data; empty where nothing is.
+        method: Its name, and `options` its hyper-parameters.
+        state: As `adapter_state_dict` gives it, offsets included.
+        ranks: `component.layer` -> rank; 0 where the layer got no adapter.
+        asked_ranks: The ranks that the adapters had before, or would have had without variable ranks.
+        report: `InitReport.to_json`.
+        settings: Everything else that decides the result, such as seed and number of batches.
+        base: Component -> what its base looked like.
+        data: What is known of the data; empty where nothing is.
     """
 
     method: str
@@ -80,7 +80,7 @@ class InitFile:
 
     @property
     def components(self) -> list[str]:
-        """The adapted components, such as ``unet`` and ``text_encoder``."""
+        """The adapted components, such as `unet` and `text_encoder`."""
         return list(self.base)
 
 
@@ -93,14 +93,14 @@ def init_of(
     data: Mapping[str, Any] | None = None,
     adapter_name: str = "default",
 ) -> InitFile:
-    """The initialisation that modules carry now, right after :func:`~lorainit_diffusers.initialize.initialize`.
+    """The initialisation that modules carry now, right after `initialize`.
 
     Args:
-        modules: component -> adapted module.
-        report: what `initialize` returned.
-        asked_ranks: ``component.layer`` -> rank before variable ranks were allocated; those of the report if left out.
-        settings: what else decided the result; JSON.
-        data: what is known of the data; JSON, with the values that another run's are to equal.
+        modules: Component -> adapted module.
+        report: What `initialize` returned.
+        asked_ranks: `component.layer` -> rank before variable ranks were allocated; those of the report if left out.
+        settings: What else decided the result; JSON.
+        data: What is known of the data; JSON, with the values that another run's are to equal.
         adapter_name: PEFT's name of the adapter.
     """
     state = adapters.adapter_state_dict(modules, adapter_name)
@@ -141,7 +141,7 @@ def save_init_file(init: InitFile, path: str | Path) -> Path:
     """Write an initialisation, whole or not at all.
 
     Raises:
-        ValueError: factors that are not finite.
+        ValueError: Factors that are not finite.
     """
     path = Path(path)
     check_finite(init.state, f"the initialisation {str(path)!r}")
@@ -177,8 +177,8 @@ def load_init_file(path: str | Path) -> InitFile:
     """Read an initialisation.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no init file, or one of a newer version.
+        FileNotFoundError: There is no such file.
+        ValueError: It is no init file, or one of a newer version.
     """
     path = Path(path)
     if not path.is_file():
@@ -225,15 +225,15 @@ def load_init_file(path: str | Path) -> InitFile:
 def apply_init(init: InitFile, modules: Mapping[str, nn.Module], adapter_name: str = "default") -> None:
     """Give modules, adapted or not, the initialisation of a file: the adapter of the run that made it, bit for bit.
 
-    An optimiser made before still holds the parameters, as with :func:`~lorainit_diffusers.initialize.initialize`.
+    An optimiser made before still holds the parameters, as with `initialize`.
 
     Args:
-        init: of :func:`load_init_file`.
-        modules: component -> module, on the base that the file was made for; of the file's components, all or some.
+        init: Of `load_init_file`.
+        modules: Component -> module, on the base that the file was made for; of the file's components, all or some.
         adapter_name: PEFT's name of the adapter.
 
     Raises:
-        ValueError: a component that the file lacks; another base (names the weight), other target layers (names one),
+        ValueError: A component that the file lacks; another base (names the weight), other target layers (names one),
             or another rank or scaling than that of an adapter that is there.
     """
     for component, module in modules.items():
@@ -254,7 +254,7 @@ def check_base(init: InitFile, component: str, module: nn.Module, adapter_name: 
     """See that a component stands on the base that the file was made for.
 
     Raises:
-        ValueError: naming the weight that differs, and how.
+        ValueError: Naming the weight that differs, and how.
     """
     made, found = init.base[component], base_key(module, adapter_name)
     remedy = "start from the base that it was made for, or make the file anew"
@@ -313,7 +313,7 @@ def _check_adapter(init: InitFile, component: str, module: nn.Module, adapter_na
 
 
 def data_difference(init: InitFile, data: Mapping[str, Any]) -> str | None:
-    """In words what differs between the data of a file and another's; ``None`` where nothing is known to.
+    """In words what differs between the data of a file and another's; `None` where nothing is known to.
 
     Only what both say something about is compared.
     """

@@ -36,18 +36,18 @@ class CollectOptions:
     """How the statistics are collected.
 
     Attributes:
-        num_batches: cap on the batches drawn, and on the reference batches; all when left out.
-        seed: of everything random: the global generators during the pass (restored after it) and the factors.
-        share_inputs: keep one statistic for layers that one tensor feeds.
-        mask_padding: leave padded tokens out of the statistics, where the family knows them.
-        memory_budget_gb: what the statistics of one process may take (10^9 bytes). The widest layers' second moments
-            are sketched where the exact ones would not fit, which the report says. ``None``: half of the memory that is
+        num_batches: Cap on the batches drawn, and on the reference batches; all when left out.
+        seed: Of everything random: the global generators during the pass (restored after it) and the factors.
+        share_inputs: Keep one statistic for layers that one tensor feeds.
+        mask_padding: Leave padded tokens out of the statistics, where the family knows them.
+        memory_budget_gb: What the statistics of one process may take (10^9 bytes). The widest layers' second moments
+            are sketched where the exact ones would not fit, which the report says. `None`: half of the memory that is
             free on the statistics' device, on the process that has least. A decomposition needs some five times its own
             moment on top, one layer at a time.
-        statistics_device: where the statistics wait for the end of the pass, ``"cpu"`` say, while their products are
-            taken where the model runs. ``None``: there, too. Decompositions run on the layer's device.
-        progress: show a progress bar.
-        allow_unreached: layers that the loss never reaches start as PEFT starts them, instead of an error: for targets
+        statistics_device: Where the statistics wait for the end of the pass, `"cpu"` say, while their products are
+            taken where the model runs. `None`: there, too. Decompositions run on the layer's device.
+        progress: Show a progress bar.
+        allow_unreached: Layers that the loss never reaches start as PEFT starts them, instead of an error: for targets
             that somebody else has chosen, such as a text encoder's last layer, whose output SDXL does not read.
     """
 
@@ -75,12 +75,12 @@ class Data:
     """What is collected over.
 
     Attributes:
-        batches: what the loss takes; drawn once. In mean gradients a batch counts as much as the family's loss is a
-            mean over (answers' tokens, images); under a ``loss_fn`` all count alike.
-        reference_batches: samples of the pre-training distribution (DreamBooth's class images, say) for methods that
-            compare the data with it, such as CNTLoRA with ``pretraining="measured"``, and for no other; drawn once,
+        batches: What the loss takes; drawn once. In mean gradients a batch counts as much as the family's loss is a
+            mean over (answers' tokens, images); under a `loss_fn` all count alike.
+        reference_batches: Samples of the pre-training distribution (DreamBooth's class images, say) for methods that
+            compare the data with it, such as CNTLoRA with `pretraining="measured"`, and for no other; drawn once,
             through the same loss.
-        loss_fn: batch -> 0-d loss; ``None`` for the family's.
+        loss_fn: Batch -> 0-d loss; `None` for the family's.
     """
 
     batches: Iterable[Any]
@@ -92,7 +92,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Initiali
     """A method by name.
 
     Raises:
-        ValueError: an unknown name or option (lists the known ones).
+        ValueError: An unknown name or option (lists the known ones).
     """
     if name not in METHODS:
         raise ValueError(f"unknown init {name!r}; known: {', '.join(METHODS)}")
@@ -132,47 +132,47 @@ def initialize(
     progress: bool = True,
     allow_unreached: bool = False,
 ) -> InitReport:
-    """Initialise LoRA adapters from the fine-tuning data: ``initialize(unet, "cntlora", batches, loss_fn)``.
+    """Initialise LoRA adapters from the fine-tuning data: `initialize(unet, "cntlora", batches, loss_fn)`.
 
-    Call it after ``unet.add_adapter(LoraConfig(...))`` or ``get_peft_model`` (or on a raw module, with ``rank`` and
-    ``target_modules``) and before ``accelerator.prepare``, ``torch.compile`` and the creation of the optimiser. Then
+    Call it after `unet.add_adapter(LoraConfig(...))` or `get_peft_model` (or on a raw module, with `rank` and
+    `target_modules`) and before `accelerator.prepare`, `torch.compile` and the creation of the optimiser. Then
     the adapter is active and trainable in float32; the base weights are untouched, and what a method starts with beside
-    them is subtracted again inside the adapter (see :mod:`~lorainit_diffusers.offset`). :class:`RankOptions`,
-    :class:`AdapterOptions` and :class:`CollectOptions` say more of the keywords that they hold.
+    them is subtracted again inside the adapter (see `offset`). `RankOptions`,
+    `AdapterOptions` and `CollectOptions` say more of the keywords that they hold.
 
     Args:
-        target: a module, named components, or a model family (whose own loss is used).
-        method: a name from ``METHODS``, or a configured instance.
-        batches: what the loss takes, drawn once; in mean gradients a family weights them. Methods may need none.
-        loss_fn: one training loss: batch -> 0-d tensor. Left out for a family.
-        reference_batches: samples of the pre-training distribution, for methods that compare the data with it.
-        rank: of every layer, or on average. Default: the existing adapter's, layer by layer, or 8.
+        target: A module, named components, or a model family (whose own loss is used).
+        method: A name from `METHODS`, or a configured instance.
+        batches: What the loss takes, drawn once; in mean gradients a family weights them. Methods may need none.
+        loss_fn: One training loss: batch -> 0-d tensor. Left out for a family.
+        reference_batches: Samples of the pre-training distribution, for methods that compare the data with it.
+        rank: Of every layer, or on average. Default: the existing adapter's, layer by layer, or 8.
         alpha: LoRA alpha at that rank. Default: what keeps the scaling of the existing adapter, or the rank.
-        target_modules: names, name endings or a regular expression; per component if a mapping. Default: the layers
+        target_modules: Names, name endings or a regular expression; per component if a mapping. Default: the layers
             already adapted, or the family's default.
-        num_batches: cap on the batches drawn, and on the reference batches; all when left out.
-        variable_rank: allocate ranks by pooled scores.
-        rank_budget: sum of ranks then; ``rank`` times the number of layers when left out.
-        parameter_budget: number of adapter parameters, instead of ``rank_budget``.
-        min_rank: under ``variable_rank``; 0 lets layers go without an adapter.
-        max_rank: under ``variable_rank``; twice ``rank`` when left out.
-        seed: of everything random.
+        num_batches: Cap on the batches drawn, and on the reference batches; all when left out.
+        variable_rank: Allocate ranks by pooled scores.
+        rank_budget: Sum of ranks then; `rank` times the number of layers when left out.
+        parameter_budget: Number of adapter parameters, instead of `rank_budget`.
+        min_rank: Under `variable_rank`; 0 lets layers go without an adapter.
+        max_rank: Under `variable_rank`; twice `rank` when left out.
+        seed: Of everything random.
         adapter_name: PEFT's name of the adapter.
-        use_rslora: scale by alpha / sqrt(rank); for new adapters.
-        use_dora: decompose the weights (DoRA); for new adapters, and methods that start from the base without offset.
-        lora_dropout: for new adapters.
-        share_inputs: keep one statistic for layers that one tensor feeds.
-        mask_padding: leave padded tokens out of the statistics, where the family knows them.
-        memory_budget_gb: what the statistics of one process may take (10^9 bytes). Default: half of what is free.
-        statistics_device: where the statistics are kept. Default: where the model runs.
-        progress: show a progress bar.
-        allow_unreached: layers that the loss never reaches start as PEFT starts them, instead of an error.
+        use_rslora: Scale by alpha / sqrt(rank); for new adapters.
+        use_dora: Decompose the weights (DoRA); for new adapters, and methods that start from the base without offset.
+        lora_dropout: For new adapters.
+        share_inputs: Keep one statistic for layers that one tensor feeds.
+        mask_padding: Leave padded tokens out of the statistics, where the family knows them.
+        memory_budget_gb: What the statistics of one process may take (10^9 bytes). Default: half of what is free.
+        statistics_device: Where the statistics are kept. Default: where the model runs.
+        progress: Show a progress bar.
+        allow_unreached: Layers that the loss never reaches start as PEFT starts them, instead of an error.
 
     Returns:
         The report: ranks, scores and rows of every layer, and the cost.
 
     Raises:
-        ValueError: bad arguments, before anything is computed; in the pass, non-finite activations, or statistics that
+        ValueError: Bad arguments, before anything is computed; in the pass, non-finite activations, or statistics that
             do not fit into memory in any form. Names the culprit.
     """
     name, method = (method, make_method(method)) if isinstance(method, str) else (_name_of(method), method)
@@ -286,7 +286,7 @@ def check_zero_delta(name: str, method: Initializer) -> None:
     """See that a method can start a DoRA: its magnitudes are those of the base weight, so B A must be zero.
 
     Raises:
-        ValueError: naming the method and what works instead.
+        ValueError: Naming the method and what works instead.
     """
     if method.step_zero == "equal":
         return

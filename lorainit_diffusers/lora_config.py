@@ -1,4 +1,4 @@
-"""Which LoRA configurations mean what this library computes with, field by field of PEFT's ``LoraConfig``."""
+"""Which LoRA configurations mean what this library computes with, field by field of PEFT's `LoraConfig`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def check_config(config: Mapping[str, Any], defaults: Mapping[str, Any], where: 
     """See that factors under this configuration are a plain LoRA (or DoRA) of linear layers on the original base.
 
     Args:
-        config: as ``adapter_config.json`` holds it.
-        defaults: of the installed PEFT, by field.
-        where: what the configuration is, for the message (``"'x/adapter_config.json'"``).
-        remedy: what to do instead, to end the message with.
+        config: As `adapter_config.json` holds it.
+        defaults: Of the installed PEFT, by field.
+        where: What the configuration is, for the message (`"'x/adapter_config.json'"`).
+        remedy: What to do instead, to end the message with.
 
     Raises:
-        ValueError: naming the field and its value.
+        ValueError: Naming the field and its value.
     """
     kind = str(getattr(config.get("peft_type", "LORA"), "value", config.get("peft_type", "LORA")))
     if kind.upper() != "LORA":

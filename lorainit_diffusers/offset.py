@@ -1,14 +1,14 @@
 """The offset of an adapter: initial factors that it subtracts for ever, as part of the adapter itself.
 
-An initialisation with B A != 0 that must keep the base model's function adds ``scaling * (B A - B0 A0)``. The frozen
-factors live inside the two modules that PEFT runs, ``lora_B(lora_A(dropout(x)))``: the first gives A x and A0 x side by
+An initialisation with B A != 0 that must keep the base model's function adds `scaling * (B A - B0 A0)`. The frozen
+factors live inside the two modules that PEFT runs, `lora_B(lora_A(dropout(x)))`: the first gives A x and A0 x side by
 side, the second B A x - B0 A0 x. So there is no second adapter that has to be named, switched, scaled, moved or deleted
 with the first, and no order in which other adapters stand beside it.
 
-To everything that reads or writes a state dict, the adapter is an ordinary LoRA of rank r + r0, ``[A; A0]`` and
-``[B, -B0]``: what PEFT and diffusers save is right on the original base, and loads back into both parts, bit for bit.
+To everything that reads or writes a state dict, the adapter is an ordinary LoRA of rank r + r0, `[A; A0]` and
+`[B, -B0]`: what PEFT and diffusers save is right on the original base, and loads back into both parts, bit for bit.
 
-``.to(bfloat16)`` of the whole model leaves these factors in float32: the two products nearly cancel, and their rounding
+`.to(bfloat16)` of the whole model leaves these factors in float32: the two products nearly cancel, and their rounding
 would be as large as what was trained. PEFT computes in the dtype of the factors, whatever that of the base is.
 """
 
@@ -26,7 +26,7 @@ from lorainit_diffusers.methods.base import LoraFactors
 
 
 class _OffsetFactor(nn.Linear):
-    """A factor whose ``weight`` is trained, with the frozen initial one beside it."""
+    """A factor whose `weight` is trained, with the frozen initial one beside it."""
 
     frozen: Tensor
     rank_dim: int
@@ -139,7 +139,7 @@ def _restore(kind: type) -> Any:
 
 
 def get_offset(layer: Any, adapter_name: str) -> LoraFactors | None:
-    """The factors whose product this adapter subtracts in a PEFT layer, as it uses them, or ``None``."""
+    """The factors whose product this adapter subtracts in a PEFT layer, as it uses them, or `None`."""
     lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     if not isinstance(lora_A, OffsetA) or not isinstance(lora_B, OffsetB):
         return None
@@ -151,7 +151,7 @@ def set_offset(layer: Any, adapter_name: str, offset: LoraFactors | None) -> Non
 
     Args:
         layer: PEFT's LoRA layer of a linear layer.
-        adapter_name: one that the layer carries.
+        adapter_name: One that the layer carries.
         offset: A0 (r0, in_features) and B0 (out_features, r0), copied; the layer's scaling multiplies their product.
     """
     lora_A: Any = layer.lora_A[adapter_name]

@@ -25,11 +25,11 @@ class GridProgress:
     the time that is left, so that a log file can be read.
 
     Args:
-        what: is done, such as `training`.
-        total: evaluations of all runs.
-        num_runs: all runs.
-        count_finished: how many of them are finished now.
-        shown: whether this process shows anything.
+        what: Is done, such as `training`.
+        total: Evaluations of all runs.
+        num_runs: All runs.
+        count_finished: How many of them are finished now.
+        shown: Whether this process shows anything.
     """
 
     def __init__(

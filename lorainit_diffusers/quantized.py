@@ -17,7 +17,7 @@ def undo_cpu_packing(module: nn.Module) -> None:
     """Bring 4-bit weights back into the form in which they can be dequantised and differentiated through.
 
     On CPUs with AVX512-BF16, the first inference of bitsandbytes' 4-bit layers repacks the weights for a kernel without
-    a backward pass, and ``dequantize_4bit`` then reads them in the wrong order (0.50). Saving undoes it in place, up to
+    a backward pass, and `dequantize_4bit` then reads them in the wrong order (0.50). Saving undoes it in place, up to
     the rounding of the block scales to bfloat16 that came with the packing.
     """
     for layer in module.modules():

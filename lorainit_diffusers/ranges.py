@@ -24,12 +24,12 @@ class Range:
     """The numbers that an option takes.
 
     Attributes:
-        minimum: the smallest one; None where only float32 ends it.
-        maximum: the largest one; None where only float32, or the length of a loop, ends it.
-        above: the minimum itself is left out.
-        below: the maximum itself is left out.
-        integer: whole numbers only.
-        remedy: what to give instead, at the end of the message.
+        minimum: The smallest one; None where only float32 ends it.
+        maximum: The largest one; None where only float32, or the length of a loop, ends it.
+        above: The minimum itself is left out.
+        below: The maximum itself is left out.
+        integer: Whole numbers only.
+        remedy: What to give instead, at the end of the message.
     """
 
     minimum: float | None = None
@@ -95,12 +95,12 @@ class Range:
         """Refuse a value that is out of the range.
 
         Args:
-            name: of the field, keyword or option.
-            value: what was given.
-            form: of the message: `OF_METHOD`, `OF_FAMILY` or `OF_OPTION`.
+            name: Of the field, keyword or option.
+            value: What was given.
+            form: Of the message: `OF_METHOD`, `OF_FAMILY` or `OF_OPTION`.
 
         Raises:
-            ValueError: naming it, its value, the range and the remedy.
+            ValueError: Naming it, its value, the range and the remedy.
         """
         reason = self.reason(value)
         if reason is not None:
@@ -147,7 +147,7 @@ def check_step(family: Any) -> None:
     """Check the numbers of a family's training step, those of `STEP_RANGES` that it has.
 
     Raises:
-        ValueError: naming the first one that is out of its range.
+        ValueError: Naming the first one that is out of its range.
     """
     for name, allowed in STEP_RANGES.items():
         value = getattr(family, name, None)
@@ -159,7 +159,7 @@ def check_keywords(ranges: Mapping[str, Range], **values: Any) -> None:
     """Check keywords of a function by name; `None` is a value that was not given.
 
     Raises:
-        ValueError: naming the first one that is out of its range.
+        ValueError: Naming the first one that is out of its range.
     """
     for name, value in values.items():
         if value is not None:
@@ -176,8 +176,8 @@ def check_fields(instance: Any, form: str = OF_METHOD) -> None:
     """Check every numeric field of a dataclass by the class's `RANGES`; a field without a range is a mistake in it.
 
     Raises:
-        ValueError: naming the first one that is out of its range.
-        TypeError: for a numeric field that has no range.
+        ValueError: Naming the first one that is out of its range.
+        TypeError: For a numeric field that has no range.
     """
     kind = type(instance)
     ranges: Mapping[str, Range] = getattr(kind, "RANGES", {})

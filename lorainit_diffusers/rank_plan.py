@@ -25,15 +25,15 @@ class RankOptions:
     """How ranks are chosen.
 
     Attributes:
-        rank: of every layer, or on average under ``variable_rank``. ``None``: the existing adapter's, layer by layer,
+        rank: Of every layer, or on average under `variable_rank`. `None`: the existing adapter's, layer by layer,
             or 8.
-        alpha: LoRA alpha at that rank. ``None``: what keeps the scaling of the existing adapter, layer by layer, or the
+        alpha: LoRA alpha at that rank. `None`: what keeps the scaling of the existing adapter, layer by layer, or the
             rank. Under variable ranks a layer's alpha follows its rank, so that its scaling stays as it is.
-        variable_rank: allocate ranks by pooled scores.
-        rank_budget: sum of ranks under ``variable_rank``; ``rank`` times the number of layers when left out.
-        parameter_budget: number of adapter parameters, instead of ``rank_budget``.
-        min_rank: under ``variable_rank``; 0 lets layers go without an adapter.
-        max_rank: under ``variable_rank``; twice ``rank`` when left out.
+        variable_rank: Allocate ranks by pooled scores.
+        rank_budget: Sum of ranks under `variable_rank`; `rank` times the number of layers when left out.
+        parameter_budget: Number of adapter parameters, instead of `rank_budget`.
+        min_rank: Under `variable_rank`; 0 lets layers go without an adapter.
+        max_rank: Under `variable_rank`; twice `rank` when left out.
     """
 
     RANGES: ClassVar[Mapping[str, Range]] = {
@@ -62,15 +62,15 @@ class RankPlan:
     """Ranks before anything is known about the data.
 
     Attributes:
-        shapes: layer -> (out_features, in_features).
-        ranks: layer -> its rank, or what it would have without variable ranks.
-        scalings: layer -> alpha / rank, or alpha / sqrt(rank), at whatever rank it gets.
-        caps: layer -> the largest rank that will be asked of the method.
-        variable: whether scores decide.
-        rank_budget: sum of ranks, if they do and this is what limits them.
-        parameter_budget: number of parameters, if they do and this is what limits them.
-        min_rank: of every layer, if scores decide.
-        max_rank: of every layer, if scores decide.
+        shapes: Layer -> (out_features, in_features).
+        ranks: Layer -> its rank, or what it would have without variable ranks.
+        scalings: Layer -> alpha / rank, or alpha / sqrt(rank), at whatever rank it gets.
+        caps: Layer -> the largest rank that will be asked of the method.
+        variable: Whether scores decide.
+        rank_budget: Sum of ranks, if they do and this is what limits them.
+        parameter_budget: Number of parameters, if they do and this is what limits them.
+        min_rank: Of every layer, if scores decide.
+        max_rank: Of every layer, if scores decide.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -87,7 +87,7 @@ class RankPlan:
         """Ranks by these scores, and what decided them.
 
         Raises:
-            ValueError: a budget that cannot be met.
+            ValueError: A budget that cannot be met.
         """
         ranks = allocate_ranks(
             scores,
@@ -113,13 +113,13 @@ def plan_ranks(target: Target, name: str, method: Initializer, options: RankOpti
     """What the options ask for, held against the layers and the method before anything is computed.
 
     Args:
-        target: what is adapted.
-        name: of the method, for messages.
-        method: the initialisation.
-        options: how ranks are chosen.
+        target: What is adapted.
+        name: Of the method, for messages.
+        method: The initialisation.
+        options: How ranks are chosen.
 
     Raises:
-        ValueError: a rank that does not fit a layer or the method (names the layer), options of variable ranks without
+        ValueError: A rank that does not fit a layer or the method (names the layer), options of variable ranks without
             them, variable ranks for a method without scores, a budget that cannot be met.
     """
     shapes = target.shapes
@@ -181,7 +181,7 @@ def _largest_ranks(
     ranks: Mapping[str, int],
     most: Mapping[str, int],
 ) -> dict[str, int]:
-    """The largest rank up to ``most`` that each layer and the method can use; at least its rank, or an error."""
+    """The largest rank up to `most` that each layer and the method can use; at least its rank, or an error."""
     caps: dict[str, int] = {}
     for full_name, (out_features, in_features) in shapes.items():
         at_most = min(most[full_name], out_features, in_features)

@@ -17,11 +17,11 @@ def uniform_ranks(layers: Mapping[str, tuple[int, int]], rank: int) -> dict[str,
     """The same rank everywhere.
 
     Args:
-        layers: name -> (out_features, in_features).
-        rank: of every layer.
+        layers: Name -> (out_features, in_features).
+        rank: Of every layer.
 
     Raises:
-        ValueError: a layer is smaller than the rank (names the smallest).
+        ValueError: A layer is smaller than the rank (names the smallest).
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; it must be at least 1")
@@ -33,7 +33,7 @@ def check_rank_fits(layers: Mapping[str, tuple[int, int]], rank: int, flag: str)
     """Refuse a rank above the smallest dimension of the smallest layer.
 
     Raises:
-        ValueError: naming the layer, its shape and the largest rank that fits.
+        ValueError: Naming the layer, its shape and the largest rank that fits.
     """
     name, shape = min(layers.items(), key=lambda item: min(item[1]))
     if rank > min(shape):
@@ -55,21 +55,21 @@ def allocate_ranks(
 ) -> dict[str, int]:
     """Ranks by pooled scores under a budget.
 
-    Every layer first gets ``min_rank``; the rest of the budget goes to the best remaining components. Under a rank
+    Every layer first gets `min_rank`; the rest of the budget goes to the best remaining components. Under a rank
     budget a component costs 1 and competes by its score; under a parameter budget it costs in_features + out_features
     and competes by its score per parameter. Ties go to the layer that comes first.
 
     Args:
-        scores: name -> (k,) descending scores, comparable between layers.
-        layers: name -> (out_features, in_features).
-        rank_budget: sum of ranks.
-        parameter_budget: sum of rank * (in_features + out_features).
-        min_rank: of every layer; 0 lets a layer go without an adapter.
-        max_rank: of every layer; the layer's smallest dimension and the number of its scores cap it as well.
+        scores: Name -> (k,) descending scores, comparable between layers.
+        layers: Name -> (out_features, in_features).
+        rank_budget: Sum of ranks.
+        parameter_budget: Sum of rank * (in_features + out_features).
+        min_rank: Of every layer; 0 lets a layer go without an adapter.
+        max_rank: Of every layer; the layer's smallest dimension and the number of its scores cap it as well.
 
     Raises:
-        ValueError: not exactly one budget; bounds that contradict each other; a budget that does not reach
-            ``min_rank`` everywhere.
+        ValueError: Not exactly one budget; bounds that contradict each other; a budget that does not reach
+            `min_rank` everywhere.
     """
     if (rank_budget is None) == (parameter_budget is None):
         raise ValueError("give exactly one of rank_budget and parameter_budget")
@@ -112,15 +112,15 @@ def marginal_components(
     """The last component that got a rank, and the first that was refused, among those that competed.
 
     Args:
-        scores: as :func:`allocate_ranks` got them.
-        layers: name -> (out_features, in_features).
-        ranks: what it returned.
-        per_parameter: whether components competed by their score per parameter (a parameter budget).
-        min_rank: of every layer; what it gives away competes for nothing.
-        max_rank: of every layer; what lies beyond it does not compete either.
+        scores: As `allocate_ranks` got them.
+        layers: Name -> (out_features, in_features).
+        ranks: What it returned.
+        per_parameter: Whether components competed by their score per parameter (a parameter budget).
+        min_rank: Of every layer; what it gives away competes for nothing.
+        max_rank: Of every layer; what lies beyond it does not compete either.
 
     Returns:
-        Both; the former is ``None`` where every layer has its ``min_rank``, the latter where every layer has as much
+        Both; the former is `None` where every layer has its `min_rank`, the latter where every layer has as much
         as it may have.
     """
     kept: list[tuple[float, int, RankedComponent]] = []

@@ -22,9 +22,9 @@ class RankedComponent:
     """A component of a layer at the edge of the rank budget.
 
     Attributes:
-        layer: its name.
-        component: its number in the layer, 1 for the first: the rank that the layer has with it.
-        score: what it is worth; per parameter under a parameter budget.
+        layer: Its name.
+        component: Its number in the layer, 1 for the first: the rank that the layer has with it.
+        score: What it is worth; per parameter under a parameter budget.
     """
 
     layer: str
@@ -34,15 +34,15 @@ class RankedComponent:
 
 @dataclass(frozen=True)
 class RankAllocation:
-    """What decided the ranks under ``variable_rank``.
+    """What decided the ranks under `variable_rank`.
 
     Attributes:
-        budget: sum of the ranks, or of the parameters where ``per_parameter``.
-        per_parameter: whether components competed by their score per parameter.
-        min_rank: that every layer got first.
-        max_rank: that no layer gets more than.
-        last_kept: the component with the lowest score that got a rank; ``None`` where nothing competed.
-        first_refused: the one with the highest score that got none; ``None`` where every layer has all it may have.
+        budget: Sum of the ranks, or of the parameters where `per_parameter`.
+        per_parameter: Whether components competed by their score per parameter.
+        min_rank: That every layer got first.
+        max_rank: That no layer gets more than.
+        last_kept: The component with the lowest score that got a rank; `None` where nothing competed.
+        first_refused: The one with the highest score that got none; `None` where every layer has all it may have.
     """
 
     budget: int
@@ -82,14 +82,14 @@ class LayerReport:
 
     Attributes:
         rank: 0 when the layer lost its adapter.
-        alpha: of the adapter; ``scaling * rank`` (``scaling * sqrt(rank)`` with rsLoRA).
-        scores: what the leading components are worth, as shares of the layer's total; ``None`` for methods without.
-        captured: the share that the kept components add up to; ``None`` for methods without scores.
-        num_rows: rows (tokens) seen, or gradients for gradient methods; the smaller number where a reference was
+        alpha: Of the adapter; `scaling * rank` (`scaling * sqrt(rank)` with rsLoRA).
+        scores: What the leading components are worth, as shares of the layer's total; `None` for methods without.
+        captured: The share that the kept components add up to; `None` for methods without scores.
+        num_rows: Rows (tokens) seen, or gradients for gradient methods; the smaller number where a reference was
             seen as well; 0 for methods that observe nothing.
-        shared_group: the first layer that was fed by the same tensors (itself when alone).
-        fallback: why the layer was initialised by another method, or ``None``.
-        sketch_columns: of the sketch that stood for the second moment of its inputs; ``None`` where that was exact, or
+        shared_group: The first layer that was fed by the same tensors (itself when alone).
+        fallback: Why the layer was initialised by another method, or `None`.
+        sketch_columns: Of the sketch that stood for the second moment of its inputs; `None` where that was exact, or
             not needed.
     """
 
@@ -108,18 +108,18 @@ class InitReport:
     """The result of one initialisation.
 
     Attributes:
-        method: its name, and ``options`` its hyper-parameters.
-        layers: ``component.layer`` -> report.
-        num_passes: forward passes of the collection, those over reference batches included.
-        forward_s: seconds in the loss itself, statistics not counted.
-        statistics_s: seconds in the statistics.
-        solve_s: seconds in decompositions, rank allocation and factors.
-        attach_s: seconds in which PEFT builds the adapters, as it does for any LoRA; not part of ``overhead``.
-        statistics_bytes: of all statistics when the pass was over, on one process; 0 for methods that observe nothing.
-        peak_statistics_bytes: the most they took; larger where some were sketched after they had begun.
-        memory_budget_bytes: what they could have taken; ``None`` without a pass.
-        statistics_device: where they were kept; ``None`` without a pass.
-        allocation: what decided the ranks; ``None`` where all layers were given the same.
+        method: Its name, and `options` its hyper-parameters.
+        layers: `component.layer` -> report.
+        num_passes: Forward passes of the collection, those over reference batches included.
+        forward_s: Seconds in the loss itself, statistics not counted.
+        statistics_s: Seconds in the statistics.
+        solve_s: Seconds in decompositions, rank allocation and factors.
+        attach_s: Seconds in which PEFT builds the adapters, as it does for any LoRA; not part of `overhead`.
+        statistics_bytes: Of all statistics when the pass was over, on one process; 0 for methods that observe nothing.
+        peak_statistics_bytes: The most they took; larger where some were sketched after they had begun.
+        memory_budget_bytes: What they could have taken; `None` without a pass.
+        statistics_device: Where they were kept; `None` without a pass.
+        allocation: What decided the ranks; `None` where all layers were given the same.
     """
 
     method: str
@@ -139,7 +139,7 @@ class InitReport:
 
     @property
     def overhead(self) -> float | None:
-        """(statistics + solve seconds) / bare forward seconds; ``None`` without a collection pass."""
+        """(statistics + solve seconds) / bare forward seconds; `None` without a collection pass."""
         return (self.statistics_s + self.solve_s) / self.forward_s if self.forward_s > 0 else None
 
     @property
@@ -162,7 +162,7 @@ class InitReport:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write :meth:`to_json` to a file."""
+        """Write `to_json` to a file."""
         path = Path(path)
         write_json(path, self.to_json())
         return path

@@ -2,8 +2,8 @@
 
     accelerate launch -m lorainit_diffusers.run --init cntlora -- train_dreambooth_lora_flux.py --rank 16 ...
 
-The script runs unmodified. Every `Accelerator` that it makes is attached to (:mod:`lorainit_diffusers.attach`); nothing
-else of it is touched. What stands after ``--`` is the script and its own arguments.
+The script runs unmodified. Every `Accelerator` that it makes is attached to (`lorainit_diffusers.attach`); nothing
+else of it is touched. What stands after `--` is the script and its own arguments.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class LaunchOptions:
     """What the launcher was asked for.
 
     Attributes:
-        script: path of the script, or name of a module where ``is_module``; ``script_args`` are its own arguments.
-        init: name of the initialisation, with ``init_options``.
-        init_batches: losses to collect.
-        init_only: write the init file and end.
-        init_file: where to; ``None`` for the script's output folder.
-        init_from: init file to start from.
-        restart: collect in a first short run of the script, and start it again with the result.
-        report_dir: folder of the report; ``None`` for the script's output folder.
-        options: of :func:`lorainit_diffusers.attach.attach`.
+        script: Path of the script, or name of a module where `is_module`; `script_args` are its own arguments.
+        init: Name of the initialisation, with `init_options`.
+        init_batches: Losses to collect.
+        init_only: Write the init file and end.
+        init_file: Where to; `None` for the script's output folder.
+        init_from: Init file to start from.
+        restart: Collect in a first short run of the script, and start it again with the result.
+        report_dir: Folder of the report; `None` for the script's output folder.
+        options: Of `lorainit_diffusers.attach.attach`.
     """
 
     script: str
@@ -68,7 +68,7 @@ class _Collected(BaseException):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line, without what stands after ``--``."""
+    """The command line, without what stands after `--`."""
     parser = argparse.ArgumentParser(
         prog="lorainit_diffusers.run",
         description="Run a LoRA training script unmodified, its LoRA initialised from the data.",
@@ -100,7 +100,7 @@ def parse(argv: Sequence[str]) -> LaunchOptions:
     """The command line as options.
 
     Raises:
-        SystemExit: it cannot be read; the message says what is wrong.
+        SystemExit: It cannot be read; the message says what is wrong.
     """
     arguments = list(argv)
     if "--" in arguments:
@@ -176,9 +176,9 @@ def run(options: LaunchOptions) -> None:
     """Run the script as the options say.
 
     Raises:
-        LaunchError: no such script or init file, an unknown method or option; or, at the script's end, nothing was
+        LaunchError: No such script or init file, an unknown method or option; or, at the script's end, nothing was
             initialised.
-        BaseException: whatever the script raises; in its stack, what is wrong with its adapters or data.
+        BaseException: Whatever the script raises; in its stack, what is wrong with its adapters or data.
     """
     from lorainit_diffusers.init_file import INIT_FILE_NAME, load_init_file, save_init_file
     from lorainit_diffusers.initialize import make_method
@@ -220,7 +220,7 @@ def _run_script(
     init: InitFile | None,
     on_solved: Callable[[Attached], None] | None = None,
 ) -> InitFile | None:
-    """One run of the script; what it has collected, where ``on_solved`` ended it for that."""
+    """One run of the script; what it has collected, where `on_solved` ended it for that."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
@@ -290,10 +290,10 @@ def _check_initialised(attachments: Sequence[Attached]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: ``python -m lorainit_diffusers.run``.
+    """The command line: `python -m lorainit_diffusers.run`.
 
     Raises:
-        SystemExit: what was asked for cannot be done, in one line; or the script's own.
+        SystemExit: What was asked for cannot be done, in one line; or the script's own.
     """
     options = parse(sys.argv[1:] if argv is None else argv)
     try:

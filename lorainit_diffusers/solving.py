@@ -27,10 +27,10 @@ class Solved:
     """What the solver found.
 
     Attributes:
-        solutions: layer -> solution; nothing but its factors where its rank was settled before.
-        fallbacks: layer -> why it, or a part of it, got Kaiming's factors.
-        num_rows: layer -> rows that it saw, where anything was observed.
-        sketch_columns: layer -> columns of the sketch of its inputs, where they were not kept exactly.
+        solutions: Layer -> solution; nothing but its factors where its rank was settled before.
+        fallbacks: Layer -> why it, or a part of it, got Kaiming's factors.
+        num_rows: Layer -> rows that it saw, where anything was observed.
+        sketch_columns: Layer -> columns of the sketch of its inputs, where they were not kept exactly.
     """
 
     solutions: dict[str, Solution] = field(default_factory=dict[str, Solution])
@@ -42,11 +42,11 @@ class Solved:
         """Scores of every layer, by which ranks are allocated.
 
         Args:
-            name: of the method, for messages.
-            caps: layer -> the largest rank that was asked for.
+            name: Of the method, for messages.
+            caps: Layer -> the largest rank that was asked for.
 
         Raises:
-            ValueError: the method gives none, although it does not say so.
+            ValueError: The method gives none, although it does not say so.
         """
         scores: dict[str, Tensor] = {}
         for full_name, solution in self.solutions.items():
@@ -62,10 +62,10 @@ class Solver:
     """A method at work on the layers of one run.
 
     Attributes:
-        name: of the method, for messages.
-        method: the initialisation.
-        plan: the ranks.
-        seed: of everything that is drawn for factors, layer by layer.
+        name: Of the method, for messages.
+        method: The initialisation.
+        plan: The ranks.
+        seed: Of everything that is drawn for factors, layer by layer.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Solver:
         solution holds but its factors.
 
         Raises:
-            ValueError: a weight that is not finite, or cannot be decomposed (names the layer).
+            ValueError: A weight that is not finite, or cannot be decomposed (names the layer).
         """
         solved = Solved()
         with full_float32(_device(layers)):  # neither TF32 nor an autocast of the caller may round a decomposition
@@ -105,7 +105,7 @@ class Solver:
         """What every layer's adapter starts with; layers of rank 0 are left out.
 
         Raises:
-            ValueError: factors that are not finite (names the layer).
+            ValueError: Factors that are not finite (names the layer).
         """
         weights: dict[str, adapters.AdapterWeights] = {}
         with full_float32(_device(layers)):

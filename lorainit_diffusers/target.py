@@ -23,10 +23,10 @@ class AdapterOptions:
 
     Attributes:
         adapter_name: PEFT's name of the adapter.
-        use_rslora: scale by alpha / sqrt(rank).
-        use_dora: train the magnitudes of the weight apart from its direction (DoRA); with methods that start from the
+        use_rslora: Scale by alpha / sqrt(rank).
+        use_dora: Train the magnitudes of the weight apart from its direction (DoRA); with methods that start from the
             base model without an offset.
-        lora_dropout: of the adapter's inputs, while training.
+        lora_dropout: Of the adapter's inputs, while training.
     """
 
     RANGES: ClassVar[Mapping[str, Range]] = {"lora_dropout": SHARE_BELOW_ONE}
@@ -42,15 +42,15 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """What one call of ``initialize`` adapts.
+    """What one call of `initialize` adapts.
 
     Attributes:
-        family: that the modules belong to, if any.
-        modules: component -> module.
-        layers: full name (component and layer) -> base linear layer.
-        location: full name -> (component, name inside it).
-        existing: component -> the adapter that it carries already.
-        adapter: what new adapters are.
+        family: That the modules belong to, if any.
+        modules: Component -> module.
+        layers: Full name (component and layer) -> base linear layer.
+        location: Full name -> (component, name inside it).
+        existing: Component -> the adapter that it carries already.
+        adapter: What new adapters are.
     """
 
     family: ModelFamily | None
@@ -103,13 +103,13 @@ def find_target(
     """The layers that are to be adapted.
 
     Args:
-        target: a module, named components, or a model family.
-        target_modules: names, name endings or a regular expression; per component if a mapping. ``None``: the layers
+        target: A module, named components, or a model family.
+        target_modules: Names, name endings or a regular expression; per component if a mapping. `None`: the layers
             already adapted, or the family's default.
-        adapter: its name, and what it is where it is new.
+        adapter: Its name, and what it is where it is new.
 
     Raises:
-        ValueError: no matching layer, a wrapped or compiled module, an adapter that is no LoRA of linear layers, a part
+        ValueError: No matching layer, a wrapped or compiled module, an adapter that is no LoRA of linear layers, a part
             of the family that carries an adapter but is not adapted.
     """
     family: ModelFamily | None = None

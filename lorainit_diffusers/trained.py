@@ -1,7 +1,7 @@
 """What PEFT trains beside the factors of an adapter: whole modules, biases, rows of an embedding.
 
-PEFT's ``modules_to_save`` trains a copy of a module, ``bias`` trains biases of the base in place, and
-``trainable_token_indices`` trains rows of an embedding. Here they are found on the live model, under the names that
+PEFT's `modules_to_save` trains a copy of a module, `bias` trains biases of the base in place, and
+`trainable_token_indices` trains rows of an embedding. Here they are found on the live model, under the names that
 they have in a PEFT folder and in the plain base.
 """
 
@@ -18,10 +18,10 @@ class TrainedTensor(NamedTuple):
     """One tensor that is trained beside the factors.
 
     Attributes:
-        field: of ``LoraConfig`` that asks for it (``modules_to_save``, ``bias`` or ``trainable_token_indices``).
-        peft_name: in a PEFT folder, without its prefix.
-        base_name: in the plain base model's state dict; of the whole embedding for rows of it.
-        value: the live tensor.
+        field: Of `LoraConfig` that asks for it (`modules_to_save`, `bias` or `trainable_token_indices`).
+        peft_name: In a PEFT folder, without its prefix.
+        base_name: In the plain base model's state dict; of the whole embedding for rows of it.
+        value: The live tensor.
     """
 
     field: str
@@ -41,10 +41,10 @@ def trained_beside(
     """Everything that an adapter trains beside its factors.
 
     Args:
-        model: without PEFT's wrapper.
+        model: Without PEFT's wrapper.
         adapter_name: PEFT's name of the adapter.
-        bias: of its configuration: ``"none"``, ``"all"`` or ``"lora_only"``.
-        adapted_layers: names of the layers that carry the adapter.
+        bias: Of its configuration: `"none"`, `"all"` or `"lora_only"`.
+        adapted_layers: Names of the layers that carry the adapter.
     """
     found: list[TrainedTensor] = []
     wrappers: list[str] = []
@@ -79,14 +79,14 @@ def merged_rows(model: nn.Module, base_name: str, adapter_name: str) -> Tensor:
 
 
 def plain_name(name: str) -> str | None:
-    """The name that a tensor had before PEFT wrapped its module, or ``None`` for what PEFT has added."""
+    """The name that a tensor had before PEFT wrapped its module, or `None` for what PEFT has added."""
     if re.search(r"\.modules_to_save\.|\.trainable_tokens_(delta|original)\.", name):
         return None
     return re.sub(r"\.(token_adapter\.base_layer|original_module|base_layer)\.", ".", name)
 
 
 def trained_unknown(model: nn.Module, known: Collection[int]) -> Iterator[str]:
-    """Names of trainable parameters that belong to no adapter and are not among these (``id`` of the tensors)."""
+    """Names of trainable parameters that belong to no adapter and are not among these (`id` of the tensors)."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".lora_" not in name and id(parameter) not in known:
             yield name

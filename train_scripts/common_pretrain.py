@@ -270,7 +270,7 @@ def claim_model_dir(args: argparse.Namespace, script: str) -> RunDirectory | Non
     The caller is decorated with `output_dir.owning`, and calls `begin` before it writes.
 
     Raises:
-        ValueError: when the directory holds files that no run of this recipe wrote.
+        ValueError: When the directory holds files that no run of this recipe wrote.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     if "export" not in args.phases or rank != 0:

@@ -54,16 +54,16 @@ def attach(
     PEFT adds this one: it then is the only active one.
 
     Args:
-        module: raw, ``add_adapter``-ed, or a ``PeftModel``.
-        weights: layer name (relative to :func:`unwrap`) -> weights.
+        module: Raw, `add_adapter`-ed, or a `PeftModel`.
+        weights: Layer name (relative to `unwrap`) -> weights.
         adapter_name: PEFT's name of the adapter.
-        use_rslora: recorded in the configuration of a new adapter; the weights' own scaling counts.
-        lora_dropout: of a new adapter.
-        use_dora: make a new adapter a DoRA one. Magnitudes that the weights leave out start as the base weight's row
+        use_rslora: Recorded in the configuration of a new adapter; the weights' own scaling counts.
+        lora_dropout: Of a new adapter.
+        use_dora: Make a new adapter a DoRA one. Magnitudes that the weights leave out start as the base weight's row
             norms, in an adapter that exists already, too.
 
     Raises:
-        ValueError: no weights at all; an offset for a DoRA adapter, or magnitudes for one that is none, or biases for
+        ValueError: No weights at all; an offset for a DoRA adapter, or magnitudes for one that is none, or biases for
             one that has none; an adapter of another kind than LoRA of linear layers.
     """
     if not weights:
@@ -242,7 +242,7 @@ def _record_patterns(module: nn.Module, adapter_name: str) -> None:
 
 
 def _patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """The fields of ``LoraConfig`` that give every layer its rank and alpha."""
+    """The fields of `LoraConfig` that give every layer its rank and alpha."""
     rank, alpha = mode(ranks.values()), mode(alphas.values())
     # Anchored: unanchored keys also match layers whose name merely ends alike.
     return {

@@ -23,7 +23,7 @@ PACKED_PARAMETER = "Params4bit"
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The model that a ``PeftModel`` wraps, or the module itself; layer names are relative to it."""
+    """The model that a `PeftModel` wraps, or the module itself; layer names are relative to it."""
     return cast("nn.Module", module.base_model.model) if isinstance(module, PeftModel) else module
 
 
@@ -37,7 +37,7 @@ def lora_layers(module: nn.Module, adapter_name: str = "default") -> dict[str, L
 
 
 def existing_adapter(module: nn.Module, adapter_name: str = "default") -> ExistingAdapter | None:
-    """How the module is already adapted under this name, or ``None``."""
+    """How the module is already adapted under this name, or `None`."""
     layers = lora_layers(module, adapter_name)
     if not layers:
         return None
@@ -50,7 +50,7 @@ def existing_adapter(module: nn.Module, adapter_name: str = "default") -> Existi
 
 
 def default_config() -> dict[str, Any]:
-    """PEFT's ``LoraConfig`` without any option."""
+    """PEFT's `LoraConfig` without any option."""
     return LoraConfig().to_dict()
 
 
@@ -64,7 +64,7 @@ def check_plain(module: nn.Module, adapter_name: str = "default") -> None:
     """See that an adapter is what this library computes with: a LoRA, or DoRA, of linear layers on the original base.
 
     Raises:
-        ValueError: naming the layer, or the field of its configuration and the value.
+        ValueError: Naming the layer, or the field of its configuration and the value.
     """
     kind, adapter = type(unwrap(module)).__name__, f"adapter {adapter_name!r} of"
     remedy = "add it with a plain LoraConfig"
@@ -111,11 +111,11 @@ def check_beside(modules: Mapping[str, nn.Module], adapter_name: str = "default"
     """See that no other part of a family carries this adapter, or trains one: nothing would initialise or save it.
 
     Args:
-        modules: a family's ``adapted``, whose ``beside`` names its other parts; nothing is known of a plain mapping.
+        modules: A family's `adapted`, whose `beside` names its other parts; nothing is known of a plain mapping.
         adapter_name: PEFT's name of the adapter.
 
     Raises:
-        ValueError: naming the component.
+        ValueError: Naming the component.
     """
     beside: Mapping[str, nn.Module] = getattr(modules, "beside", {})
     for component, module in beside.items():
@@ -154,13 +154,13 @@ def target_layers(
     """Base linear layer of every target, by name.
 
     Args:
-        module: raw or adapted.
-        target_modules: names or name endings, or one regular expression for the full name, as in ``LoraConfig``. Left
+        module: Raw or adapted.
+        target_modules: Names or name endings, or one regular expression for the full name, as in `LoraConfig`. Left
             out for an adapted module, whose targets are the layers it already adapts.
-        adapter_name: of the adapter that the module may carry.
+        adapter_name: Of the adapter that the module may carry.
 
     Raises:
-        ValueError: nothing matches, or something matches that is no linear layer, or a quantised one of another kind
+        ValueError: Nothing matches, or something matches that is no linear layer, or a quantised one of another kind
             than bitsandbytes' 4 bits (names it).
     """
     adapted = lora_layers(module, adapter_name)
@@ -242,5 +242,5 @@ def magnitude_of(layer: LoraLayer, adapter_name: str) -> Tensor:
 
 
 def bias_of(layer: LoraLayer, adapter_name: str) -> nn.Parameter | None:
-    """The bias of B (PEFT's ``lora_bias``), if any."""
+    """The bias of B (PEFT's `lora_bias`), if any."""
     return cast("nn.Parameter | None", layer.lora_B[adapter_name].bias)

@@ -28,10 +28,10 @@ TRAINED_SUFFIX = "trained"
 
 
 def adapter_weights(module: nn.Module, adapter_name: str = "default") -> dict[str, AdapterWeights]:
-    """Current weights by layer name (not copied), with the initial factors as ``offset``.
+    """Current weights by layer name (not copied), with the initial factors as `offset`.
 
     Raises:
-        ValueError: the module carries no such adapter, or one of another kind than LoRA of linear layers.
+        ValueError: The module carries no such adapter, or one of another kind than LoRA of linear layers.
     """
     layers = lora_layers(module, adapter_name)
     check_plain(module, adapter_name)
@@ -57,7 +57,7 @@ def _factors(layer: LoraLayer, adapter_name: str) -> LoraFactors:
 
 
 def trained_tensors(module: nn.Module, adapter_name: str = "default") -> list[TrainedTensor]:
-    """What PEFT trains beside an adapter's factors: ``modules_to_save``, biases of the base, rows of an embedding."""
+    """What PEFT trains beside an adapter's factors: `modules_to_save`, biases of the base, rows of an embedding."""
     config = config_of(module, adapter_name)
     bias = str(getattr(config, "bias", "none"))  # not every method of PEFT's has it
     return trained_beside(unwrap(module), adapter_name, bias, lora_layers(module, adapter_name))
@@ -76,7 +76,7 @@ def trainable_parameters(module: nn.Module, adapter_name: str = "default") -> li
     """All that an adapter trains; never the initial factors of an offset.
 
     A, B (with its bias) and DoRA's magnitude of every adapted layer, in the module's order, then what PEFT trains
-    beside them: ``modules_to_save``, biases of the base, rows of an embedding.
+    beside them: `modules_to_save`, biases of the base, rows of an embedding.
     """
     factors = [
         parameter
@@ -92,8 +92,8 @@ def trainable_parameters(module: nn.Module, adapter_name: str = "default") -> li
 def adapter_state_dict(modules: Mapping[str, nn.Module], adapter_name: str = "default") -> dict[str, Tensor]:
     """Everything that a resumed run needs, offsets included: initial factors are stored, never recomputed.
 
-    Keys are ``{component}.{layer}.{lora_A|lora_B|scaling|offset_A|offset_B|magnitude|bias}``, and
-    ``{component}.{name}.trained`` for what PEFT trains beside the factors; tensors are on the CPU.
+    Keys are `{component}.{layer}.{lora_A|lora_B|scaling|offset_A|offset_B|magnitude|bias}`, and
+    `{component}.{name}.trained` for what PEFT trains beside the factors; tensors are on the CPU.
     """
     state: dict[str, Tensor] = {}
     for component, module in modules.items():
@@ -124,12 +124,12 @@ def load_adapter_state_dict(
     use_rslora: bool = False,
     lora_dropout: float = 0.0,
 ) -> None:
-    """Inverse of :func:`adapter_state_dict`, on modules that carry the adapter or that do not yet.
+    """Inverse of `adapter_state_dict`, on modules that carry the adapter or that do not yet.
 
     A new adapter is a DoRA one when the state holds magnitudes.
 
     Raises:
-        ValueError: the state holds nothing for one of the modules, or layers that a module does not have; or only one
+        ValueError: The state holds nothing for one of the modules, or layers that a module does not have; or only one
             of the state and an existing adapter uses DoRA.
     """
     for component, module in modules.items():

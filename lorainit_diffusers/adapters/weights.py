@@ -16,13 +16,13 @@ class AdapterWeights:
     """Everything that one adapted layer adds to its base layer.
 
     Attributes:
-        factors: trainable A (rank, in_features) and B (out_features, rank).
-        scaling: the layer adds ``scaling * B A``.
-        offset: initial factors whose ``scaling * B0 A0`` the adapter subtracts; ``None`` without an offset.
-        magnitude: (out_features,) DoRA's trainable row norms; ``None`` without DoRA, and in :func:`attach` for those of
+        factors: Trainable A (rank, in_features) and B (out_features, rank).
+        scaling: The layer adds `scaling * B A`.
+        offset: Initial factors whose `scaling * B0 A0` the adapter subtracts; `None` without an offset.
+        magnitude: (out_features,) DoRA's trainable row norms; `None` without DoRA, and in `attach` for those of
             the base weight.
-        bias: (out_features,) trainable bias of B (PEFT's ``lora_bias``), of which the layer adds ``scaling`` times;
-            ``None`` without one, and in :func:`attach` for zero.
+        bias: (out_features,) trainable bias of B (PEFT's `lora_bias`), of which the layer adds `scaling` times;
+            `None` without one, and in `attach` for zero.
     """
 
     factors: LoraFactors
@@ -37,10 +37,10 @@ class ExistingAdapter:
     """The configuration of an adapter that a module already carries.
 
     Attributes:
-        ranks: by layer name.
-        scalings: alpha / rank, or alpha / sqrt(rank), by layer name.
-        use_rslora: whether it is the latter.
-        use_dora: whether it decomposes the weight (DoRA).
+        ranks: By layer name.
+        scalings: Alpha / rank, or alpha / sqrt(rank), by layer name.
+        use_rslora: Whether it is the latter.
+        use_dora: Whether it decomposes the weight (DoRA).
     """
 
     ranks: Mapping[str, int]

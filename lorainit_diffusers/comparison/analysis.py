@@ -64,10 +64,10 @@ class Comparison:
     """The results of a comparison.
 
     Attributes:
-        directory: where they lie.
-        config: the content of `config.json`.
-        runs: those with results, in the order of the file.
-        columns: metrics in the results besides the primary one.
+        directory: Where they lie.
+        config: The content of `config.json`.
+        runs: Those with results, in the order of the file.
+        columns: Metrics in the results besides the primary one.
     """
 
     directory: Path
@@ -80,11 +80,11 @@ class Comparison:
         """Read the results of a finished or interrupted comparison.
 
         Args:
-            directory: with `config.json` and `results.csv`; `timings.csv` may be missing.
+            directory: With `config.json` and `results.csv`; `timings.csv` may be missing.
 
         Raises:
-            FileNotFoundError: without one of the two files.
-            ValueError: when the results have no rows, lack a column, or hold a metric of unknown direction.
+            FileNotFoundError: Without one of the two files.
+            ValueError: When the results have no rows, lack a column, or hold a metric of unknown direction.
         """
         directory = Path(directory)
         for name in ("config.json", RESULTS_NAME):
@@ -190,7 +190,7 @@ class Comparison:
         """Mean over shared seeds of (init - baseline) at a step, each at its best learning rate.
 
         Raises:
-            ValueError: when the two share no seed with a score.
+            ValueError: When the two share no seed with a score.
         """
         column = column or self.primary
         step = self.last_step if step is None else step
@@ -212,9 +212,9 @@ class Comparison:
         Seeds on which the baseline diverged, or that only one of the two has, give no target.
 
         Args:
-            init: its label.
-            baseline: its label.
-            column: the metric; by default the primary one. Its own last measured step is the end then.
+            init: Its label.
+            baseline: Its label.
+            column: The metric; by default the primary one. Its own last measured step is the end then.
 
         Returns:
             `None` when no seed gives a target.

@@ -32,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> ComparisonOptions:
     """The options, checked as far as that needs no model.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     options = parse_comparison(argv, __doc__)
     require_pandas()

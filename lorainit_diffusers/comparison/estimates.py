@@ -24,10 +24,10 @@ class Estimate:
     """A mean or a ratio over seeds with its bootstrap interval.
 
     Attributes:
-        value: of all seeds.
-        low: lower end of the 95 % interval; equal to `value` for a single seed.
-        high: upper end.
-        num_seeds: the interval is over so few values.
+        value: Of all seeds.
+        low: Lower end of the 95 % interval; equal to `value` for a single seed.
+        high: Upper end.
+        num_seeds: The interval is over so few values.
         verdict: `better`, `worse` or `tied` by the interval, `one seed` without one; empty where nothing is compared.
     """
 
@@ -42,9 +42,9 @@ def first_reach(positions: Sequence[float], costs: Sequence[float], target: floa
     """Where a curve first is at or below a target, linear between its points; infinite where it never is.
 
     Args:
-        positions: ascending steps or seconds.
-        costs: lower is better; infinite where the run had diverged.
-        target: the cost to reach.
+        positions: Ascending steps or seconds.
+        costs: Lower is better; infinite where the run had diverged.
+        target: The cost to reach.
     """
     for index, cost in enumerate(costs):
         if cost > target:
@@ -78,13 +78,13 @@ def bootstrap(
     10,000 resamples from a fixed seed; the ends are the outer order statistics, which infinite values do not disturb.
 
     Args:
-        numerators: one value a seed.
-        denominators: those of the same seeds; 1 by default, which gives the mean.
-        null: what the interval has to exclude for a verdict; by default there is no verdict.
-        higher: whether above `null` is better.
+        numerators: One value a seed.
+        denominators: Those of the same seeds; 1 by default, which gives the mean.
+        null: What the interval has to exclude for a verdict; by default there is no verdict.
+        higher: Whether above `null` is better.
 
     Raises:
-        ValueError: without values, or with other numbers of them.
+        ValueError: Without values, or with other numbers of them.
     """
     a = np.asarray(numerators, dtype=np.float64)
     b = np.ones_like(a) if denominators is None else np.asarray(denominators, dtype=np.float64)

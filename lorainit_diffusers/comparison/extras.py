@@ -9,7 +9,7 @@ def require_pandas() -> None:
     """See that the tables of a comparison can be read and written.
 
     Raises:
-        ValueError: naming the extra that pandas comes with.
+        ValueError: Naming the extra that pandas comes with.
     """
     if importlib.util.find_spec("pandas") is None:
         raise ValueError(

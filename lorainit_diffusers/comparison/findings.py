@@ -12,13 +12,13 @@ class Speed:
     """How fast an initialisation gets to the final score of a baseline; see the definitions of the module.
 
     Attributes:
-        steps: mean steps to the target over seeds; infinite when one seed never reaches it.
-        num_reached: seeds that reach the target, of `num_seeds`.
-        share_of_budget: steps to the target / last step.
-        ratio: steps to 98 % of the baseline's way / the baseline's own; `None` where the baseline needs none.
-        seconds: mean seconds to the target; `None` without timings, as the two below.
-        seconds_share: seconds to the target / the baseline's seconds to the end.
-        seconds_ratio: as `ratio`.
+        steps: Mean steps to the target over seeds; infinite when one seed never reaches it.
+        num_reached: Seeds that reach the target, of `num_seeds`.
+        share_of_budget: Steps to the target / last step.
+        ratio: Steps to 98 % of the baseline's way / the baseline's own; `None` where the baseline needs none.
+        seconds: Mean seconds to the target; `None` without timings, as the two below.
+        seconds_share: Seconds to the target / the baseline's seconds to the end.
+        seconds_ratio: As `ratio`.
     """
 
     steps: float
@@ -36,9 +36,9 @@ class Fastest:
     """Steps to 98 % of a baseline's way at the learning rate that gets there first.
 
     Attributes:
-        learning_rate: with the fewest steps in the mean over seeds.
-        steps: that mean; infinite when one seed never gets there at any learning rate.
-        ratio: steps / those of the baseline at its own fastest learning rate; `None` where it needs none.
+        learning_rate: With the fewest steps in the mean over seeds.
+        steps: That mean; infinite when one seed never gets there at any learning rate.
+        ratio: Steps / those of the baseline at its own fastest learning rate; `None` where it needs none.
     """
 
     learning_rate: float
@@ -51,10 +51,10 @@ class Robustness:
     """What an untuned learning rate gives at a fixed step.
 
     Attributes:
-        mean: over the shared learning rates.
-        worst: the worst learning rate's mean over seeds; infinitely bad where a run diverged.
-        num_diverged: runs, of `num_runs`.
-        differences: baseline -> difference of the means.
+        mean: Over the shared learning rates.
+        worst: The worst learning rate's mean over seeds; infinitely bad where a run diverged.
+        num_diverged: Runs, of `num_runs`.
+        differences: Baseline -> difference of the means.
     """
 
     mean: Estimate
@@ -69,12 +69,12 @@ class InitSummary:
     """One row of the report.
 
     Attributes:
-        final: primary metric at the last step, mean over seeds, with `final_sd` (`nan` for one seed).
-        best_over_steps: mean over seeds of the best score at any step.
-        init_s: mean seconds of the initialisation; `None` without timings.
-        differences: baseline -> difference of the final scores.
-        speeds: baseline -> speed; without baselines that diverged.
-        early: robustness at the early step, `None` where no seed has the whole shared grid; `late`: at the last step.
+        final: Primary metric at the last step, mean over seeds, with `final_sd` (`nan` for one seed).
+        best_over_steps: Mean over seeds of the best score at any step.
+        init_s: Mean seconds of the initialisation; `None` without timings.
+        differences: Baseline -> difference of the final scores.
+        speeds: Baseline -> speed; without baselines that diverged.
+        early: Robustness at the early step, `None` where no seed has the whole shared grid; `late`: at the last step.
     """
 
     init: str

@@ -35,12 +35,12 @@ class Init:
     """One column of the comparison: a method with its hyper-parameters, and what else sets its runs apart.
 
     Attributes:
-        label: as on the command line.
-        name: of the method.
-        method: the configured method.
-        variable_rank: ranks by score under the budget.
-        init_num_batches: batches of the collection pass.
-        a_lr_ratio: learning rate of A divided by that of B (0 freezes A; LoRA+, arXiv:2402.12354, has it below 1).
+        label: As on the command line.
+        name: Of the method.
+        method: The configured method.
+        variable_rank: Ranks by score under the budget.
+        init_num_batches: Batches of the collection pass.
+        a_lr_ratio: Learning rate of A divided by that of B (0 freezes A; LoRA+, arXiv:2402.12354, has it below 1).
     """
 
     label: str
@@ -55,7 +55,7 @@ class Init:
         """Read `name` or `name:key=value,key=value`.
 
         Raises:
-            ValueError: for an unknown name, key or value.
+            ValueError: For an unknown name, key or value.
         """
         name, _, text = label.partition(":")
         of_run: dict[str, Any] = {}
@@ -103,9 +103,9 @@ class Grid:
     """All runs of a comparison, and where they write.
 
     Attributes:
-        directory: of the comparison.
-        options: its options.
-        runs: in the order of the results.
+        directory: Of the comparison.
+        options: Its options.
+        runs: In the order of the results.
     """
 
     directory: Path
@@ -117,7 +117,7 @@ class Grid:
         """The grid that the options ask for.
 
         Raises:
-            ValueError: naming the initialisation that there is not, or cannot be compared.
+            ValueError: Naming the initialisation that there is not, or cannot be compared.
         """
         inits = [Init.parse(label) for label in options.inits]
         runs = [PlannedRun(i, lr, seed) for i in inits for seed in options.seeds for lr in options.learning_rates]

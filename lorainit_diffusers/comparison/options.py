@@ -47,8 +47,8 @@ class TaskKind:
         options: `module:Class` of the options, a `TaskComparisonOptions`.
         check: `module:function` that fills in and checks what the task reads of them, and returns them.
         task: `module:Class` of the task, which is made from the options, a device and a dtype.
-        examples: what the data consists of, in the report's words.
-        defaults: of the options of the comparison.
+        examples: What the data consists of, in the report's words.
+        defaults: Of the options of the comparison.
     """
 
     options: str
@@ -211,7 +211,7 @@ def parse_comparison(argv: Sequence[str] | None, description: str | None) -> Com
     """The command line of a comparison, checked as far as that needs no model.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     family = _family(sys.argv[1:] if argv is None else argv)
     kind = TASKS.get(family)
@@ -246,7 +246,7 @@ def resolve_comparison(options: ComparisonOptions) -> ComparisonOptions:
     """Fill in what depends on other options, and find what cannot work before anything is loaded.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     kind = TASKS.get(options.family)
     base = given(options.pretrained_model_name_or_path)
@@ -306,7 +306,7 @@ def _family(argv: Sequence[str]) -> str:
     """What the command line, or else its `--config`, says that the base is: each family has options of its own.
 
     Raises:
-        ValueError: for a family that there is not.
+        ValueError: For a family that there is not.
     """
     parser = ScriptParser(add_help=False)
     parser.add_argument("--family", choices=known_families())

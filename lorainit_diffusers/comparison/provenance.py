@@ -55,7 +55,7 @@ def check_same_comparison(grid: Grid) -> None:
     """See that results from an earlier call belong to this comparison.
 
     Raises:
-        ValueError: naming every option that differs.
+        ValueError: Naming every option that differs.
     """
     path, options = grid.directory / CONFIG_NAME, grid.options
     if not path.is_file():
@@ -83,10 +83,10 @@ def write_config(grid: Grid, task: Task | None, argv: Sequence[str], device: str
     """Write what the report says of the comparison beside its numbers.
 
     Args:
-        grid: of the comparison.
-        task: where the family is not a text-to-image one.
-        argv: the command line.
-        device: of the training.
+        grid: Of the comparison.
+        task: Where the family is not a text-to-image one.
+        argv: The command line.
+        device: Of the training.
     """
     options = grid.options
     write_json(
@@ -134,9 +134,9 @@ def comparison_banner(options: ComparisonOptions, task: Task | None, *, captions
     """What is compared on what, before it begins.
 
     Args:
-        options: of the comparison.
-        task: where the family is not a text-to-image one.
-        captions: load a text-to-image base to see which captions it cuts, although no task of this process does.
+        options: Of the comparison.
+        task: Where the family is not a text-to-image one.
+        captions: Load a text-to-image base to see which captions it cuts, although no task of this process does.
     """
     notes = DataNotes()
     if isinstance(options, ImageComparisonOptions):

@@ -61,14 +61,14 @@ def write_report(directory: str | os.PathLike[str]) -> list[Path]:
     an older one removed. The same results give the same files.
 
     Args:
-        directory: what `compare_inits.py` wrote; see `Comparison.load`.
+        directory: What `compare_inits.py` wrote; see `Comparison.load`.
 
     Returns:
         The files that were written.
 
     Raises:
-        FileNotFoundError: without results.
-        ValueError: when the results hold no finished run or cannot be read.
+        FileNotFoundError: Without results.
+        ValueError: When the results hold no finished run or cannot be read.
     """
     comparison = Comparison.load(directory)
     if not comparison.inits:
@@ -93,8 +93,8 @@ def report_blocks(comparison: Comparison, figures: dict[str, Path]) -> list[Bloc
     """Everything that the report says.
 
     Args:
-        comparison: the results.
-        figures: file name -> path of those that exist.
+        comparison: The results.
+        figures: File name -> path of those that exist.
     """
     rows = comparison.summary()
     better = "higher" if higher_is_better(comparison.primary) else "lower"

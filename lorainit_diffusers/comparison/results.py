@@ -30,11 +30,11 @@ class RunCurves:
     """What one run of the grid has been measured at.
 
     Attributes:
-        name: of its folder in `runs/`.
-        num_parameters: of the adapters.
-        curves: column of the results -> step -> value, where measured; infinitely bad where the run had diverged.
-        seconds: step -> seconds of initialisation and training up to there; empty without timings.
-        num_head_parameters: of the modules that are trained in full, such as a classifier's head.
+        name: Of its folder in `runs/`.
+        num_parameters: Of the adapters.
+        curves: Column of the results -> step -> value, where measured; infinitely bad where the run had diverged.
+        seconds: Step -> seconds of initialisation and training up to there; empty without timings.
+        num_head_parameters: Of the modules that are trained in full, such as a classifier's head.
     """
 
     name: str
@@ -63,10 +63,10 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence
     """Write a CSV file: texts cannot be taken for formulas, numbers are written so that they are read as they were.
 
     Args:
-        path: of the file.
-        rows: column -> value; a value that is missing leaves its cell empty.
-        columns: in their order; what rows have beside them is left out.
-        line_end: of every line.
+        path: Of the file.
+        rows: Column -> value; a value that is missing leaves its cell empty.
+        columns: In their order; what rows have beside them is left out.
+        line_end: Of every line.
     """
     require_pandas()
     import pandas
@@ -82,11 +82,11 @@ def read_runs(directory: Path, primary: str) -> tuple[list[RunCurves], list[str]
     """The runs that have a score of the primary metric, in the order of the file, and the other metrics' columns.
 
     Args:
-        directory: with `results.csv`; `timings.csv` may be missing.
-        primary: column of the metric that runs are compared by.
+        directory: With `results.csv`; `timings.csv` may be missing.
+        primary: Column of the metric that runs are compared by.
 
     Raises:
-        ValueError: when the results have no rows, lack a column, or hold a metric of unknown direction.
+        ValueError: When the results have no rows, lack a column, or hold a metric of unknown direction.
     """
     table = read_table(directory / RESULTS_NAME)
     if table.empty:
@@ -115,7 +115,7 @@ def higher_is_better(column: str) -> bool:
     """Direction of a column `metric` or `metric@encoder`.
 
     Raises:
-        ValueError: when the metric is not in `METRICS`.
+        ValueError: When the metric is not in `METRICS`.
     """
     metric = column.partition("@")[0]
     if metric not in METRICS:

@@ -55,11 +55,11 @@ def compare(options: ComparisonOptions, argv: Sequence[str]) -> Path:
     """Run what is missing of the grid, then write the results and the report; returns the directory.
 
     Args:
-        options: checked.
-        argv: the command line, for the report.
+        options: Checked.
+        argv: The command line, for the report.
 
     Raises:
-        ValueError, FileNotFoundError: for what the user can mend, in one line.
+        ValueError, FileNotFoundError: For what the user can mend, in one line.
     """
     Grid.of(options, Path(options.output_dir))  # a label that is none is said before anything is loaded
     if isinstance(options, ImageComparisonOptions):
@@ -121,11 +121,11 @@ def _begin(
     """Check the directory's earlier runs, write what the comparison is, and say it; the task, where it is at hand.
 
     Args:
-        grid: of the comparison.
-        given: the options as the command line gives them.
-        device: of the training.
-        argv: the command line.
-        captions: whether other processes load the base, so that this one has to say which captions it cuts.
+        grid: Of the comparison.
+        given: The options as the command line gives them.
+        device: Of the training.
+        argv: The command line.
+        captions: Whether other processes load the base, so that this one has to say which captions it cuts.
     """
     options = grid.options
     check_same_comparison(grid)
@@ -147,10 +147,10 @@ def work_part(phase: str, options: ComparisonOptions, device: str, count: int, p
 
     Args:
         phase: `training` or `sampling`.
-        options: of the comparison, with its directory.
-        device: of the training.
-        count: workers.
-        part: number of this one.
+        options: Of the comparison, with its directory.
+        device: Of the training.
+        count: Workers.
+        part: Number of this one.
     """
     attach_output_dir(options, SCRIPT)
     grid = Grid.of(options, Path(options.output_dir))

@@ -127,7 +127,7 @@ class ImageScorer:
         return drawn, [*drawn["prompts"][: GRID_COLUMNS - 1], drawn["drift"][0]]
 
     def draw_base(self) -> tuple[dict[str, list[Image.Image]], list[Image.Image]]:
-        """As :meth:`draw`, for the base model."""
+        """As `draw`, for the base model."""
         with adapters.adapters_disabled(self.family.adapted):
             return self.draw()
 

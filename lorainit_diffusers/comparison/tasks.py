@@ -59,7 +59,7 @@ class ComparedTask(Protocol):
     """A base with its data, as far as a comparison needs it.
 
     Attributes:
-        primary_metric: name of what runs are compared by, one of those that `validate` returns.
+        primary_metric: Name of what runs are compared by, one of those that `validate` returns.
     """
 
     primary_metric: str
@@ -87,7 +87,7 @@ def make_task(options: ComparisonOptions, device: torch.device) -> ComparedTask:
     """The base of `--family` with its data.
 
     Raises:
-        ValueError, FileNotFoundError: for what the user can mend; on the data, before the base is loaded.
+        ValueError, FileNotFoundError: For what the user can mend; on the data, before the base is loaded.
     """
     if isinstance(options, ImageComparisonOptions):
         return TextToImageTask(options, device)
@@ -105,7 +105,7 @@ def split_records(
     """Training and held-out images; where the data has no `heldout` split, every fourth image is held out.
 
     Raises:
-        ValueError: when there are too few images to hold any out.
+        ValueError: When there are too few images to hold any out.
     """
     records, heldout = read_data(options, notes)
     if heldout:
@@ -125,9 +125,9 @@ class TextToImageTask:
     Latents are encoded once, and captions, too, unless the text encoders are trained.
 
     Attributes:
-        primary_metric: name of what `validate` measures.
-        family: what is adapted and trained: `family.adapted`, `family.loss`.
-        targets: layers that get an adapter, by component.
+        primary_metric: Name of what `validate` measures.
+        family: What is adapted and trained: `family.adapted`, `family.loss`.
+        targets: Layers that get an adapter, by component.
     """
 
     primary_metric: str = "validation_loss"
@@ -218,7 +218,7 @@ def check_drift_prompts(options: ImageComparisonOptions, family: TextToImageFami
     """See that the base takes these prompts, before hours of training.
 
     Raises:
-        ValueError: for one that is no class of a base of classes.
+        ValueError: For one that is no class of a base of classes.
     """
     try:
         family.caption_inputs(drift_prompts(options))

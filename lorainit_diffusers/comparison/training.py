@@ -60,9 +60,9 @@ class Start:
     """What the runs of one initialisation and seed begin with.
 
     Attributes:
-        adapters: of the adapted modules, by name.
-        report: of the initialisation, as JSON has it.
-        init_s: seconds that it took.
+        adapters: Of the adapted modules, by name.
+        report: Of the initialisation, as JSON has it.
+        init_s: Seconds that it took.
     """
 
     adapters: Mapping[str, Tensor]
@@ -76,11 +76,11 @@ def train_runs(
     """Train this process's part of the grid; the runs of one init and seed share the initialisation.
 
     Args:
-        grid: of the comparison.
-        device: of the base.
-        part: the share of this process.
-        bar: hears of every evaluation.
-        task: where it has been loaded already.
+        grid: Of the comparison.
+        device: Of the base.
+        part: The share of this process.
+        bar: Hears of every evaluation.
+        task: Where it has been loaded already.
     """
     options = grid.options
     groups: dict[tuple[str, int], list[PlannedRun]] = {}
@@ -192,8 +192,8 @@ class RunRecord:
     """What a run has been measured at, written as it comes, and the weights of the steps that are kept.
 
     Attributes:
-        rows: one an evaluation.
-        diverged: whether the weights are no longer finite; what comes then is the worst that can be.
+        rows: One an evaluation.
+        diverged: Whether the weights are no longer finite; what comes then is the worst that can be.
     """
 
     def __init__(self, grid: Grid, run: PlannedRun, task: ComparedTask, start: Start) -> None:
@@ -209,8 +209,8 @@ class RunRecord:
         """Validate, note the scores, and keep the weights where they are wanted.
 
         Args:
-            step: number of the step.
-            train_s: seconds of training up to there.
+            step: Number of the step.
+            train_s: Seconds of training up to there.
         """
         scores = {} if self.diverged else self.task.validate()
         if not scores or not all(map(math.isfinite, scores.values())):

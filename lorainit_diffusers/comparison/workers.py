@@ -29,14 +29,14 @@ def run_workers(work: Callable[[int], None], logs: Sequence[Path], bar: GridProg
     A worker is a new interpreter, so that it has its share of the threads from the beginning.
 
     Args:
-        work: does the part of this number; it is sent to the worker, so it must be a function of a module, or a
+        work: Does the part of this number; it is sent to the worker, so it must be a function of a module, or a
             `functools.partial` of one.
-        logs: what each worker writes; one a worker.
-        bar: hears of what all of them have done.
-        count: evaluations that are done.
+        logs: What each worker writes; one a worker.
+        bar: Hears of what all of them have done.
+        count: Evaluations that are done.
 
     Raises:
-        ValueError: when a worker fails; the message has its reason and its log.
+        ValueError: When a worker fails; the message has its reason and its log.
     """
     for log in logs:
         announce(log)
@@ -65,7 +65,7 @@ def _check(futures: Sequence[Future[None]], logs: Sequence[Path]) -> None:
     """See that no worker has failed.
 
     Raises:
-        ValueError: when one has.
+        ValueError: When one has.
     """
     for future, log in zip(futures, logs, strict=True):
         if future.done() and (error := future.exception()) is not None:

@@ -57,7 +57,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 where the prediction is one of the answers once both are normalised, else 0.
 
     Raises:
-        ValueError: when there are no answers.
+        ValueError: When there are no answers.
     """
     return max(float(normalize_answer(prediction) == answer) for answer in _normalized(answers))
 
@@ -69,7 +69,7 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
     is one. 0 where no word is shared.
 
     Raises:
-        ValueError: when there are no answers.
+        ValueError: When there are no answers.
     """
     predicted = _words(normalize_answer(prediction))
     return max(_f1(predicted, _words(answer)) for answer in _normalized(answers))

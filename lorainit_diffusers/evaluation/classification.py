@@ -28,13 +28,13 @@ def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> T
     Args:
         labels: (n,) classes.
         predictions: (n,) classes, or `OTHER` for an answer that is none of them.
-        num_classes: how many there are.
+        num_classes: How many there are.
 
     Returns:
         (num_classes, num_classes + 1) int64: row of the class, column of the answer; the last is `OTHER`.
 
     Raises:
-        ValueError: when the lengths differ, or a label or prediction lies outside.
+        ValueError: When the lengths differ, or a label or prediction lies outside.
     """
     if labels.shape != predictions.shape or labels.ndim != 1:
         raise ValueError(f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} must be as many")
@@ -80,10 +80,10 @@ def plot_confusion(
     """Draw a confusion matrix: colours are shares of a row, numbers are counts.
 
     Args:
-        confusion: from `confusion_matrix`.
-        class_names: of rows and columns.
+        confusion: From `confusion_matrix`.
+        class_names: Of rows and columns.
         path: PNG to write.
-        title: shown above.
+        title: Shown above.
 
     Returns:
         The path.
@@ -125,12 +125,12 @@ def plot_accuracy(
     """Draw a metric over the steps of a run, and the level of the base.
 
     Args:
-        metrics: the lines of `metrics.jsonl`; those with a `stage` are left out.
+        metrics: The lines of `metrics.jsonl`; those with a `stage` are left out.
         path: PNG to write.
-        name: of the metric.
-        base: its value for the base model.
-        title: shown above.
-        best_step: the step that is marked as the best one.
+        name: Of the metric.
+        base: Its value for the base model.
+        title: Shown above.
+        best_step: The step that is marked as the best one.
 
     Returns:
         The path.

@@ -75,9 +75,9 @@ class Table:
     """Rows under a heading; the first column names the row.
 
     Attributes:
-        header: of the columns.
-        rows: each with as many cells.
-        folded: what a reader clicks on to see a long table (HTML only); empty for one that is open.
+        header: Of the columns.
+        rows: Each with as many cells.
+        folded: What a reader clicks on to see a long table (HTML only); empty for one that is open.
     """
 
     header: list[str]

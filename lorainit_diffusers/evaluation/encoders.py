@@ -71,10 +71,10 @@ class VisionEncoder:
     for convolutional models the mean over positions), else the class token.
 
     Attributes:
-        name: printed beside every score.
-        model: takes `pixel_values`; in evaluation mode, float32.
-        image_processor: of transformers; images to `pixel_values`.
-        batch_size: images at a time.
+        name: Printed beside every score.
+        model: Takes `pixel_values`; in evaluation mode, float32.
+        image_processor: Of transformers; images to `pixel_values`.
+        batch_size: Images at a time.
     """
 
     name: str
@@ -87,7 +87,7 @@ class VisionEncoder:
         """One feature vector an image: (n, d) float32 on the CPU, of unit length unless `normalize` is off.
 
         Raises:
-            ValueError: when there is no image.
+            ValueError: When there is no image.
         """
         features: list[Tensor] = []
         for pixel_values in _pixel_batches(self, images):
@@ -100,7 +100,7 @@ class VisionEncoder:
         """Outputs of up to four blocks at even depths, without class and register tokens: (n, tokens, d) each.
 
         Raises:
-            ValueError: when there is no image.
+            ValueError: When there is no image.
         """
         return _patch_features(self.model, self.model.config, _pixel_batches(self, images))
 
@@ -110,11 +110,11 @@ class ClipEncoder:
     """A `CLIPModel` of transformers; features are its projections into the space that images and texts share.
 
     Attributes:
-        name: printed beside every score.
-        model: a `CLIPModel` in evaluation mode, float32.
-        image_processor: of transformers; images to `pixel_values`.
-        tokenizer: of transformers; its texts are cut to the model's length.
-        batch_size: images or texts at a time.
+        name: Printed beside every score.
+        model: A `CLIPModel` in evaluation mode, float32.
+        image_processor: Of transformers; images to `pixel_values`.
+        tokenizer: Of transformers; its texts are cut to the model's length.
+        batch_size: Images or texts at a time.
     """
 
     name: str
@@ -128,7 +128,7 @@ class ClipEncoder:
         """One feature vector an image: (n, d) float32 on the CPU, of unit length unless `normalize` is off.
 
         Raises:
-            ValueError: when there is no image.
+            ValueError: When there is no image.
         """
         outputs = [self.model.get_image_features(pixel_values=pixels) for pixels in _pixel_batches(self, images)]
         return _features([_projected(output) for output in outputs], normalize)
@@ -140,7 +140,7 @@ class ClipEncoder:
         Texts longer than the model reads are cut, as in CLIPScore.
 
         Raises:
-            ValueError: when there is no text.
+            ValueError: When there is no text.
         """
         if isinstance(texts, str) or not texts:
             raise ValueError(f"encoder {self.name!r} takes a non-empty list of texts, not {texts!r}")
@@ -157,7 +157,7 @@ class ClipEncoder:
         """Outputs of up to four blocks of the image tower at even depths: (n, tokens, d) each, no class token.
 
         Raises:
-            ValueError: when there is no image.
+            ValueError: When there is no image.
         """
         return _patch_features(self.model.vision_model, self.model.config.vision_config, _pixel_batches(self, images))
 
@@ -174,17 +174,17 @@ def load_encoder(
     The encoder is named after the hub repository, or after the last part of a local folder's path.
 
     Args:
-        path_or_name: folder in the transformers layout with safetensors weights, or a hub name.
-        device: where the model runs.
-        revision: of the hub repository.
-        batch_size: images or texts at a time.
+        path_or_name: Folder in the transformers layout with safetensors weights, or a hub name.
+        device: Where the model runs.
+        revision: Of the hub repository.
+        batch_size: Images or texts at a time.
 
     Returns:
         A `ClipEncoder`, which is an `ImageTextEncoder` too, or a `VisionEncoder`. See `require_text_encoder`.
 
     Raises:
-        FileNotFoundError: when there is no such encoder, or parts of it are missing.
-        ValueError: when the model is no image encoder, or its checkpoint lacks weights.
+        FileNotFoundError: When there is no such encoder, or parts of it are missing.
+        ValueError: When the model is no image encoder, or its checkpoint lacks weights.
     """
     source = os.fspath(path_or_name)
     _check_folder(source)
@@ -234,7 +234,7 @@ def require_text_encoder(encoder: ImageEncoder) -> ImageTextEncoder:
     """The same encoder, if it reads texts.
 
     Raises:
-        ValueError: when it knows images only.
+        ValueError: When it knows images only.
     """
     if not isinstance(encoder, ImageTextEncoder):
         raise ValueError(

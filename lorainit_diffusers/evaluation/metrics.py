@@ -31,10 +31,10 @@ class MetricInfo:
     """How a report shows a metric.
 
     Attributes:
-        label: heading of its column.
-        higher_is_better: the direction of its arrow.
-        needs_encoder: whether its value means something only beside the name of an encoder.
-        counted: whether it is a share of the examples, so that it moves in steps of one example.
+        label: Heading of its column.
+        higher_is_better: The direction of its arrow.
+        needs_encoder: Whether its value means something only beside the name of an encoder.
+        counted: Whether it is a share of the examples, so that it moves in steps of one example.
     """
 
     label: str
@@ -64,13 +64,13 @@ class Score:
     """The value of a metric together with what it was measured by.
 
     Attributes:
-        metric: a key of `METRICS`.
-        value: the value.
-        encoder: name of the encoder; None only for metrics that use none.
-        standard_error: of the value, where it is known.
+        metric: A key of `METRICS`.
+        value: The value.
+        encoder: Name of the encoder; None only for metrics that use none.
+        standard_error: Of the value, where it is known.
 
     Raises:
-        ValueError: when the metric is unknown, or needs an encoder and names none.
+        ValueError: When the metric is unknown, or needs an encoder and names none.
     """
 
     metric: str
@@ -95,9 +95,9 @@ class KidEstimate(NamedTuple):
     """What `kid` returns.
 
     Attributes:
-        mean: mean estimate over the subsets.
-        standard_error: of the estimate for the given samples, see `kid`.
-        full: unbiased estimate from all samples at once; the least noisy one when there are few.
+        mean: Mean estimate over the subsets.
+        standard_error: Of the estimate for the given samples, see `kid`.
+        full: Unbiased estimate from all samples at once; the least noisy one when there are few.
     """
 
     mean: float
@@ -116,7 +116,7 @@ def image_similarity(generated: Tensor, real: Tensor) -> float:
         real: (m, d).
 
     Raises:
-        ValueError: when the features are not two matrices of one width with finite, non-zero rows.
+        ValueError: When the features are not two matrices of one width with finite, non-zero rows.
     """
     _check_width(generated, real, "generated", "real")
     # the mean over all pairs is the product of the means: no (n, m) matrix
@@ -131,7 +131,7 @@ def paired_similarity(generated: Tensor, real: Tensor) -> float:
         real: (n, d), the reference of each generated image.
 
     Raises:
-        ValueError: when the shapes differ, or a row is zero or not finite.
+        ValueError: When the shapes differ, or a row is zero or not finite.
     """
     return float(_cosines(generated, real, "generated", "real").mean())
 
@@ -147,7 +147,7 @@ def text_alignment(images: Tensor, texts: Tensor) -> float:
         texts: (n, d), the prompt of each image, from the same encoder.
 
     Raises:
-        ValueError: when the shapes differ, or a row is zero or not finite.
+        ValueError: When the shapes differ, or a row is zero or not finite.
     """
     return float(_cosines(images, texts, "images", "texts").mean())
 
@@ -163,7 +163,7 @@ def drift(adapted: Tensor, base: Tensor) -> float:
         base: (n, d), samples without it.
 
     Raises:
-        ValueError: when the shapes differ, or a row is zero or not finite.
+        ValueError: When the shapes differ, or a row is zero or not finite.
     """
     return 1.0 - float(_cosines(adapted, base, "adapted", "base").mean())
 
@@ -176,10 +176,10 @@ def diversity(features: Tensor | Sequence[Tensor], prompt_ids: Sequence[int | st
 
     Args:
         features: (n, d), or the layers of `patch_features`, (n, tokens, d) each.
-        prompt_ids: n marks that say which samples share a prompt.
+        prompt_ids: N marks that say which samples share a prompt.
 
     Raises:
-        ValueError: when the numbers differ, a prompt has a single sample, or a vector is zero or not finite.
+        ValueError: When the numbers differ, a prompt has a single sample, or a vector is zero or not finite.
     """
     layers = [features.unsqueeze(1)] if isinstance(features, Tensor) else features
     _check_layers(layers, "features")
@@ -209,14 +209,14 @@ def perceptual_distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> Te
     uncalibrated variant, and the network is the encoder, so values compare with no published LPIPS. In [0, 4] a layer.
 
     Args:
-        first: layers of `patch_features`, (n, tokens, d) each.
-        second: the same of n other images.
+        first: Layers of `patch_features`, (n, tokens, d) each.
+        second: The same of n other images.
 
     Returns:
         (n,) float64: image i of `first` with image i of `second`.
 
     Raises:
-        ValueError: when the shapes differ, or a vector is zero or not finite.
+        ValueError: When the shapes differ, or a vector is zero or not finite.
     """
     _check_layers(first, "first")
     _check_layers(second, "second")
@@ -250,12 +250,12 @@ def kid(
     Args:
         features: (n, d), generated images.
         reference: (m, d), real images.
-        subsets: how many.
-        subset_size: samples of each set in a subset; by default half of the smaller set, at most 1000.
-        seed: of the choice of subsets.
+        subsets: How many.
+        subset_size: Samples of each set in a subset; by default half of the smaller set, at most 1000.
+        seed: Of the choice of subsets.
 
     Raises:
-        ValueError: when the features are not two finite matrices of one width and at least 4 rows, or a subset does not
+        ValueError: When the features are not two finite matrices of one width and at least 4 rows, or a subset does not
             leave out some samples.
     """
     _check_width(features, reference, "features", "reference")

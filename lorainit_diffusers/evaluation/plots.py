@@ -35,8 +35,8 @@ def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
     """Exponential moving average with the bias correction of Adam, so that the first values are not drawn to zero.
 
     Args:
-        values: a curve, one value a step.
-        weight: share of the past in every step, in [0, 1).
+        values: A curve, one value a step.
+        weight: Share of the past in every step, in [0, 1).
 
     Returns:
         A curve of the same length.
@@ -60,11 +60,11 @@ def plot_loss(
     """Draw the training loss, raw and smoothed, and the validation loss where there is one.
 
     Args:
-        metrics: the lines of `metrics.jsonl`: each has `step` and `loss` or `validation_loss`.
+        metrics: The lines of `metrics.jsonl`: each has `step` and `loss` or `validation_loss`.
         path: PNG to write.
-        title: shown above the curves.
-        validation_label: what the legend says of the validation loss.
-        best_step: the step of the validation that is marked as the best one.
+        title: Shown above the curves.
+        validation_label: What the legend says of the validation loss.
+        best_step: The step of the validation that is marked as the best one.
 
     Returns:
         The path.
@@ -125,16 +125,16 @@ def plot_ranks(
     """Draw the rank of every layer, with its number: a row for each block, a column for each layer in there.
 
     Args:
-        ranks: layer -> rank; 0 for a layer that lost its adapter.
+        ranks: Layer -> rank; 0 for a layer that lost its adapter.
         path: PNG to write.
-        title: shown above.
-        nominal_rank: light grey in the picture, with red above and blue below; by default the mean.
+        title: Shown above.
+        nominal_rank: Light grey in the picture, with red above and blue below; by default the mean.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: without layers.
+        ValueError: Without layers.
     """
     if not ranks:
         raise ValueError("there are no layers to draw the ranks of")
@@ -197,14 +197,14 @@ def sample_grid(
     """Lay out samples in a grid: one row a stage of the run, one column a prompt.
 
     Args:
-        rows: images by row label, one for each column.
-        columns: column labels, such as the prompts.
-        cell: side of a cell in pixels; by default the images' own width, brought between `min_cell` and `max_cell`.
-        min_cell: small images are enlarged to this, without smoothing by whole factors.
-        max_cell: large images are reduced to this.
+        rows: Images by row label, one for each column.
+        columns: Column labels, such as the prompts.
+        cell: Side of a cell in pixels; by default the images' own width, brought between `min_cell` and `max_cell`.
+        min_cell: Small images are enlarged to this, without smoothing by whole factors.
+        max_cell: Large images are reduced to this.
 
     Raises:
-        ValueError: when there is no image, or a row has another number of images than there are columns.
+        ValueError: When there is no image, or a row has another number of images than there are columns.
     """
     if not rows or not columns:
         raise ValueError("a sample grid needs at least one row and one column")

@@ -20,12 +20,12 @@ def fixed_noise_loss(family: ModelFamily, batches: Iterable[Mapping[str, Tensor]
     and the modules are in evaluation mode meanwhile. A batch counts as much as its loss is a mean over.
 
     Args:
-        family: the model and its loss.
-        batches: the same batches in every call.
-        num_samples: how many samples they hold in total.
+        family: The model and its loss.
+        batches: The same batches in every call.
+        num_samples: How many samples they hold in total.
 
     Raises:
-        ValueError: when there are no batches.
+        ValueError: When there are no batches.
     """
     total, seen = 0.0, 0.0
     with evaluating(family), family.stratified_timesteps(num_samples, torch.Generator().manual_seed(_SEED)):

@@ -1,6 +1,6 @@
 """What adapters add, as files: for diffusers, PEFT and kohya's readers, or merged into a whole model; and back.
 
-``scaling * B A - scaling * B0 A0``, an adapter with its offset, is one LoRA of rank 2r, with the scaling folded into B
+`scaling * B A - scaling * B0 A0`, an adapter with its offset, is one LoRA of rank 2r, with the scaling folded into B
 and alpha = rank in every layer: whatever a loader assumes about alpha, the strength is right, on the original base. It
 is decomposed anew, because the two products nearly cancel, which half precision would not survive well.
 """

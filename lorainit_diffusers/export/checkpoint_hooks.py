@@ -33,18 +33,18 @@ def register_checkpoint_hooks(
 ) -> None:
     """Make `accelerator.save_state` and `load_state` keep the adapters exactly, offsets included.
 
-    Call it after :func:`~lorainit_diffusers.initialize.initialize` and after the script's own hooks are registered
+    Call it after `initialize` and after the script's own hooks are registered
     (they run in the order of registration, and this one has the last word). `load_state` puts the saved values into the
     parameters that the optimizer holds.
 
     Args:
-        accelerator: of the script.
-        modules: component (`"unet"`, `"text_encoder"`, ...) -> adapted module, before or after `prepare`; a family's
+        accelerator: Of the script.
+        modules: Component (`"unet"`, `"text_encoder"`, ...) -> adapted module, before or after `prepare`; a family's
             `adapted`.
         adapter_name: PEFT's name of the adapter.
 
     Raises:
-        ValueError: a module carries no such adapter, or the processes shard the parameters. `load_state` then raises it
+        ValueError: A module carries no such adapter, or the processes shard the parameters. `load_state` then raises it
             for a checkpoint that lacks the file, or that another base or other ranks wrote.
     """
     if accelerator.distributed_type in UNSUPPORTED:
@@ -92,14 +92,14 @@ def read_adapters(
     """Put the adapters of a checkpoint into the parameters that the optimizer holds.
 
     Args:
-        modules: component -> unwrapped module.
-        directory: of the checkpoint.
+        modules: Component -> unwrapped module.
+        directory: Of the checkpoint.
         adapter_name: PEFT's name of the adapter.
-        same_ranks: refuse other ranks. Without it the parameters get the shapes of the checkpoint, which only an
+        same_ranks: Refuse other ranks. Without it the parameters get the shapes of the checkpoint, which only an
             optimizer without state and one process can follow.
 
     Raises:
-        ValueError: another base, or other ranks, wrote it.
+        ValueError: Another base, or other ranks, wrote it.
     """
     path = Path(directory) / ADAPTER_STATE_NAME
     state = load_file(path)

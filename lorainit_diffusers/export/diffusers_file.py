@@ -35,24 +35,24 @@ def save_diffusers_lora(
     pad_rank: int | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a file that ``pipeline.load_lora_weights(directory)`` loads, exactly, on the original base.
+    """Write a file that `pipeline.load_lora_weights(directory)` loads, exactly, on the original base.
 
     Args:
-        target: component (``"unet"``, ``"transformer"``, ``"text_encoder"``, ...) -> adapted module; or a model family.
-        directory: created when missing.
-        weight_name: of the file.
-        adapter_name: which adapter.
-        export_rank: compress layers of a larger rank, as in :func:`exported_factors`.
-        pad_rank: zero-pad every layer to this rank, for loaders that cannot mix ranks.
-        provenance: how the file was made; JSON under a metadata key of our own, which loaders ignore.
+        target: Component (`"unet"`, `"transformer"`, `"text_encoder"`, ...) -> adapted module; or a model family.
+        directory: Created when missing.
+        weight_name: Of the file.
+        adapter_name: Which adapter.
+        export_rank: Compress layers of a larger rank, as in `exported_factors`.
+        pad_rank: Zero-pad every layer to this rank, for loaders that cannot mix ranks.
+        provenance: How the file was made; JSON under a metadata key of our own, which loaders ignore.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: ``export_rank`` below 1; ``pad_rank`` smaller than the rank that a layer has left (2r for offset
-            initialisations that are not compressed); what ``bias``, ``modules_to_save`` or ``trainable_token_indices``
-            of ``LoraConfig`` train, which the format cannot hold; another component that carries an adapter, in the
+        ValueError: `export_rank` below 1; `pad_rank` smaller than the rank that a layer has left (2r for offset
+            initialisations that are not compressed); what `bias`, `modules_to_save` or `trainable_token_indices`
+            of `LoraConfig` train, which the format cannot hold; another component that carries an adapter, in the
             family or in the file that would be overwritten.
     """
     modules: Mapping[str, nn.Module] = getattr(target, "adapted", target)

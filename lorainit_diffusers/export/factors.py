@@ -41,14 +41,14 @@ def exported_factors(
     and the products are kept, so that another trainer can start from the file.
 
     Args:
-        module: adapted.
-        adapter_name: which adapter.
-        export_rank: layers of a larger rank are compressed to this one: the best approximation of B A in the Frobenius
-            norm (Eckart-Young), as balanced factors. :func:`discarded_energy` says what that costs.
-        pad_rank: zero-pad every layer to this rank, after compression.
+        module: Adapted.
+        adapter_name: Which adapter.
+        export_rank: Layers of a larger rank are compressed to this one: the best approximation of B A in the Frobenius
+            norm (Eckart-Young), as balanced factors. `discarded_energy` says what that costs.
+        pad_rank: Zero-pad every layer to this rank, after compression.
 
     Raises:
-        ValueError: ``export_rank`` below 1; ``pad_rank`` smaller than the rank that a layer has left; factors that are
+        ValueError: `export_rank` below 1; `pad_rank` smaller than the rank that a layer has left; factors that are
             not finite, or with an offset and rounded to 16 bits.
     """
     if export_rank is not None:
@@ -76,7 +76,7 @@ def check_not_rounded(name: str, weights: AdapterWeights) -> None:
     The two products nearly cancel: rounded to 16 bits, what was trained is lost in the rounding of both.
 
     Raises:
-        ValueError: factors of another dtype than float32 (or wider), or with the values of a 16-bit one.
+        ValueError: Factors of another dtype than float32 (or wider), or with the values of a 16-bit one.
     """
     if weights.offset is None:
         return
@@ -107,15 +107,15 @@ def check_holds(
     """See that a format holds everything that an adapter trains, and warn of what no format knows of.
 
     Args:
-        module: adapted.
-        adapter_name: which adapter.
-        file_format: its name, for the message.
-        lora_bias: it holds biases of B.
-        beside: it holds what is trained beside the factors.
-        full_modules: modules that are saved whole.
+        module: Adapted.
+        adapter_name: Which adapter.
+        file_format: Its name, for the message.
+        lora_bias: It holds biases of B.
+        beside: It holds what is trained beside the factors.
+        full_modules: Modules that are saved whole.
 
     Raises:
-        ValueError: naming the field of ``LoraConfig`` that the format has no place for.
+        ValueError: Naming the field of `LoraConfig` that the format has no place for.
     """
     lost = {} if beside else {item.field: item.base_name for item in trained_tensors(module, adapter_name)}
     biased = [name for name, weights in adapter_weights(module, adapter_name).items() if weights.bias is not None]
@@ -138,14 +138,14 @@ def check_holds(
 def discarded_energy(
     modules: Mapping[str, nn.Module], export_rank: int, adapter_name: str = "default"
 ) -> dict[str, float]:
-    """What compression to ``export_rank`` loses, by layer (``"component.layer"``).
+    """What compression to `export_rank` loses, by layer (`"component.layer"`).
 
     Returns:
-        Share of ``||B A||_F^2``, in [0, 1], with the offset in the product: 0 where nothing is cut, and where the
+        Share of `||B A||_F^2`, in [0, 1], with the offset in the product: 0 where nothing is cut, and where the
         product is zero. Under DoRA, it is still the product's energy, before the rows are normalised.
 
     Raises:
-        ValueError: ``export_rank`` below 1, or a module without the adapter.
+        ValueError: `export_rank` below 1, or a module without the adapter.
     """
     _check_export_rank(export_rank)
     shares: dict[str, float] = {}
@@ -207,7 +207,7 @@ def exported_magnitudes(module: nn.Module, adapter_name: str) -> dict[str, Tenso
 
 
 def exported_biases(module: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """(out_features,) biases of B (``lora_bias``) by layer name with the scaling in them, float32, on the CPU."""
+    """(out_features,) biases of B (`lora_bias`) by layer name with the scaling in them, float32, on the CPU."""
     biases = {
         name: (weights.scaling * weights.bias.float()).cpu().contiguous()
         for name, weights in adapter_weights(module, adapter_name).items()
@@ -222,7 +222,7 @@ def minimal_config(
 ) -> dict[str, Any]:
     """A file's LoRA configuration, by the patterns of its layers' names: alpha is the rank in every layer.
 
-    Exactly the fields that every PEFT release knows; above all no ``init_lora_weights`` that would run an
+    Exactly the fields that every PEFT release knows; above all no `init_lora_weights` that would run an
     initialisation on the base of whoever loads the file.
     """
     common = mode(ranks.values())
@@ -240,7 +240,7 @@ def minimal_config(
 
 
 def label_names(model: nn.Module) -> list[str] | None:
-    """The names of a classifier's outputs, by its configuration; ``None`` for other models and where it has none."""
+    """The names of a classifier's outputs, by its configuration; `None` for other models and where it has none."""
     found: Any = getattr(getattr(model, "config", None), "id2label", None)
     if not found or "Classification" not in type(model).__name__:
         return None
@@ -258,6 +258,6 @@ def file_metadata(provenance: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def text_model_name(name: str) -> str:
-    """The layer's name as files have it: transformers before 5 nests CLIP's layers under ``text_model``."""
+    """The layer's name as files have it: transformers before 5 nests CLIP's layers under `text_model`."""
     # The projection stands beside the text model, not in it.
     return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"

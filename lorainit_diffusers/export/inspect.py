@@ -34,11 +34,11 @@ class LoraLayer:
     """One layer of a LoRA file.
 
     Attributes:
-        name: as the file has it.
-        rank: of the factors.
-        alpha: numerator of the scale alpha / rank, as a reader of the format takes it.
-        in_features: of the layer.
-        out_features: of the layer.
+        name: As the file has it.
+        rank: Of the factors.
+        alpha: Numerator of the scale alpha / rank, as a reader of the format takes it.
+        in_features: Of the layer.
+        out_features: Of the layer.
     """
 
     name: str
@@ -53,13 +53,13 @@ class LoraFile:
     """A LoRA file.
 
     Attributes:
-        path: of the file.
-        format: who writes such names.
-        layers: sorted by name.
-        num_bytes: of the file.
-        dtypes: of its tensors, with how many there are.
-        other: names of tensors that belong to no layer, such as heads that are trained in full.
-        provenance: how this library made it; empty for files of others.
+        path: Of the file.
+        format: Who writes such names.
+        layers: Sorted by name.
+        num_bytes: Of the file.
+        dtypes: Of its tensors, with how many there are.
+        other: Names of tensors that belong to no layer, such as heads that are trained in full.
+        provenance: How this library made it; empty for files of others.
     """
 
     path: Path
@@ -87,11 +87,11 @@ def inspect_lora(path: str | Path) -> LoraFile:
     """Read what a LoRA file holds, without its weights.
 
     Args:
-        path: a `.safetensors` file, or a folder with one: of a run, or of a PEFT adapter.
+        path: A `.safetensors` file, or a folder with one: of a run, or of a PEFT adapter.
 
     Raises:
-        FileNotFoundError: when there is no such file, or none in the folder.
-        ValueError: when it is no safetensors file, or holds no LoRA.
+        FileNotFoundError: When there is no such file, or none in the folder.
+        ValueError: When it is no safetensors file, or holds no LoRA.
     """
     path = _file(Path(path))
     try:

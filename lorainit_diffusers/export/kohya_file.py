@@ -25,30 +25,30 @@ def save_kohya_lora(
     export_rank: int | None = None,
     pad_rank: int | None = None,
 ) -> Path:
-    """Write the kohya format that ComfyUI, A1111 and sd-scripts read: ``lora_down``, ``lora_up`` and ``alpha``.
+    """Write the kohya format that ComfyUI, A1111 and sd-scripts read: `lora_down`, `lora_up` and `alpha`.
 
-    DoRA adds ``dora_scale`` (out_features, 1): ``W' = dora_scale * (W + up @ down) / ||W + up @ down||``, with one norm
-    per row, as LyCORIS defines it with ``wd_on_output``. Readers differ: diffusers (0.42.1) drops the scale with a
+    DoRA adds `dora_scale` (out_features, 1): `W' = dora_scale * (W + up @ down) / ||W + up @ down||`, with one norm
+    per row, as LyCORIS defines it with `wd_on_output`. Readers differ: diffusers (0.42.1) drops the scale with a
     warning, and ComfyUI divides by the row norms of W alone (pull request 15458), so that the strength of trained DoRA
     layers is off there by the ratio of the two norms. The diffusers format has no such limit.
 
     Args:
-        target: component -> adapted module; or a model family.
-        path: of the ``.safetensors`` file.
-        adapter_name: which adapter.
-        prefixes: component -> key prefix; when left out, :data:`kohya_names.PREFIXES` or
-            :data:`kohya_names.SDXL_PREFIXES`.
-        sdxl: use SDXL's prefixes and the original UNet's layer names (see :mod:`kohya_names`). When left out: if there
-            is a ``text_encoder_2``, or the UNet's ``addition_embed_type`` is ``"text_time"``; SDXL's first text encoder
+        target: Component -> adapted module; or a model family.
+        path: Of the `.safetensors` file.
+        adapter_name: Which adapter.
+        prefixes: Component -> key prefix; when left out, `kohya_names.PREFIXES` or
+            `kohya_names.SDXL_PREFIXES`.
+        sdxl: Use SDXL's prefixes and the original UNet's layer names (see `kohya_names`). When left out: if there
+            is a `text_encoder_2`, or the UNet's `addition_embed_type` is `"text_time"`; SDXL's first text encoder
             alone needs it said.
-        export_rank: compress layers of a larger rank, as in :func:`exported_factors`.
-        pad_rank: zero-pad every layer to this rank. diffusers' own converter (0.42.1) takes one alpha for all layers
+        export_rank: Compress layers of a larger rank, as in `exported_factors`.
+        pad_rank: Zero-pad every layer to this rank. diffusers' own converter (0.42.1) takes one alpha for all layers
             and so needs it for variable ranks; ComfyUI, A1111 and sd-scripts do not.
 
     Raises:
-        ValueError: a component without a prefix; an SDXL layer that the original UNet does not have; ``export_rank``
-            below 1; ``pad_rank`` smaller than the rank that a layer has left; what the format cannot hold
-            (``lora_bias``, ``bias``, ``modules_to_save``, ``trainable_token_indices`` of ``LoraConfig``); another
+        ValueError: A component without a prefix; an SDXL layer that the original UNet does not have; `export_rank`
+            below 1; `pad_rank` smaller than the rank that a layer has left; what the format cannot hold
+            (`lora_bias`, `bias`, `modules_to_save`, `trainable_token_indices` of `LoraConfig`); another
             component of the family that carries an adapter.
     """
     modules: Mapping[str, nn.Module] = getattr(target, "adapted", target)
@@ -87,6 +87,6 @@ def save_kohya_lora(
 
 
 def _layers_per_block(config: Any) -> list[int]:
-    """Resnets of each down block of a ``UNet2DConditionModel``."""
+    """Resnets of each down block of a `UNet2DConditionModel`."""
     layers = config.layers_per_block
     return [layers] * len(config.down_block_types) if isinstance(layers, int) else list(layers)

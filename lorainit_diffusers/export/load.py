@@ -43,19 +43,19 @@ def load_lora(
         load_lora(pipeline.transformer, "outputs/dit-lora")
 
     It is an active adapter afterwards; the base weights are untouched and frozen, and run alone in
-    :func:`adapters_disabled`. What was trained in full (a classifier's output layer, biases) is the exception: it
+    `adapters_disabled`. What was trained in full (a classifier's output layer, biases) is the exception: it
     replaces the base's, and a classifier gets the names of its labels. Only safetensors files are read.
 
     Args:
-        module: the base model (a pipeline's transformer or UNet, say) that the LoRA was made for.
-        path: what :func:`save_peft_lora` or :func:`save_diffusers_lora` wrote: the folder, or the file in it.
-        component: which component's layers to take from a file in the diffusers format (``"transformer"``,
-            ``"unet"``, ...); needed only if it holds several.
+        module: The base model (a pipeline's transformer or UNet, say) that the LoRA was made for.
+        path: What `save_peft_lora` or `save_diffusers_lora` wrote: the folder, or the file in it.
+        component: Which component's layers to take from a file in the diffusers format (`"transformer"`,
+            `"unet"`, ...); needed only if it holds several.
         adapter_name: PEFT's name for the adapter, which the module must not carry yet.
 
     Raises:
-        FileNotFoundError: no such file, or a folder that holds neither format.
-        ValueError: the module carries such an adapter already; the file lacks the component, or holds something other
+        FileNotFoundError: No such file, or a folder that holds neither format.
+        ValueError: The module carries such an adapter already; the file lacks the component, or holds something other
             than a LoRA; a configuration that cannot be honoured (such as PEFT's pissa or olora, whose factors assume a
             base that they have changed); a layer that the module does not have, or of another shape. The module is then
             as it was.
@@ -88,7 +88,7 @@ def _layer_weights(
     """What a file holds of every layer, each held against the layer of the model.
 
     Raises:
-        ValueError: naming the file, the layer and what does not fit.
+        ValueError: Naming the file, the layer and what does not fit.
     """
     linear = base_layers(inner)
     weights: dict[str, AdapterWeights] = {}

@@ -33,22 +33,22 @@ def save_merged(
     adapter_name: str = "default",
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write the whole model with the LoRA merged into its weights, as ``save_pretrained`` would without adapters.
+    """Write the whole model with the LoRA merged into its weights, as `save_pretrained` would without adapters.
 
-    ``type(base).from_pretrained(directory)`` loads it, without PEFT. The weights are computed in float32 and rounded to
+    `type(base).from_pretrained(directory)` loads it, without PEFT. The weights are computed in float32 and rounded to
     the base's dtype, one layer at a time; the module stays as it is. Other adapters are left out.
 
     Args:
-        module: adapted model of diffusers or transformers.
-        directory: created when missing; gets ``config.json`` and the safetensors weights.
-        adapter_name: which adapter.
-        max_shard_size: largest size of one file, as in ``save_pretrained``.
+        module: Adapted model of diffusers or transformers.
+        directory: Created when missing; gets `config.json` and the safetensors weights.
+        adapter_name: Which adapter.
+        max_shard_size: Largest size of one file, as in `save_pretrained`.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the module carries no such adapter, its base is quantised, or it is of neither library; merged
+        ValueError: The module carries no such adapter, its base is quantised, or it is of neither library; merged
             weights that are not finite, as where a sum exceeds what float16 can hold.
     """
     merged = adapter_weights(module, adapter_name)

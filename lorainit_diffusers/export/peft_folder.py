@@ -39,29 +39,29 @@ def save_peft_lora(
     provenance: Mapping[str, Any] | None = None,
     labels: Mapping[int, str] | None = None,
 ) -> Path:
-    """Write a folder that PEFT's ``PeftModel.from_pretrained(base, directory)`` loads, exactly, on the original base.
+    """Write a folder that PEFT's `PeftModel.from_pretrained(base, directory)` loads, exactly, on the original base.
 
-    For models whose pipelines have no ``load_lora_weights`` (DiT, PixArt), and for those that have no pipeline;
-    :func:`load_lora` reads it as well.
+    For models whose pipelines have no `load_lora_weights` (DiT, PixArt), and for those that have no pipeline;
+    `load_lora` reads it as well.
 
     Args:
-        module: adapted.
-        directory: created when missing; gets ``adapter_config.json`` and ``adapter_model.safetensors``.
-        base_model: folder or hub name of the base, for the configuration.
-        adapter_name: which adapter.
-        full_modules: names of modules that were trained in full, such as a classifier's output layer; their weights
-            are saved as they are (PEFT's ``modules_to_save``), and replace those of the base when it is loaded.
-        export_rank: compress layers of a larger rank, as in :func:`exported_factors`.
-        pad_rank: zero-pad every layer to this rank.
-        provenance: how the file was made; JSON under a metadata key of our own, which loaders ignore.
-        labels: names of a classifier's outputs, by number, for ``label_names.json``, from which :func:`load_lora` sets
+        module: Adapted.
+        directory: Created when missing; gets `adapter_config.json` and `adapter_model.safetensors`.
+        base_model: Folder or hub name of the base, for the configuration.
+        adapter_name: Which adapter.
+        full_modules: Names of modules that were trained in full, such as a classifier's output layer; their weights
+            are saved as they are (PEFT's `modules_to_save`), and replace those of the base when it is loaded.
+        export_rank: Compress layers of a larger rank, as in `exported_factors`.
+        pad_rank: Zero-pad every layer to this rank.
+        provenance: How the file was made; JSON under a metadata key of our own, which loaders ignore.
+        labels: Names of a classifier's outputs, by number, for `label_names.json`, from which `load_lora` sets
             them; when left out, those of the model's configuration, if it is a classifier that has any.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: as for :func:`save_diffusers_lora`; a module of ``full_modules`` that does not exist, or is adapted.
+        ValueError: As for `save_diffusers_lora`; a module of `full_modules` that does not exist, or is adapted.
     """
     check_holds(module, adapter_name, "the PEFT folder", lora_bias=True, beside=True, full_modules=full_modules)
     exported = exported_factors(module, adapter_name, export_rank=export_rank, pad_rank=pad_rank)

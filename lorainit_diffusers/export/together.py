@@ -32,22 +32,22 @@ def save_lora(
     """Write a LoRA in several formats at once.
 
     Args:
-        target: component (``"unet"``, ``"text_encoder"``, ...) -> adapted module; or a model family.
-        directory: created when missing.
-        formats: of ``"diffusers"`` (``pytorch_lora_weights.safetensors``), ``"kohya"``
-            (``pytorch_lora_weights_kohya.safetensors``: ComfyUI and A1111 read all layers of SD and SDXL from this one
-            only) and ``"peft"`` (``adapter_model.safetensors`` and its configuration; one component).
-        adapter_name: which adapter.
-        export_rank: compress layers of a larger rank.
-        pad_rank: zero-pad every layer to this rank.
-        provenance: how the files were made.
-        base_model: folder or hub name of the base, for the PEFT folder.
+        target: Component (`"unet"`, `"text_encoder"`, ...) -> adapted module; or a model family.
+        directory: Created when missing.
+        formats: Of `"diffusers"` (`pytorch_lora_weights.safetensors`), `"kohya"`
+            (`pytorch_lora_weights_kohya.safetensors`: ComfyUI and A1111 read all layers of SD and SDXL from this one
+            only) and `"peft"` (`adapter_model.safetensors` and its configuration; one component).
+        adapter_name: Which adapter.
+        export_rank: Compress layers of a larger rank.
+        pad_rank: Zero-pad every layer to this rank.
+        provenance: How the files were made.
+        base_model: Folder or hub name of the base, for the PEFT folder.
 
     Returns:
         Format -> the file, or PEFT's folder.
 
     Raises:
-        ValueError: an unknown format, or none; several components for ``"peft"``; as for the functions of each format.
+        ValueError: An unknown format, or none; several components for `"peft"`; as for the functions of each format.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:

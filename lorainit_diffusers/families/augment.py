@@ -27,16 +27,16 @@ class Augmentation:
     """What may happen to an image; the defaults change nothing.
 
     Attributes:
-        crop_scale: share of the area that a random crop keeps, at least and at most ("random resized crop"; Szegedy et
+        crop_scale: Share of the area that a random crop keeps, at least and at most ("random resized crop"; Szegedy et
             al. 2014, arXiv:1409.4842). Above 1, the crop reaches beyond the image, whose border is repeated.
-        crop_ratio: width over height of the crop, at least; at most its inverse.
-        rotation: largest angle, in degrees, to either side.
-        flip: probability of mirroring.
-        brightness, contrast, saturation: each a factor drawn from [1 - value, 1 + value].
-        grayscale: probability of losing the colours.
-        permute_channels: probability of the colour channels in another order (drawings keep what they show).
-        invert: probability of the negative.
-        erase: probability that a rectangle of up to a third of the area is grey (Zhong et al. 2017, arXiv:1708.04896).
+        crop_ratio: Width over height of the crop, at least; at most its inverse.
+        rotation: Largest angle, in degrees, to either side.
+        flip: Probability of mirroring.
+        brightness, contrast, saturation: Each a factor drawn from [1 - value, 1 + value].
+        grayscale: Probability of losing the colours.
+        permute_channels: Probability of the colour channels in another order (drawings keep what they show).
+        invert: Probability of the negative.
+        erase: Probability that a rectangle of up to a third of the area is grey (Zhong et al. 2017, arXiv:1708.04896).
     """
 
     RANGES: ClassVar[Mapping[str, Range]] = {
@@ -69,7 +69,7 @@ class Augmentation:
 
         Args:
             images: (batch, channels, height, width) in [0, 1].
-            generator: of the CPU.
+            generator: Of the CPU.
 
         Returns:
             As many images of the same size, in [0, 1].
@@ -149,11 +149,11 @@ def mixup(images: Tensor, targets: Tensor, alpha: float, generator: torch.Genera
     Args:
         images: (batch, ...).
         targets: (batch, classes), probabilities.
-        alpha: of the Beta(alpha, alpha) distribution that the weight of each image is drawn from.
-        generator: of the CPU.
+        alpha: Of the Beta(alpha, alpha) distribution that the weight of each image is drawn from.
+        generator: Of the CPU.
 
     Raises:
-        ValueError: when alpha is not positive.
+        ValueError: When alpha is not positive.
     """
     if alpha <= 0:
         raise ValueError(f"mixup's alpha must be positive, got {alpha}")

@@ -22,10 +22,10 @@ class StepRecord:
 
     Attributes:
         timesteps: (batch,) timesteps of the step, or None for a family without them.
-        token_masks: for each component that has padded token inputs, a boolean (batch, tokens); True is a real token.
-        masked_layers: for components where only some layers see these tokens (a transformer's others see those of the
+        token_masks: For each component that has padded token inputs, a boolean (batch, tokens); True is a real token.
+        masked_layers: For components where only some layers see these tokens (a transformer's others see those of the
             image, of which there may be as many), the endings of the names of those that do.
-        layer_masks: for components whose layers see several sequences: for each of these, the endings of the names of
+        layer_masks: For components whose layers see several sequences: for each of these, the endings of the names of
             the layers that see it, and its mask. They go before `token_masks`.
     """
 
@@ -55,7 +55,7 @@ class AdaptedModules(dict[str, nn.Module]):
     """The modules of a family that get LoRA, by component name, and what the family holds beside them.
 
     Attributes:
-        beside: its other modules, by name: an adapter on one of them would be neither initialised nor saved.
+        beside: Its other modules, by name: an adapter on one of them would be neither initialised nor saved.
     """
 
     def __init__(self, adapted: Mapping[str, nn.Module], family: object) -> None:
@@ -156,7 +156,7 @@ def loss_weight(family: ModelFamily, batch: Any) -> float:
     it by `loss_weight(batch)`; of another one it is the number of samples, the length of the batch's first tensor.
 
     Raises:
-        ValueError: when a family gives a weight that is not a positive number.
+        ValueError: When a family gives a weight that is not a positive number.
     """
     if not isinstance(family, WeighsBatches):
         return float(max(_num_samples(batch), 1))
@@ -211,7 +211,7 @@ class UniformDraws:
         """Draw from a stratified, shuffled set of `num_samples` inside the block; restores what was before.
 
         Raises:
-            ValueError: when `num_samples` is not positive.
+            ValueError: When `num_samples` is not positive.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1 to stratify timesteps, got {num_samples}")

@@ -18,8 +18,8 @@ class TokenCounts(NamedTuple):
     """How long captions are for a text encoder.
 
     Attributes:
-        counts: tokens of each caption.
-        limit: how many tokens the encoder gets; what is beyond is cut.
+        counts: Tokens of each caption.
+        limit: How many tokens the encoder gets; what is beyond is cut.
     """
 
     counts: list[int]
@@ -89,14 +89,14 @@ class CaptionEncoding(BaseParts):
         """Encode captions once: columns that stand in a batch instead of `caption_inputs`.
 
         Args:
-            captions: the captions.
-            batch_size: how many are encoded at once.
+            captions: The captions.
+            batch_size: How many are encoded at once.
 
         Returns:
             `EMBEDS` of all captions, on the CPU in the weight dtype.
 
         Raises:
-            ValueError: when the text encoders are trained: the embeddings would be those of the untrained ones.
+            ValueError: When the text encoders are trained: the embeddings would be those of the untrained ones.
         """
         if self.train_text_encoder:
             raise ValueError(
@@ -114,10 +114,10 @@ class CaptionEncoding(BaseParts):
         """Let go of the text encoders: they leave memory, and captions can only come encoded from now on.
 
         Args:
-            prompts: those that `sample` will be asked for; they are encoded now and kept.
+            prompts: Those that `sample` will be asked for; they are encoded now and kept.
 
         Raises:
-            ValueError: when the text encoders are trained.
+            ValueError: When the text encoders are trained.
         """
         unique = list(dict.fromkeys(prompts))
         embeds = self.embed_captions(unique) if unique else {}
@@ -134,7 +134,7 @@ class CaptionEncoding(BaseParts):
         """Run the text encoders on the columns of `caption_inputs`, on their device: `EMBEDS` of the captions.
 
         Args:
-            columns: token ids and attention masks.
+            columns: Token ids and attention masks.
             unskipped: (batch,) boolean, the samples that train without their caption; None is none.
         """
 
@@ -229,9 +229,9 @@ def hidden_state(output: Any, usual: int, clip_skip: int | None, unskipped: Tens
     """The hidden state of a text encoder that conditions the denoiser: (batch, tokens, width).
 
     Args:
-        output: of the encoder, with `hidden_states`.
-        usual: index of the one that is taken without `clip_skip`.
-        clip_skip: how many layers further to the front; None is the usual one.
+        output: Of the encoder, with `hidden_states`.
+        usual: Index of the one that is taken without `clip_skip`.
+        clip_skip: How many layers further to the front; None is the usual one.
         unskipped: (batch,) boolean, the samples that it is not applied to; None applies it to all.
     """
     hidden: Tensor = output.hidden_states[usual]

@@ -55,10 +55,10 @@ class ClassifierOptions(TypedDict, total=False):
     """What the training adds to a base; each may be left out.
 
     Attributes:
-        augmentation: what happens to the images of a training step; nothing by default.
-        label_smoothing: of the cross entropy; 0 by default.
-        mixup_alpha: of mixup; 0, the default, is off.
-        head_seed: of a new output layer's weights; 0 by default.
+        augmentation: What happens to the images of a training step; nothing by default.
+        label_smoothing: Of the cross entropy; 0 by default.
+        mixup_alpha: Of mixup; 0, the default, is off.
+        head_seed: Of a new output layer's weights; 0 by default.
     """
 
     augmentation: Augmentation | None
@@ -76,14 +76,14 @@ class ClassifierFamily(EvaluationMode):
     of its name.
 
     Attributes:
-        model: what `AutoModelForImageClassification` loads.
-        preparation: how pictures become its inputs.
-        class_names: of the data, each of which is a label of the model.
-        augmentation: what happens to the images of a training step, and so of a collection pass.
-        label_smoothing: share of a target that is spread over all outputs (Szegedy et al. 2015, arXiv:1512.00567).
-        mixup_alpha: of mixup's Beta distribution (arXiv:1710.09412); 0 is off.
-        has_new_head: whether the output layer is not the base's own.
-        step: what the latest `loss` drew; classifiers have neither timesteps nor padding.
+        model: What `AutoModelForImageClassification` loads.
+        preparation: How pictures become its inputs.
+        class_names: Of the data, each of which is a label of the model.
+        augmentation: What happens to the images of a training step, and so of a collection pass.
+        label_smoothing: Share of a target that is spread over all outputs (Szegedy et al. 2015, arXiv:1512.00567).
+        mixup_alpha: Of mixup's Beta distribution (arXiv:1710.09412); 0 is off.
+        has_new_head: Whether the output layer is not the base's own.
+        step: What the latest `loss` drew; classifiers have neither timesteps nor padding.
     """
 
     model: PreTrainedModel
@@ -133,21 +133,21 @@ class ClassifierFamily(EvaluationMode):
         """Load a base from a local folder or a hub name, frozen; only safetensors weights are read.
 
         Args:
-            path: folder as `save_pretrained` writes it, or the name of a hub repository.
-            class_names: of the data, in the order of its labels.
+            path: Folder as `save_pretrained` writes it, or the name of a hub repository.
+            class_names: Of the data, in the order of its labels.
             head: `keep` the base's output layer, whose labels the classes must be (in any case, with spaces, hyphens or
                 underscores); make a `new` one; or `auto`, which keeps it where it can.
-            preparation: how pictures are prepared; that of the base's image processor by default.
-            revision: hub revision of the base.
-            cache_dir: where downloads are kept; Hugging Face's own place by default.
-            weight_dtype: dtype of the backbone. The output layer stays in float32.
-            device: where it goes.
-            **options: see `ClassifierOptions`.
+            preparation: How pictures are prepared; that of the base's image processor by default.
+            revision: Hub revision of the base.
+            cache_dir: Where downloads are kept; Hugging Face's own place by default.
+            weight_dtype: Dtype of the backbone. The output layer stays in float32.
+            device: Where it goes.
+            **options: See `ClassifierOptions`.
 
         Raises:
-            FileNotFoundError: when there is no such base, or it has no safetensors weights or image processor.
-            TypeError: for an option that there is not.
-            ValueError: when it is no image classifier and has no class for one, lacks weights, or its labels are not
+            FileNotFoundError: When there is no such base, or it has no safetensors weights or image processor.
+            TypeError: For an option that there is not.
+            ValueError: When it is no image classifier and has no class for one, lacks weights, or its labels are not
                 the classes that `head="keep"` needs.
         """
         check_option_names(cls, options, ClassifierOptions.__annotations__)
@@ -209,7 +209,7 @@ class ClassifierFamily(EvaluationMode):
         """Full names of the projections of attention; of the pointwise layers in a network without (ConvNeXt).
 
         Raises:
-            ValueError: for another component, or a model that has neither (lists its linear layers).
+            ValueError: For another component, or a model that has neither (lists its linear layers).
         """
         if component != COMPONENT:
             raise ValueError(f"a classifier has no component {component!r}; it has {COMPONENT!r}")
@@ -223,7 +223,7 @@ class ClassifierFamily(EvaluationMode):
             generator: CPU generator of the augmentation and of mixup, in this order.
 
         Raises:
-            ValueError: when the batch lacks one of its parts.
+            ValueError: When the batch lacks one of its parts.
         """
         if "pixel_values" not in batch or "labels" not in batch:
             raise ValueError(f"a batch needs pixel_values and labels, got {', '.join(batch) or 'nothing'}")
@@ -271,13 +271,13 @@ def _load_model(name: str, config: Any, new_labels: Sequence[str] | None, option
     """Load the weights of a base, every one of the backbone accounted for.
 
     Args:
-        name: folder or hub name.
-        config: of the base.
-        new_labels: labels of a new head, whose weights are then to be drawn; None keeps the base's own.
-        options: of transformers' `from_pretrained`.
+        name: Folder or hub name.
+        config: Of the base.
+        new_labels: Labels of a new head, whose weights are then to be drawn; None keeps the base's own.
+        options: Of transformers' `from_pretrained`.
 
     Raises:
-        ValueError: when it is no classifier of images, lacks weights of its backbone, or those of a head that is kept.
+        ValueError: When it is no classifier of images, lacks weights of its backbone, or those of a head that is kept.
     """
     labels: dict[str, Any] = {}
     if new_labels is not None:
@@ -316,7 +316,7 @@ def check_base(name: str) -> None:
     """See that a base given as a local folder exists; a hub repository's name is left to the loader.
 
     Raises:
-        FileNotFoundError: when the folder is missing or has no `config.json`.
+        FileNotFoundError: When the folder is missing or has no `config.json`.
     """
     check_transformers_folder(name, bare_names=True)
 

@@ -24,7 +24,7 @@ def projections(model: nn.Module) -> list[str]:
     Layers inside `nn.MultiheadAttention` are none of them: it never calls them as modules.
 
     Raises:
-        ValueError: when there are none (lists the linear layers).
+        ValueError: When there are none (lists the linear layers).
     """
     fused = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
     linear = [
@@ -51,7 +51,7 @@ def head_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers that make the logits: one, or as many as distilled models have.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: When there is none.
     """
     num_labels = len(labels_of(cast(Any, model).config))
     named = [

@@ -27,7 +27,7 @@ class TooLongError(ValueError):
     """A conversation has more tokens than it may have.
 
     Attributes:
-        num_tokens: that it has.
+        num_tokens: That it has.
     """
 
     def __init__(self, message: str, num_tokens: int) -> None:
@@ -42,16 +42,16 @@ class Conversations:
     the model, and `labels`, (batch, tokens), the token ids of the answers and -100 elsewhere.
 
     Args:
-        model: the conversations are for.
-        processor: its processor.
-        base_name: folder or hub name that both come from, for messages.
+        model: The conversations are for.
+        processor: Its processor.
+        base_name: Folder or hub name that both come from, for messages.
 
     Attributes:
-        processor: as given.
+        processor: As given.
         image_tokens: (n,) ids of the tokens that stand for an image.
-        end_tokens: ids of the tokens that end a generation.
-        is_paligemma: whether the model is a PaliGemma, whose processor takes prefix and suffix.
-        plain_text: keeps special tokens out of the texts.
+        end_tokens: Ids of the tokens that end a generation.
+        is_paligemma: Whether the model is a PaliGemma, whose processor takes prefix and suffix.
+        plain_text: Keeps special tokens out of the texts.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, base_name: str = "") -> None:
@@ -113,15 +113,15 @@ class Conversations:
         Args:
             messages: `{"role": "system" | "user" | "assistant", "content": ...}`, the content a text or parts
                 `{"type": "text", "text": ...}` and `{"type": "image"}`.
-            images: one for each image part, in their order.
-            max_length: of the whole, in tokens. Nothing is ever cut: an image without all of its tokens is none.
+            images: One for each image part, in their order.
+            max_length: Of the whole, in tokens. Nothing is ever cut: an image without all of its tokens is none.
 
         Returns:
             Tensors of one sample: (1, tokens) of tokens, and whatever the model takes for images.
 
         Raises:
-            TooLongError: when the conversation is too long.
-            ValueError: when roles, contents or the number of images are wrong, an answer is empty, or the template does
+            TooLongError: When the conversation is too long.
+            ValueError: When roles, contents or the number of images are wrong, an answer is empty, or the template does
                 not write a conversation as the continuation of its beginning.
         """
         conversation = _typed(messages, len(images))
@@ -158,11 +158,11 @@ class Conversations:
         """What the processor makes of a conversation whose next message is the assistant's, for `generate`.
 
         Args:
-            messages: as in `encode`; the last is not the assistant's.
-            images: one for each image part.
+            messages: As in `encode`; the last is not the assistant's.
+            images: One for each image part.
 
         Raises:
-            ValueError: as in `encode`.
+            ValueError: As in `encode`.
         """
         conversation = _typed(messages, len(images))
         if conversation[-1]["role"] == "assistant":
@@ -178,7 +178,7 @@ class Conversations:
         """See what `encode` would find without the images: roles, contents, and texts that cannot be read as such.
 
         Raises:
-            ValueError: as in `encode`.
+            ValueError: As in `encode`.
         """
         self.plain_text.mark(_typed(messages, num_images))
 
@@ -193,11 +193,11 @@ class Conversations:
         differ, as the processors do it in a batch.
 
         Args:
-            features: from `encode` or `encode_prompt`.
+            features: From `encode` or `encode_prompt`.
             padding_side: `right` or `left`.
 
         Raises:
-            ValueError: for another side.
+            ValueError: For another side.
         """
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side {padding_side!r} is unknown; give 'right' or 'left'")

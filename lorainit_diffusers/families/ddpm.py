@@ -26,8 +26,8 @@ class DenoisingFamily(TextToImageFamily):
     what the base samples with (Euler for SDXL) is another discretisation of the same schedule.
 
     Attributes:
-        snr_gamma: gamma of min-SNR weighting (Hang et al. 2023, arXiv:2303.09556); None is the plain mean square.
-        noise_offset: strength of a per-channel constant added to the noise (0 is off).
+        snr_gamma: Gamma of min-SNR weighting (Hang et al. 2023, arXiv:2303.09556); None is the plain mean square.
+        noise_offset: Strength of a per-channel constant added to the noise (0 is off).
     """
 
     _: KW_ONLY
@@ -102,7 +102,7 @@ def check_prediction_type(prediction_type: str) -> None:
     """See that the loss knows this prediction type.
 
     Raises:
-        ValueError: when it does not.
+        ValueError: When it does not.
     """
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")

@@ -40,13 +40,13 @@ class FlowMatchingFamily(TextToImageFamily):
     """A base that learnt the velocity between data and noise.
 
     Attributes:
-        weighting_scheme: how levels of noise are drawn (`none`: uniformly, `logit_normal`, `mode`) or weighted
+        weighting_scheme: How levels of noise are drawn (`none`: uniformly, `logit_normal`, `mode`) or weighted
             (`sigma_sqrt`, `cosmap`), as in section 3.1 of Esser et al.; None is the family's usual one.
-        logit_mean: mean of the normal distribution behind `logit_normal`; positive is less noise, as in diffusers.
-        logit_std: its standard deviation.
-        mode_scale: how much `mode` prefers the middle.
-        max_sequence_length: tokens of the large text encoder; None is the family's usual number.
-        sampler: class of the base's own scheduler. Samples are drawn with it where it is one of `SAMPLERS`, and with a
+        logit_mean: Mean of the normal distribution behind `logit_normal`; positive is less noise, as in diffusers.
+        logit_std: Its standard deviation.
+        mode_scale: How much `mode` prefers the middle.
+        max_sequence_length: Tokens of the large text encoder; None is the family's usual number.
+        sampler: Class of the base's own scheduler. Samples are drawn with it where it is one of `SAMPLERS`, and with a
             FlowMatchEulerDiscreteScheduler where not.
     """
 
@@ -128,7 +128,7 @@ class FlowMatchingFamily(TextToImageFamily):
         Asked only where the base's scheduler shifts by the size. None takes them unshifted.
 
         Args:
-            latents: as `_add_noise` gets them.
+            latents: As `_add_noise` gets them.
         """
         return None
 

@@ -26,13 +26,13 @@ class ImagePreparation:
     `crop` is done once; augmentation comes between it and `normalize`, which is part of the training step.
 
     Attributes:
-        resolution: side of the square that the base sees, in pixels.
-        shorter_side: to which a picture is resized before its centre is cut out.
-        mean, std: of the channels, as the processor scales them.
-        scale: what a pixel of 1.0 is multiplied by before that.
-        reverse_channels: whether the base wants blue first.
+        resolution: Side of the square that the base sees, in pixels.
+        shorter_side: To which a picture is resized before its centre is cut out.
+        mean, std: Of the channels, as the processor scales them.
+        scale: What a pixel of 1.0 is multiplied by before that.
+        reverse_channels: Whether the base wants blue first.
         resample: Pillow's resampling filter.
-        processor: the image processor, for saving.
+        processor: The image processor, for saving.
     """
 
     resolution: int
@@ -56,14 +56,14 @@ class ImagePreparation:
         """Read a base's image processor.
 
         Args:
-            path: folder or hub name of the base.
-            resolution: side of the square, instead of the processor's; the margin is cut in the same proportion.
-            revision: hub revision.
-            cache_dir: where downloads are kept; Hugging Face's own place by default.
+            path: Folder or hub name of the base.
+            resolution: Side of the square, instead of the processor's; the margin is cut in the same proportion.
+            revision: Hub revision.
+            cache_dir: Where downloads are kept; Hugging Face's own place by default.
 
         Raises:
-            FileNotFoundError: when there is no such base, or it has no image processor.
-            ValueError: when its pictures are not square or have no size.
+            FileNotFoundError: When there is no such base, or it has no image processor.
+            ValueError: When its pictures are not square or have no size.
         """
         name = os.fspath(path)
         check_transformers_folder(name, bare_names=True, weights=False)

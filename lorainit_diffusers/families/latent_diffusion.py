@@ -28,11 +28,11 @@ class LatentDiffusionFamily(DenoisingFamily):
     Attributes:
         tokenizer: CLIP tokenizer; prompts are padded to its `model_max_length`.
         text_encoder: CLIP text model.
-        vae: autoencoder, used in its own dtype and never trained.
-        unet: the denoiser.
-        noise_scheduler: gives `alphas_cumprod`, the number of timesteps and the prediction type.
-        clip_skip: last text encoder layers to leave out, as the pipelines count them; None is their default.
-        force_zeros_for_empty_prompt: whether the pipeline takes zeros for no caption instead of the encoded empty one.
+        vae: Autoencoder, used in its own dtype and never trained.
+        unet: The denoiser.
+        noise_scheduler: Gives `alphas_cumprod`, the number of timesteps and the prediction type.
+        clip_skip: Last text encoder layers to leave out, as the pipelines count them; None is their default.
+        force_zeros_for_empty_prompt: Whether the pipeline takes zeros for no caption instead of the encoded empty one.
     """
 
     tokenizer: CLIPTokenizer

@@ -88,23 +88,23 @@ class BaseParts(_Parts, EvaluationMode, ABC):
         """Load a base from a local folder, a hub name or a single file, frozen; only safetensors weights are read.
 
         Args:
-            path: folder in the diffusers layout, the name of a hub repository, or one `.safetensors` file.
-            revision: hub revision of the base.
-            variant: weight variant in the base's file names, such as `fp16`.
-            vae_path: folder, hub name or single file of another VAE to use with the base.
-            cache_dir: where downloads are kept; Hugging Face's own place by default.
-            weight_dtype: dtype of the denoiser and the text encoders. The VAE is in float32 whatever it is: SDXL's
+            path: Folder in the diffusers layout, the name of a hub repository, or one `.safetensors` file.
+            revision: Hub revision of the base.
+            variant: Weight variant in the base's file names, such as `fp16`.
+            vae_path: Folder, hub name or single file of another VAE to use with the base.
+            cache_dir: Where downloads are kept; Hugging Face's own place by default.
+            weight_dtype: Dtype of the denoiser and the text encoders. The VAE is in float32 whatever it is: SDXL's
                 overflows to black images in half precision.
-            device: where the modules go; with `offload`, the VAE and frozen text encoders stay on the CPU.
+            device: Where the modules go; with `offload`, the VAE and frozen text encoders stay on the CPU.
             quantization_config: diffusers' quantisation of the denoiser, such as a `BitsAndBytesConfig` for 4 bits.
-            **options: attributes of the family by name, such as `train_text_encoder`, `caption_dropout` or `snr_gamma`;
+            **options: Attributes of the family by name, such as `train_text_encoder`, `caption_dropout` or `snr_gamma`;
                 see its class.
 
         Raises:
-            FileNotFoundError: when there is no such base or VAE, it has no safetensors weights, or the hub cannot be
+            FileNotFoundError: When there is no such base or VAE, it has no safetensors weights, or the hub cannot be
                 reached.
-            TypeError: for an option that the family has not.
-            ValueError: when the base is of another family or broken (weights that are missing, left over, of another
+            TypeError: For an option that the family has not.
+            ValueError: When the base is of another family or broken (weights that are missing, left over, of another
                 shape or not finite), or an option is out of its range.
         """
         own = {option.name for option in fields(cls) if option.init and option.kw_only}
@@ -151,8 +151,8 @@ class BaseParts(_Parts, EvaluationMode, ABC):
         A name that can only be a hub repository's is left to the loader.
 
         Raises:
-            FileNotFoundError: when the folder, or a file that it needs, is missing.
-            ValueError: when it holds another kind of pipeline (the message says which family is for it), or a file is
+            FileNotFoundError: When the folder, or a file that it needs, is missing.
+            ValueError: When it holds another kind of pipeline (the message says which family is for it), or a file is
                 broken.
         """
         check_base(cls, name)
@@ -246,7 +246,7 @@ class BaseParts(_Parts, EvaluationMode, ABC):
         adapted in the other layers only: the rest would get no gradient.
 
         Raises:
-            ValueError: for a component that this family does not adapt.
+            ValueError: For a component that this family does not adapt.
         """
         if component == self.DENOISER:
             return list(self.TARGETS)
@@ -267,7 +267,7 @@ class BaseParts(_Parts, EvaluationMode, ABC):
         """See that the VAE's latents are what the denoiser takes.
 
         Raises:
-            ValueError: when they are not.
+            ValueError: When they are not.
         """
         latent_channels = self._latent_channels
         if channels != latent_channels:
@@ -280,7 +280,7 @@ class BaseParts(_Parts, EvaluationMode, ABC):
         """See that the CLIP encoders have so many layers before the hidden state that is usually taken.
 
         Raises:
-            ValueError: when one has not.
+            ValueError: When one has not.
         """
         for component in self.trainable_text_encoders:
             limit = self._num_layers(component) + usual

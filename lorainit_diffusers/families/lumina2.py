@@ -44,12 +44,12 @@ class Lumina2Family(FlowMatchingFamily):
     images.
 
     Attributes:
-        tokenizer: of Gemma.
+        tokenizer: Of Gemma.
         text_encoder: Gemma 2, of which the last hidden state but one is used; never trained.
-        vae: autoencoder, never trained.
-        transformer: the denoiser.
-        noise_scheduler: the table of noise levels, with the base's shift.
-        max_sequence_length: tokens of Gemma, the system prompt included; None is 256, as in the pipeline.
+        vae: Autoencoder, never trained.
+        transformer: The denoiser.
+        noise_scheduler: The table of noise levels, with the base's shift.
+        max_sequence_length: Tokens of Gemma, the system prompt included; None is 256, as in the pipeline.
     """
 
     tokenizer: PreTrainedTokenizerBase

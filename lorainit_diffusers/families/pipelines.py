@@ -44,11 +44,11 @@ class LoadedBase:
     """The parts of a base.
 
     Attributes:
-        index: its `model_index.json`.
-        parts: text encoders and tokenizers by field name; `None` for those that it does without.
+        index: Its `model_index.json`.
+        parts: Text encoders and tokenizers by field name; `None` for those that it does without.
         denoiser: UNet or transformer.
-        vae: autoencoder, in float32.
-        scheduler: configuration of its noise schedule.
+        vae: Autoencoder, in float32.
+        scheduler: Configuration of its noise schedule.
     """
 
     index: Mapping[str, Any]
@@ -67,8 +67,8 @@ def check_base(family: Family, name: str) -> None:
     A name that can only be a hub repository's is left to the loader.
 
     Raises:
-        FileNotFoundError: when the folder, or a file that it needs, is missing.
-        ValueError: when it holds another kind of pipeline, or a file is broken.
+        FileNotFoundError: When the folder, or a file that it needs, is missing.
+        ValueError: When it holds another kind of pipeline, or a file is broken.
     """
     if is_single_file(name):
         check_single_file(family.PIPELINES[0], name, BASE)
@@ -133,7 +133,7 @@ def check_index(family: Family, name: str, index: Mapping[str, Any]) -> None:
     """See that `model_index.json` names a pipeline of this family, its parts, and a scheduler of its kind of noise.
 
     Raises:
-        ValueError: when it names another class (the message says which family is for it), lacks a part, has code of
+        ValueError: When it names another class (the message says which family is for it), lacks a part, has code of
             its own or another kind of noise.
     """
     known = [pipeline.__name__ for pipeline in family.PIPELINES]
@@ -232,9 +232,9 @@ def load_base(
     """Load all parts of a base; for the arguments see `BaseParts.from_pretrained`.
 
     Raises:
-        FileNotFoundError: when there is no such base or VAE, or it has no safetensors weights, or the hub cannot be
+        FileNotFoundError: When there is no such base or VAE, or it has no safetensors weights, or the hub cannot be
             reached.
-        ValueError: when it is another family's, a file is broken, or weights are missing, left over, of another shape
+        ValueError: When it is another family's, a file is broken, or weights are missing, left over, of another shape
             or not finite.
     """
     check_base(family, name)

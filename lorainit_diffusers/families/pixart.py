@@ -50,13 +50,13 @@ class PixArtFamily(DenoisingFamily):
     images. Captions are put into lower case and cleaned as the pipelines do it.
 
     Attributes:
-        tokenizer: of T5.
+        tokenizer: Of T5.
         text_encoder: T5; never trained.
-        vae: autoencoder, never trained.
-        transformer: the denoiser. Where it takes them (PixArt-alpha at 1024 pixels), it is told the image's size in
+        vae: Autoencoder, never trained.
+        transformer: The denoiser. Where it takes them (PixArt-alpha at 1024 pixels), it is told the image's size in
             pixels and its height over its width.
-        noise_scheduler: gives `alphas_cumprod`, the number of timesteps and the prediction type.
-        max_sequence_length: tokens of a caption; None is 120 for PixArt-alpha and 300 for Sigma, as in the pipelines.
+        noise_scheduler: Gives `alphas_cumprod`, the number of timesteps and the prediction type.
+        max_sequence_length: Tokens of a caption; None is 120 for PixArt-alpha and 300 for Sigma, as in the pipelines.
         pipeline_class: `PixArtAlphaPipeline` or `PixArtSigmaPipeline`, whichever the base is for.
     """
 
@@ -167,10 +167,10 @@ class DiTFamily(DenoisingFamily):
     the global generator and for each block another one; the family switches it off.
 
     Attributes:
-        vae: autoencoder, never trained.
-        transformer: the denoiser.
-        noise_scheduler: gives `alphas_cumprod`, the number of timesteps and the prediction type.
-        id2label: names of the classes, by number; synonyms are separated by commas.
+        vae: Autoencoder, never trained.
+        transformer: The denoiser.
+        noise_scheduler: Gives `alphas_cumprod`, the number of timesteps and the prediction type.
+        id2label: Names of the classes, by number; synonyms are separated by commas.
     """
 
     vae: AutoencoderKL
@@ -236,7 +236,7 @@ class DiTFamily(DenoisingFamily):
         """The column `class_labels`, (captions,) int64.
 
         Raises:
-            ValueError: for a caption that is neither a class of the base nor the number of one.
+            ValueError: For a caption that is neither a class of the base nor the number of one.
         """
         return {"class_labels": torch.tensor([self._label(caption) for caption in captions], dtype=torch.int64)}
 
@@ -263,7 +263,7 @@ class DiTFamily(DenoisingFamily):
         """See that the prompts are classes: there is no text encoder to let go of.
 
         Raises:
-            ValueError: for one that is none.
+            ValueError: For one that is none.
         """
         self.caption_inputs(list(prompts))
 
@@ -302,14 +302,14 @@ class DiTFamily(DenoisingFamily):
         VAE's, knows one size, and takes 1000 for no class in every base.
 
         Args:
-            prompts: names or numbers of classes.
-            seeds: one seed for each.
-            resolution: side of the images in pixels; the base's own by default.
-            num_inference_steps: steps of the sampler.
-            guidance_scale: classifier-free guidance; none up to 1.
+            prompts: Names or numbers of classes.
+            seeds: One seed for each.
+            resolution: Side of the images in pixels; the base's own by default.
+            num_inference_steps: Steps of the sampler.
+            guidance_scale: Classifier-free guidance; none up to 1.
 
         Raises:
-            ValueError: for a prompt that is no class.
+            ValueError: For a prompt that is no class.
         """
         side = (resolution or self.resolution) // self.vae_scale_factor
         labels = self.caption_inputs(prompts)["class_labels"].to(self.device)

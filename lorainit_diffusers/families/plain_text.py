@@ -25,8 +25,8 @@ class Marked:
     """What was put into a conversation.
 
     Attributes:
-        character: the mark.
-        count: how often it was put in.
+        character: The mark.
+        count: How often it was put in.
     """
 
     character: str
@@ -37,10 +37,10 @@ class PlainText:
     """Keeps special tokens out of the user's texts.
 
     Args:
-        tokenizer: of the base.
-        processor: whose tokens for images count, too.
-        end_ids: tokens that end a generation, which an answer must not have.
-        image_ids: tokens that stand for an image, which no text must have.
+        tokenizer: Of the base.
+        processor: Whose tokens for images count, too.
+        end_ids: Tokens that end a generation, which an answer must not have.
+        image_ids: Tokens that stand for an image, which no text must have.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class PlainText:
         """The conversation with a mark in every special token that a text spells, and what the mark is.
 
         Args:
-            conversation: messages whose contents are lists of parts.
+            conversation: Messages whose contents are lists of parts.
 
         Raises:
-            ValueError: for a text that has such a token all the same; names the message and the token.
+            ValueError: For a text that has such a token all the same; names the message and the token.
         """
         everything = "".join(part["text"] for message in conversation for part in _texts(message))
         character = next(chr(code) for code in _MARKS if chr(code) not in everything)
@@ -88,12 +88,12 @@ class PlainText:
         """Without the tokens of the mark.
 
         Args:
-            features: of one sample.
-            marked: what `mark` put in.
-            columns: those of `features` with an entry a token: (1, tokens, ...).
+            features: Of one sample.
+            marked: What `mark` put in.
+            columns: Those of `features` with an entry a token: (1, tokens, ...).
 
         Raises:
-            ValueError: when the tokens of the mark cannot be told from those around it.
+            ValueError: When the tokens of the mark cannot be told from those around it.
         """
         ids = features["input_ids"][0].tolist()
         for mark in self._mark_tokens(marked.character):

@@ -25,7 +25,7 @@ def check_option_names(family: type, options: Mapping[str, Any], known: Collecti
     """See that a family has the options that its `from_pretrained` was given, before anything is loaded.
 
     Raises:
-        TypeError: as Python's own for a keyword that a function does not take; names the closest one.
+        TypeError: As Python's own for a keyword that a function does not take; names the closest one.
     """
     for name in options:
         if name not in known:

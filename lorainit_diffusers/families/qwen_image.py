@@ -53,12 +53,12 @@ class QwenImageFamily(FlowMatchingFamily):
     images.
 
     Attributes:
-        tokenizer: of Qwen.
+        tokenizer: Of Qwen.
         text_encoder: Qwen 2.5 VL, of which the last hidden state is used; never trained.
-        vae: autoencoder, never trained.
-        transformer: the denoiser.
-        noise_scheduler: the table of noise levels, which a base that says so shifts by the image's size.
-        max_sequence_length: tokens of a caption, without the beginning of the pipeline's template; None is 512, as in
+        vae: Autoencoder, never trained.
+        transformer: The denoiser.
+        noise_scheduler: The table of noise levels, which a base that says so shifts by the image's size.
+        max_sequence_length: Tokens of a caption, without the beginning of the pipeline's template; None is 512, as in
             the pipeline.
     """
 

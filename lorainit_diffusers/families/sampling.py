@@ -50,14 +50,14 @@ class Sampling(CaptionEncoding):
         included, and the latents are decoded in the VAE's dtype, whatever that of the denoiser is.
 
         Args:
-            prompts: the prompts.
-            seeds: one seed for each.
-            resolution: side of the images in pixels; the base's own by default.
-            num_inference_steps: steps of the sampler.
-            guidance_scale: classifier-free guidance, or the guidance that the denoiser takes as an input (Flux).
+            prompts: The prompts.
+            seeds: One seed for each.
+            resolution: Side of the images in pixels; the base's own by default.
+            num_inference_steps: Steps of the sampler.
+            guidance_scale: Classifier-free guidance, or the guidance that the denoiser takes as an input (Flux).
 
         Raises:
-            ValueError: for a prompt that was not kept when the text encoders were let go.
+            ValueError: For a prompt that was not kept when the text encoders were let go.
         """
         embeds, no_caption = self._embed_prompts(prompts)
         pipeline: Any = self.pipeline()

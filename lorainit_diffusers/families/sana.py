@@ -45,12 +45,12 @@ class SanaFamily(FlowMatchingFamily):
     images.
 
     Attributes:
-        tokenizer: of Gemma.
+        tokenizer: Of Gemma.
         text_encoder: Gemma 2, of which the last hidden state is used; never trained.
-        vae: autoencoder, never trained.
-        transformer: the denoiser.
-        noise_scheduler: the table of noise levels, with the base's shift.
-        max_sequence_length: tokens of a caption that the transformer gets; None is 300, as in the pipeline.
+        vae: Autoencoder, never trained.
+        transformer: The denoiser.
+        noise_scheduler: The table of noise levels, with the base's shift.
+        max_sequence_length: Tokens of a caption that the transformer gets; None is 300, as in the pipeline.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -41,17 +41,17 @@ class StableDiffusion3Family(FlowMatchingFamily):
     `pooled_prompt_embeds`; and the images.
 
     Attributes:
-        tokenizer: of the first CLIP encoder.
-        tokenizer_2: of the second.
-        tokenizer_3: of T5; None for a base without it.
-        text_encoder: first CLIP encoder.
-        text_encoder_2: second CLIP encoder.
+        tokenizer: Of the first CLIP encoder.
+        tokenizer_2: Of the second.
+        tokenizer_3: Of T5; None for a base without it.
+        text_encoder: First CLIP encoder.
+        text_encoder_2: Second CLIP encoder.
         text_encoder_3: T5; None takes zeros for its tokens, as the pipeline does. It is never trained.
-        vae: autoencoder, never trained.
-        transformer: the denoiser.
-        noise_scheduler: the table of noise levels, with the base's shift.
-        max_sequence_length: tokens of T5; None is as many as CLIP's (77 in the published bases).
-        clip_skip: last CLIP layers to leave out, as the pipeline counts them.
+        vae: Autoencoder, never trained.
+        transformer: The denoiser.
+        noise_scheduler: The table of noise levels, with the base's shift.
+        max_sequence_length: Tokens of T5; None is as many as CLIP's (77 in the published bases).
+        clip_skip: Last CLIP layers to leave out, as the pipeline counts them.
     """
 
     tokenizer: CLIPTokenizer

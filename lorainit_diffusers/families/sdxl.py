@@ -33,9 +33,9 @@ class StableDiffusionXLFamily(LatentDiffusionFamily):
     of the size that they have.
 
     Attributes:
-        tokenizer_2: tokenizer of the second text encoder.
+        tokenizer_2: Tokenizer of the second text encoder.
         text_encoder_2: CLIP text model whose projection gives the pooled embedding.
-        force_zeros_for_empty_prompt: whether the pipeline takes zeros for no caption instead of the encoded empty one
+        force_zeros_for_empty_prompt: Whether the pipeline takes zeros for no caption instead of the encoded empty one
             (from `model_index.json`; the default of the pipeline is true).
     """
 

@@ -94,14 +94,14 @@ class VisionLanguageFamily:
     tokens), the token ids of the answers and -100 elsewhere: see `encode` and `collate`.
 
     Attributes:
-        model: what `AutoModelForImageTextToText` loads.
-        processor: its processor.
-        base_name: folder or hub name that both come from.
-        revision: of the hub repository.
-        cache_dir: where its files are kept.
-        adapt: the parts whose layers get an adapter when the user names none.
-        statistics_tokens: the rows of the language model's layers that count in a collection pass.
-        step: what the latest `loss` masked.
+        model: What `AutoModelForImageTextToText` loads.
+        processor: Its processor.
+        base_name: Folder or hub name that both come from.
+        revision: Of the hub repository.
+        cache_dir: Where its files are kept.
+        adapt: The parts whose layers get an adapter when the user names none.
+        statistics_tokens: The rows of the language model's layers that count in a collection pass.
+        step: What the latest `loss` masked.
     """
 
     model: PreTrainedModel
@@ -146,20 +146,20 @@ class VisionLanguageFamily:
         """Load a base and its processor from a local folder or a hub name, frozen; only safetensors weights are read.
 
         Args:
-            path: folder as `save_pretrained` writes it, or the name of a hub repository.
-            revision: hub revision of the base.
-            cache_dir: where downloads are kept; Hugging Face's own place by default.
-            weight_dtype: dtype of the model.
-            device: where it goes.
-            adapt: the parts whose layers get an adapter when the user names none: `language` (the attention of the
+            path: Folder as `save_pretrained` writes it, or the name of a hub repository.
+            revision: Hub revision of the base.
+            cache_dir: Where downloads are kept; Hugging Face's own place by default.
+            weight_dtype: Dtype of the model.
+            device: Where it goes.
+            adapt: The parts whose layers get an adapter when the user names none: `language` (the attention of the
                 language model), `vision` (that of the vision tower), `projector` (its linear layers).
-            statistics_tokens: the rows of the language model's layers that count in a collection pass: `answer` (the
+            statistics_tokens: The rows of the language model's layers that count in a collection pass: `answer` (the
                 tokens of the answers and those before them, which predict them), `image` (those that hold an image),
                 `prompt` (all others but padding).
 
         Raises:
-            FileNotFoundError: when there is no such base, or it has no safetensors weights.
-            ValueError: when it is no vision-language model, its processor needs a package that is missing, or an option
+            FileNotFoundError: When there is no such base, or it has no safetensors weights.
+            ValueError: When it is no vision-language model, its processor needs a package that is missing, or an option
                 is unknown.
         """
         name = os.fspath(path)
@@ -195,7 +195,7 @@ class VisionLanguageFamily:
         """See that a base given as a local folder exists; a hub repository's name is left to the loader.
 
         Raises:
-            FileNotFoundError: when the folder is missing or has no `config.json`.
+            FileNotFoundError: When the folder is missing or has no `config.json`.
         """
         check_transformers_folder(name)
 
@@ -252,7 +252,7 @@ class VisionLanguageFamily:
         here.
 
         Raises:
-            ValueError: another component; a part without such layers; layers that are no linear ones (GPT-2's Conv1D).
+            ValueError: Another component; a part without such layers; layers that are no linear ones (GPT-2's Conv1D).
         """
         if component != COMPONENT:
             raise ValueError(f"a vision-language model has one component, {COMPONENT!r}, not {component!r}")
@@ -276,7 +276,7 @@ class VisionLanguageFamily:
         """Mean cross entropy of the answers' tokens, a scalar in float32; nothing in it is random.
 
         Raises:
-            ValueError: when the batch has no answer.
+            ValueError: When the batch has no answer.
         """
         answers = self.answer_logits(batch)
         return F.cross_entropy(answers.logits, answers.tokens)
@@ -285,7 +285,7 @@ class VisionLanguageFamily:
         """The tokens of the batch's answers, which the loss is the mean over.
 
         Raises:
-            ValueError: when the batch has no answer.
+            ValueError: When the batch has no answer.
         """
         count = int((batch["labels"][:, 1:] != IGNORED).sum())
         if count == 0:
@@ -300,7 +300,7 @@ class VisionLanguageFamily:
         """Run the model on a batch: what it says at the positions that predict the answers' tokens.
 
         Raises:
-            ValueError: when the batch has no answer.
+            ValueError: When the batch has no answer.
         """
         inputs = self._to_device(batch)
         labels = inputs.pop("labels")
@@ -333,8 +333,8 @@ class VisionLanguageFamily:
         The model's mode stays what it is: call it in evaluation mode.
 
         Args:
-            prompts: from `encode_prompt`; they are padded on the left.
-            max_new_tokens: at most so many a text.
+            prompts: From `encode_prompt`; they are padded on the left.
+            max_new_tokens: At most so many a text.
         """
         inputs = self._to_device(self.collate(prompts, padding_side="left"))
         inputs.pop("labels", None)

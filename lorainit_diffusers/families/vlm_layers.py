@@ -48,8 +48,8 @@ def default_layers(model: nn.Module, part_of_layer: Mapping[str, str], part: str
     Layers of the tower beyond the one whose features the model takes have no part in the loss, and none here.
 
     Args:
-        model: the whole model.
-        part_of_layer: from `parts_of_layers`.
+        model: The whole model.
+        part_of_layer: From `parts_of_layers`.
         part: `language`, `vision` or `projector`.
     """
     layers = [name for name, own in part_of_layer.items() if own == part]

@@ -40,8 +40,8 @@ def load_processor(name: str, *, revision: str | None = None, cache_dir: str | o
     not: a processor that has one is then built without it, and takes images only.
 
     Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when it needs a package that is missing.
+        FileNotFoundError: When there is none.
+        ValueError: When it needs a package that is missing.
     """
     source: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     source |= hub_options("base model", name, "config.json", **source)
@@ -106,9 +106,9 @@ def save_processor(
     """Write a processor; the files of one without its part for videos are copied from the base.
 
     Args:
-        processor: from `load_processor`.
-        directory: to write to.
-        base_name: folder or hub name that it comes from.
+        processor: From `load_processor`.
+        directory: To write to.
+        base_name: Folder or hub name that it comes from.
         source: `revision` and `cache_dir` of the base.
     """
     if not getattr(processor, "images_only", False):

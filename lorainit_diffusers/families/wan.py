@@ -44,13 +44,13 @@ class WanFamily(FlowMatchingFamily):
     `prompt_embeds`; and the images or clips.
 
     Attributes:
-        tokenizer: of UMT5.
+        tokenizer: Of UMT5.
         text_encoder: UMT5; never trained.
-        vae: autoencoder of videos, never trained.
-        transformer: the denoiser.
-        noise_scheduler: the table of noise levels, with the base's shift.
-        expand_timesteps: whether the base takes a timestep for each token (2.2 TI2V).
-        max_sequence_length: tokens of UMT5; None is 512, as in the pipeline.
+        vae: Autoencoder of videos, never trained.
+        transformer: The denoiser.
+        noise_scheduler: The table of noise levels, with the base's shift.
+        expand_timesteps: Whether the base takes a timestep for each token (2.2 TI2V).
+        max_sequence_length: Tokens of UMT5; None is 512, as in the pipeline.
     """
 
     tokenizer: PreTrainedTokenizerBase

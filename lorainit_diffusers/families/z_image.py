@@ -45,12 +45,12 @@ class ZImageFamily(FlowMatchingFamily):
     images.
 
     Attributes:
-        tokenizer: of Qwen, with its chat template.
+        tokenizer: Of Qwen, with its chat template.
         text_encoder: Qwen 3, of which the last hidden state but one is used; never trained.
-        vae: autoencoder, never trained.
-        transformer: the denoiser.
-        noise_scheduler: the table of noise levels, with the base's shift.
-        max_sequence_length: tokens of Qwen, its template included; None is 512, as in the pipeline.
+        vae: Autoencoder, never trained.
+        transformer: The denoiser.
+        noise_scheduler: The table of noise levels, with the base's shift.
+        max_sequence_length: Tokens of Qwen, its template included; None is 512, as in the pipeline.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -20,16 +20,16 @@ from lorainit_diffusers.in_loop.written import WrittenFiles
 
 
 class Checkpoints:
-    """What `save_state` and `load_state` of an accelerator do, until :meth:`stop`.
+    """What `save_state` and `load_state` of an accelerator do, until `stop`.
 
     Args:
-        accelerator: of the loop.
+        accelerator: Of the loop.
         adapter_name: PEFT's name of the adapters.
-        files: which are told that they are written inside a checkpoint.
-        initialised: component -> module; nothing while they have no initialisation.
-        modules: the same, at any time.
-        loaded: called with the checkpoint, or with ``None`` for one without the file.
-        may_reshape: whether the ranks may still change.
+        files: Which are told that they are written inside a checkpoint.
+        initialised: Component -> module; nothing while they have no initialisation.
+        modules: The same, at any time.
+        loaded: Called with the checkpoint, or with `None` for one without the file.
+        may_reshape: Whether the ranks may still change.
     """
 
     def __init__(

@@ -30,9 +30,9 @@ def is_adapted(model: Any, adapter_name: str = "default") -> bool:
 
 
 def component_names(models: Iterable[nn.Module]) -> dict[str, nn.Module]:
-    """Models by the names that a pipeline has for them: ``unet``, ``transformer``, ``text_encoder`` ...
+    """Models by the names that a pipeline has for them: `unet`, `transformer`, `text_encoder` ...
 
-    Models of one name are numbered in their order, as pipelines do it: ``text_encoder``, ``text_encoder_2``.
+    Models of one name are numbered in their order, as pipelines do it: `text_encoder`, `text_encoder_2`.
     """
     named: dict[str, nn.Module] = {}
     for model in models:
@@ -61,7 +61,7 @@ def are_trained(modules: Mapping[str, nn.Module], adapter_name: str = "default")
     """Whether adapters hold more than a start: B is not zero.
 
     Raises:
-        ValueError: a B that PEFT has drawn at random, which nothing can tell from a trained one.
+        ValueError: A B that PEFT has drawn at random, which nothing can tell from a trained one.
     """
     for component, module in modules.items():
         config = adapters.config_of(module, adapter_name)

@@ -23,10 +23,10 @@ class _Cancelled(BaseException):
 
 
 class Handoff(Generic[Value, Result]):
-    """Runs ``work(take)`` in turns with the caller; ``take()`` in it returns what the caller gives next.
+    """Runs `work(take)` in turns with the caller; `take()` in it returns what the caller gives next.
 
     Attributes:
-        finished: whether ``work`` has returned or raised.
+        finished: Whether `work` has returned or raised.
     """
 
     def __init__(self, work: Callable[[Callable[[], Value]], Result]) -> None:
@@ -67,7 +67,7 @@ class Handoff(Generic[Value, Result]):
         """Hand over the value that the function waits for; returns when it asks for the next one, or has ended.
 
         Raises:
-            BaseException: what the function raised.
+            BaseException: What the function raised.
         """
         self._to_work.put(value)
         self._wait()
@@ -92,7 +92,7 @@ class Handoff(Generic[Value, Result]):
 
 
 def in_turns(work: Callable[[Callable[[], Any]], Result]) -> Handoff[Any, Result]:
-    """A started :class:`Handoff`."""
+    """A started `Handoff`."""
     handoff: Handoff[Any, Result] = Handoff(work)
     handoff.start()
     return handoff

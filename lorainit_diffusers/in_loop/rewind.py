@@ -74,7 +74,7 @@ class Pass(Protocol):
 def rewinding(loader: Any, watcher: Pass) -> None:
     """Make a loader that `accelerate` prepared start its epoch again, in place, when the pass is over.
 
-    Until :func:`plain` is called, an iteration that fed the pass goes on, over new epochs if need be, until the pass
+    Until `plain` is called, an iteration that fed the pass goes on, over new epochs if need be, until the pass
     has its losses; then the epoch that the loop asked for follows. Other iterations are what they were.
     """
     kind = type(loader)
@@ -111,7 +111,7 @@ def rewinding(loader: Any, watcher: Pass) -> None:
 
 
 def plain(loader: Any) -> None:
-    """Inverse of :func:`rewinding`."""
+    """Inverse of `rewinding`."""
     _set_class(loader, type(loader).__mro__[1])
 
 

@@ -1,7 +1,7 @@
 """Hold everything that a training step moves in place while the loop's losses are collected.
 
 The loop goes on calling its optimiser, its scheduler and its clipping; nothing of it has an effect, and
-``accelerator.sync_gradients`` is false, as it is between the steps of gradient accumulation: a loop that counts its
+`accelerator.sync_gradients` is false, as it is between the steps of gradient accumulation: a loop that counts its
 steps by it, as diffusers' scripts do, counts none.
 """
 
@@ -22,15 +22,15 @@ from torch.optim.lr_scheduler import LRScheduler
 def standing_still(
     accelerator: Accelerator, models: Sequence[nn.Module], parameters: Iterable[nn.Parameter]
 ) -> Generator[None, None, None]:
-    """Inside the block no step of the loop has an effect, or is counted by ``accelerator.sync_gradients``.
+    """Inside the block no step of the loop has an effect, or is counted by `accelerator.sync_gradients`.
 
     Args:
-        accelerator: of the loop, which is inside its step.
-        models: as `prepare` returned them; data parallelism waits for no gradients of theirs.
-        parameters: that the loop trains; schedulers of their optimisers stand still, prepared or not.
+        accelerator: Of the loop, which is inside its step.
+        models: As `prepare` returned them; data parallelism waits for no gradients of theirs.
+        parameters: That the loop trains; schedulers of their optimisers stand still, prepared or not.
 
     Raises:
-        ValueError: a compiled model, and a torch that cannot run it uncompiled.
+        ValueError: A compiled model, and a torch that cannot run it uncompiled.
     """
     gradient_state: Any = accelerator.gradient_state
     position, synced = accelerator.step, gradient_state.sync_gradients

@@ -27,12 +27,12 @@ from lorainit_diffusers.export import (
 
 
 class WrittenFiles:
-    """Mends the LoRA files that diffusers writes for these modules, until :meth:`stop`.
+    """Mends the LoRA files that diffusers writes for these modules, until `stop`.
 
     Args:
-        modules: gives component -> module; nothing while they have no initialisation.
+        modules: Gives component -> module; nothing while they have no initialisation.
         adapter_name: PEFT's name of the adapter.
-        say: prints a line.
+        say: Prints a line.
     """
 
     def __init__(

@@ -44,13 +44,13 @@ def loading_errors(what: str, name: str, remedy: str) -> Generator[None, None, N
     """Turn whatever a library raises while it loads into one sentence about what was loaded.
 
     Args:
-        what: what is loaded: "base model", "unet of the base model".
-        name: folder or hub name.
-        remedy: what to do, for files that are missing or broken.
+        what: What is loaded: "base model", "unet of the base model".
+        name: Folder or hub name.
+        remedy: What to do, for files that are missing or broken.
 
     Raises:
-        MissingModelError: files that are not there.
-        BrokenModelError: everything else but a lack of memory.
+        MissingModelError: Files that are not there.
+        BrokenModelError: Everything else but a lack of memory.
     """
     try:
         yield
@@ -85,8 +85,8 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
     """A JSON file that holds one object.
 
     Raises:
-        MissingModelError: there is no such file.
-        BrokenModelError: it is no JSON, or holds something else.
+        MissingModelError: There is no such file.
+        BrokenModelError: It is no JSON, or holds something else.
     """
     try:
         document: object = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -44,13 +44,13 @@ def local_folder(name: str, layout: str, *, bare_names: bool = False, what: str 
     """The folder of a base that is a local one; None for a name that can only be a hub repository's.
 
     Args:
-        name: folder or hub name.
-        layout: what the folder should be, for the message.
-        bare_names: whether a hub name may lack its owner, as the oldest do.
-        what: what it is, for the message.
+        name: Folder or hub name.
+        layout: What the folder should be, for the message.
+        bare_names: Whether a hub name may lack its owner, as the oldest do.
+        what: What it is, for the message.
 
     Raises:
-        FileNotFoundError: when it is neither.
+        FileNotFoundError: When it is neither.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -68,14 +68,14 @@ def check_transformers_folder(
     """See that a model given as a local folder is whole, and one of transformers; a hub name is left to the loader.
 
     Args:
-        name: folder or hub name.
-        bare_names: whether a hub name may lack its owner.
-        weights: whether they are needed.
-        what: what it is, for messages.
+        name: Folder or hub name.
+        bare_names: Whether a hub name may lack its owner.
+        weights: Whether they are needed.
+        what: What it is, for messages.
 
     Raises:
-        MissingModelError: when the folder is missing, or has no `config.json` or no safetensors weights.
-        BrokenModelError: when a file is broken, or the model has code of its own.
+        MissingModelError: When the folder is missing, or has no `config.json` or no safetensors weights.
+        BrokenModelError: When a file is broken, or the model has code of its own.
     """
     if Path(name).is_file() or name.endswith((".safetensors", *PICKLED)):
         beside = Path(name).parent
@@ -103,7 +103,7 @@ def check_configurations(folder: Path, what: str) -> None:
     """See that every known JSON file of a folder holds an object.
 
     Raises:
-        BrokenModelError: naming the first that does not.
+        BrokenModelError: Naming the first that does not.
     """
     for name in CONFIGURATIONS:
         if (folder / name).is_file():
@@ -114,13 +114,13 @@ def check_config(folder: Path, what: str, *, classes: Sequence[str] = ()) -> dic
     """The `config.json` of one model.
 
     Args:
-        folder: that holds it.
-        what: of the model, for messages: "the unet of the base model 'x'".
-        classes: names of which `_class_name`, where it is there, must be one.
+        folder: That holds it.
+        what: Of the model, for messages: "the unet of the base model 'x'".
+        classes: Names of which `_class_name`, where it is there, must be one.
 
     Raises:
-        MissingModelError: there is none.
-        BrokenModelError: it is no JSON object, or names another class.
+        MissingModelError: There is none.
+        BrokenModelError: It is no JSON object, or names another class.
     """
     if not folder.is_dir():
         raise MissingModelError(f"{what} is missing: there is no folder {str(folder)!r}; copy it with the others")
@@ -138,13 +138,13 @@ def check_own_code(config: dict[str, Any], known: bool, what: str, name: str) ->
     """Refuse a model whose class is in files beside its weights.
 
     Args:
-        config: its `config.json`.
-        known: whether the library has a class for it.
-        what: of the model, for messages.
-        name: folder or hub name.
+        config: Its `config.json`.
+        known: Whether the library has a class for it.
+        what: Of the model, for messages.
+        name: Folder or hub name.
 
     Raises:
-        BrokenModelError: it has code of its own, and the library none.
+        BrokenModelError: It has code of its own, and the library none.
     """
     if "auto_map" in config and not known:
         raise custom_code_error(what, name)
@@ -154,8 +154,8 @@ def check_tokenizer(folder: Path, what: str) -> None:
     """See that a tokenizer's folder holds a vocabulary.
 
     Raises:
-        MissingModelError: the folder or the vocabulary is missing.
-        BrokenModelError: one of its JSON files is broken.
+        MissingModelError: The folder or the vocabulary is missing.
+        BrokenModelError: One of its JSON files is broken.
     """
     if not folder.is_dir():
         raise MissingModelError(f"{what} is missing: there is no folder {str(folder)!r}; copy it with the others")
@@ -171,14 +171,14 @@ def check_weights(folder: Path, what: str, stem: str, variant: str | None = None
     """See that a folder holds whole safetensors weights, in one file or in shards.
 
     Args:
-        folder: of one model.
-        what: of the model, for messages.
-        stem: of the file name: `diffusion_pytorch_model`, `model`.
-        variant: in the file name, such as `fp16`.
+        folder: Of one model.
+        what: Of the model, for messages.
+        stem: Of the file name: `diffusion_pytorch_model`, `model`.
+        variant: In the file name, such as `fp16`.
 
     Raises:
-        MissingModelError: no weights, or only pickled ones, or a shard is missing.
-        BrokenModelError: a file that is cut off.
+        MissingModelError: No weights, or only pickled ones, or a shard is missing.
+        BrokenModelError: A file that is cut off.
     """
     dotted = "" if variant is None else f".{variant}"
     single = folder / f"{stem}{dotted}.safetensors"
@@ -217,8 +217,8 @@ def check_safetensors(file: Path, what: str) -> None:
     """See that a safetensors file is there and whole, by its header.
 
     Raises:
-        MissingModelError: it is not there.
-        BrokenModelError: it is cut off, or no safetensors file.
+        MissingModelError: It is not there.
+        BrokenModelError: It is cut off, or no safetensors file.
     """
     if not file.is_file():
         raise MissingModelError(f"{what} has no {file.name} in {str(file.parent)!r}, which its index names; copy it")

@@ -66,14 +66,14 @@ def hub_options(
     """Options of `from_pretrained` for a folder or a hub name: with no hub, only files that are there already.
 
     Args:
-        what: what is loaded, for the message: "base model".
-        name: folder or hub name.
-        file: a file that every such repository has, by which it is known whether it was downloaded before.
-        revision: of the repository.
-        cache_dir: where downloads are kept.
+        what: What is loaded, for the message: "base model".
+        name: Folder or hub name.
+        file: A file that every such repository has, by which it is known whether it was downloaded before.
+        revision: Of the repository.
+        cache_dir: Where downloads are kept.
 
     Raises:
-        MissingModelError: a hub name that was never downloaded, and the hub cannot be reached.
+        MissingModelError: A hub name that was never downloaded, and the hub cannot be reached.
     """
     if Path(name).exists():
         return {}
@@ -124,10 +124,10 @@ def datasets_without_retries(name: str) -> Generator[None, None, None]:
     """Inside it, the `datasets` library, which is imported by then, reads its cache alone without a hub.
 
     Args:
-        name: of the dataset, or its local folder.
+        name: Of the dataset, or its local folder.
 
     Raises:
-        MissingModelError: the hub cannot be reached, and the dataset is not in the cache.
+        MissingModelError: The hub cannot be reached, and the dataset is not in the cache.
     """
     reason = None if Path(name).exists() else why_unreachable()
     if reason is None:

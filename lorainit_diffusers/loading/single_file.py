@@ -34,13 +34,13 @@ def check_single_file(kind: Any, name: str, what: str) -> None:
     """See that a single file can be read by this class.
 
     Args:
-        kind: a pipeline or model of diffusers.
-        name: path of the file.
-        what: what it is: "base model".
+        kind: A pipeline or model of diffusers.
+        name: Path of the file.
+        what: What it is: "base model".
 
     Raises:
-        MissingModelError: there is no such file.
-        BrokenModelError: it is pickled or of another format, cut off, or the class reads no single files.
+        MissingModelError: There is no such file.
+        BrokenModelError: It is pickled or of another format, cut off, or the class reads no single files.
     """
     file = Path(name)
     if not file.is_file():
@@ -67,15 +67,15 @@ def load_single_file(
     """Load a pipeline or a model from a single file.
 
     Args:
-        kind: a pipeline or model of diffusers.
-        name: path of the file.
-        what: what it is: "base model".
-        dtype: of its weights.
-        config: folder with the configurations; where the file has some beside it, those by default.
-        **options: of `from_single_file`.
+        kind: A pipeline or model of diffusers.
+        name: Path of the file.
+        what: What it is: "base model".
+        dtype: Of its weights.
+        config: Folder with the configurations; where the file has some beside it, those by default.
+        **options: Of `from_single_file`.
 
     Raises:
-        BrokenModelError: it cannot be loaded; the message has the command that makes a folder of it.
+        BrokenModelError: It cannot be loaded; the message has the command that makes a folder of it.
     """
     file = Path(name)
     if config is None and (file.parent / "model_index.json").is_file():

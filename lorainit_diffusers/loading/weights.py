@@ -38,19 +38,19 @@ def load_model(
     """Load a model of diffusers or transformers and find out what its checkpoint lacks.
 
     Args:
-        kind: class, or an `Auto...` of transformers.
-        name: folder or hub name.
-        what: what it is, for messages: "unet of the base model".
-        remedy: what to do about files that are missing or broken.
-        same_class: whether what is left over counts where `config.json` names no class.
-        **options: of `from_pretrained`.
+        kind: Class, or an `Auto...` of transformers.
+        name: Folder or hub name.
+        what: What it is, for messages: "unet of the base model".
+        remedy: What to do about files that are missing or broken.
+        same_class: Whether what is left over counts where `config.json` names no class.
+        **options: Of `from_pretrained`.
 
     Returns:
         The model, and the names of its weights by what is wrong with them: `missing`, `unexpected`, `mismatched`.
 
     Raises:
-        MissingModelError: files that are not there.
-        BrokenModelError: files that cannot be read, or code of its own.
+        MissingModelError: Files that are not there.
+        BrokenModelError: Files that cannot be read, or code of its own.
     """
     is_transformers = str(kind.__module__).startswith("transformers")
     if is_transformers:  # diffusers names them in an error of its own, and would let quantised ones through
@@ -82,15 +82,15 @@ def load_whole(kind: Any, name: str, *, what: str, remedy: str, **options: Any) 
     """Load a model whose checkpoint must hold exactly its weights, all of them finite.
 
     Args:
-        kind: class, or an `Auto...` of transformers.
-        name: folder or hub name.
-        what: what it is, for messages.
-        remedy: what to do about files that are missing or broken.
-        **options: of `from_pretrained`.
+        kind: Class, or an `Auto...` of transformers.
+        name: Folder or hub name.
+        what: What it is, for messages.
+        remedy: What to do about files that are missing or broken.
+        **options: Of `from_pretrained`.
 
     Raises:
-        MissingModelError: files that are not there.
-        BrokenModelError: files that cannot be read, or weights that are missing, left over, of another shape or not
+        MissingModelError: Files that are not there.
+        BrokenModelError: Files that cannot be read, or weights that are missing, left over, of another shape or not
             finite.
     """
     model, problems = load_model(kind, name, what=what, remedy=remedy, **options)
@@ -100,10 +100,10 @@ def load_whole(kind: Any, name: str, *, what: str, remedy: str, **options: Any) 
 
 
 def check_complete(problems: Mapping[str, Iterable[str]], model: nn.Module, what: str) -> None:
-    """Raise for what :func:`load_model` found.
+    """Raise for what `load_model` found.
 
     Raises:
-        BrokenModelError: naming the first weights that are missing, of another shape, or left over.
+        BrokenModelError: Naming the first weights that are missing, of another shape, or left over.
     """
     kind = type(model).__name__
     for problem, meaning in (
@@ -122,8 +122,8 @@ def names_in_file(model: nn.Module, keys: Iterable[str]) -> list[str]:
     """What weights are called in the model's files: transformers 5 renames many as it loads them.
 
     Args:
-        model: just loaded.
-        keys: names in the model.
+        model: Just loaded.
+        keys: Names in the model.
 
     Returns:
         The names in the files, where the library can tell; the others as they are.
@@ -151,7 +151,7 @@ def check_finite(model: nn.Module, what: str) -> None:
     """See that all weights are finite.
 
     Raises:
-        BrokenModelError: naming the first that are not.
+        BrokenModelError: Naming the first that are not.
     """
     bad = {key: tensor.dtype for key, tensor in _stored(model) if not _is_finite(tensor)}
     if bad:
@@ -166,14 +166,14 @@ def check_vocabulary(tokenizer: Any, model: Any, of: str, tokenizer_name: str, m
     """See that a tokenizer has tokens, and that the model knows every one of them.
 
     Args:
-        tokenizer: of transformers.
-        model: with an input embedding.
-        of: what both are of, for messages.
-        tokenizer_name: what the tokenizer is called there.
-        model_name: what the model is called there.
+        tokenizer: Of transformers.
+        model: With an input embedding.
+        of: What both are of, for messages.
+        tokenizer_name: What the tokenizer is called there.
+        model_name: What the model is called there.
 
     Raises:
-        BrokenModelError: they do not fit.
+        BrokenModelError: They do not fit.
     """
     size = int(model.get_input_embeddings().weight.shape[0])
     count = 1 + max(cast("dict[str, int]", tokenizer.get_vocab()).values(), default=-1)

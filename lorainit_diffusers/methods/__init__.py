@@ -1,7 +1,7 @@
 """The initialisations, by the name that the command line knows them by.
 
-A new one is one file here, with a frozen dataclass that fulfils :class:`~lorainit_diffusers.methods.base.Initializer`,
-and one line in :data:`METHODS`.
+A new one is one file here, with a frozen dataclass that fulfils `Initializer`,
+and one line in `METHODS`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ Observed = Statistic | InputsAndGradient | InputsAndReference
 
 
 class LoraFactors(NamedTuple):
-    """Initial weights of one LoRA layer; the layer adds ``scaling * lora_B @ lora_A``.
+    """Initial weights of one LoRA layer; the layer adds `scaling * lora_B @ lora_A`.
 
     Attributes:
         lora_A: (rank, in_features) float32.
@@ -38,8 +38,8 @@ class Solution:
 
     Attributes:
         scores: (k,) what each component is worth, descending, in units comparable between layers (a share of the
-            layer's total); ``None`` where a method has no notion of it.
-        factors: rank -> factors, for ranks up to the ``max_rank`` that was asked for. Under variable ranks the
+            layer's total); `None` where a method has no notion of it.
+        factors: Rank -> factors, for ranks up to the `max_rank` that was asked for. Under variable ranks the
             solutions of all layers are alive at once, so this must hold on to no weight.
     """
 
@@ -51,11 +51,11 @@ class Initializer(Protocol):
     """An initialisation: a frozen dataclass of hyper-parameters, without state.
 
     That much it must have. What more it can say of itself, such as the largest rank that it can give a layer, and what
-    holds of one that does not say it, is in :mod:`~lorainit_diffusers.methods.declared`.
+    holds of one that does not say it, is in `declared`.
 
     Attributes:
-        observes: what its collection pass looks at. A method of ``"inputs"`` whose statistic is an
-            ``InputsAndReference`` gets a second pass over reference batches.
+        observes: What its collection pass looks at. A method of `"inputs"` whose statistic is an
+            `InputsAndReference` gets a second pass over reference batches.
     """
 
     observes: ClassVar[Observes]
@@ -64,13 +64,13 @@ class Initializer(Protocol):
     def step_zero(self) -> StepZero:
         """Whether the adapted model starts as the base model.
 
-        ``"equal"``: B A = 0. ``"offset"``: B A is not zero; the adapter subtracts it. ``"moved"``: B A is
+        `"equal"`: B A = 0. `"offset"`: B A is not zero; the adapter subtracts it. `"moved"`: B A is
         not zero and stays: the model starts elsewhere.
         """
         ...
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Observed | None:
-        """An empty statistic for one layer, or ``None`` when the method observes nothing."""
+        """An empty statistic for one layer, or `None` when the method observes nothing."""
         ...
 
     def solve(
@@ -86,9 +86,9 @@ class Initializer(Protocol):
 
         Args:
             weight: (out_features, in_features) pre-trained weight, float32; not to be changed.
-            statistic: as :meth:`statistic` made it, filled; or the sketch of it, where the memory budget asked for one.
-            max_rank: the largest rank that will be asked of the solution.
-            scaling: alpha / rank (or alpha / sqrt(rank)) that the layer multiplies B A by.
+            statistic: As `statistic` made it, filled; or the sketch of it, where the memory budget asked for one.
+            max_rank: The largest rank that will be asked of the solution.
+            scaling: Alpha / rank (or alpha / sqrt(rank)) that the layer multiplies B A by.
             generator: CPU generator, seeded by run and layer; the only source of randomness.
         """
         ...
@@ -97,10 +97,10 @@ class Initializer(Protocol):
 def check_hyperparameters(method: Initializer) -> None:
     """Refuse a value that is none of those that a field of this dataclass allows.
 
-    A ``Literal`` field has choices, and a numeric one a range in the class's ``RANGES``.
+    A `Literal` field has choices, and a numeric one a range in the class's `RANGES`.
 
     Raises:
-        ValueError: naming the field, its value, and the choices or the range.
+        ValueError: Naming the field, its value, and the choices or the range.
     """
     check_fields(method)
     for name, hint in get_type_hints(type(method)).items():
@@ -122,7 +122,7 @@ def input_statistic(statistic: Observed | None) -> InputStatistic:
 
 
 def kaiming_input_power(trace: float, in_features: int) -> float:
-    """E||A x||^2 a row of A for PEFT's default initialisation, given E||x||^2 = ``trace``.
+    """E||A x||^2 a row of A for PEFT's default initialisation, given E||x||^2 = `trace`.
 
     Kaiming-uniform with a = sqrt(5) draws A's entries with variance 1 / (3 in_features).
     """

@@ -1,8 +1,8 @@
 """What a method says of itself beside its mathematics, so that nobody has to try it out.
 
-The methods of this package inherit :class:`Declared` and say what differs from it. One that a program adds to
-``METHODS`` need not: the functions here take it at its word where it says something, and otherwise go by what every
-:class:`~lorainit_diffusers.methods.base.Initializer` has.
+The methods of this package inherit `Declared` and say what differs from it. One that a program adds to
+`METHODS` need not: the functions here take it at its word where it says something, and otherwise go by what every
+`Initializer` has.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Declared:
     """Inherited by the methods of this package; the values are those of a random initialisation with scores.
 
     Attributes:
-        summary: what it does, in one sentence.
-        source: the paper as `arXiv:NUMBER`, or whose idea it is.
-        cost: what it takes beside training, in one line.
-        gives_scores: whether its solutions rank their components, which variable ranks need.
-        zero_delta: options with which it starts at the base model without an offset, where it can and by default does
+        summary: What it does, in one sentence.
+        source: The paper as `arXiv:NUMBER`, or whose idea it is.
+        cost: What it takes beside training, in one line.
+        gives_scores: Whether its solutions rank their components, which variable ranks need.
+        zero_delta: Options with which it starts at the base model without an offset, where it can and by default does
             not.
-        with_reference: options with which it compares the data with samples of the pre-training distribution.
+        with_reference: Options with which it compares the data with samples of the pre-training distribution.
     """
 
     summary: ClassVar[str] = ""
@@ -47,7 +47,7 @@ class Declared:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether it compares the data with reference batches: its statistic is then an ``InputsAndReference``."""
+        """Whether it compares the data with reference batches: its statistic is then an `InputsAndReference`."""
         return False
 
     @property
@@ -63,12 +63,12 @@ class Declared:
         """The largest rank that the method can give a layer of this shape.
 
         Args:
-            in_features: of the layer.
-            out_features: of the layer.
-            at_most: what is asked for; not above the smaller of the two.
+            in_features: Of the layer.
+            out_features: Of the layer.
+            at_most: What is asked for; not above the smaller of the two.
 
         Returns:
-            ``at_most`` or less; 0 where there is none, and ``statistic`` then says why.
+            `at_most` or less; 0 where there is none, and `statistic` then says why.
         """
         return at_most
 
@@ -82,8 +82,8 @@ def needs_reference(method: Initializer, statistic: Observed | None = None) -> b
     """Whether a method compares the data with reference batches.
 
     Args:
-        method: any.
-        statistic: that it made for a layer, by which one that does not say is known.
+        method: Any.
+        statistic: That it made for a layer, by which one that does not say is known.
     """
     said = getattr(method, "needs_reference", None)
     return isinstance(statistic, InputsAndReference) if said is None else bool(said)
@@ -106,9 +106,9 @@ def _fewest_rows(observes: Observes, rank: int) -> int:
 
 
 def largest_rank(method: Initializer, in_features: int, out_features: int, at_most: int) -> int:
-    """The largest rank up to ``at_most`` that a method can give a layer; 0 where there is none.
+    """The largest rank up to `at_most` that a method can give a layer; 0 where there is none.
 
-    One that does not say refuses in ``statistic`` the ranks that it cannot give.
+    One that does not say refuses in `statistic` the ranks that it cannot give.
     """
     said = getattr(method, "largest_rank", None)
     if said is not None:

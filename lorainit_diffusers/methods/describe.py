@@ -22,10 +22,10 @@ class MethodOption:
     """One hyper-parameter of an initialisation.
 
     Attributes:
-        key: its name.
-        values: what it takes, with its range.
-        default: what it is when nothing is said.
-        meaning: as the method's docstring has it.
+        key: Its name.
+        values: What it takes, with its range.
+        default: What it is when nothing is said.
+        meaning: As the method's docstring has it.
     """
 
     key: str
@@ -39,17 +39,17 @@ class MethodDescription:
     """One initialisation; `dataclasses.asdict` makes JSON of it.
 
     Attributes:
-        name: its key in `METHODS`.
-        summary: what it does, in one sentence.
-        observes: what its collection pass looks at, or `"nothing"`.
-        needs: what the caller has to give, in words; empty where that is nothing.
-        gives_scores: whether variable ranks can be allocated by it.
+        name: Its key in `METHODS`.
+        summary: What it does, in one sentence.
+        observes: What its collection pass looks at, or `"nothing"`.
+        needs: What the caller has to give, in words; empty where that is nothing.
+        gives_scores: Whether variable ranks can be allocated by it.
         step_zero: `"equal"`, `"offset"` or `"moved"` with the default options, see `Initializer.step_zero`; `""` where
             that depends on options without a default.
-        zero_delta: options with which it starts at the base model without an offset, where it by default does not.
-        cost: what it takes beside training, in one line.
-        source: the paper, or whose idea it is.
-        options: its hyper-parameters, in the order of its class.
+        zero_delta: Options with which it starts at the base model without an offset, where it by default does not.
+        cost: What it takes beside training, in one line.
+        source: The paper, or whose idea it is.
+        options: Its hyper-parameters, in the order of its class.
     """
 
     name: str

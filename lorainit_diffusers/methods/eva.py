@@ -34,13 +34,13 @@ class EVA(Declared):
     covariance of the collected rows (or its Nyström sketch).
 
     Attributes:
-        centered: subtract the mean. Uncentred, the mean direction dwarfs all others on transformer inputs.
-        whiten: divide A's rows by the square root of: nothing (the paper); the ``"singular_value"`` of the rows (PEFT's
-            ``whiten``, made independent of the number of rows); the ``"variance_ratio"`` (the authors' vision code),
+        centered: Subtract the mean. Uncentred, the mean direction dwarfs all others on transformer inputs.
+        whiten: Divide A's rows by the square root of: nothing (the paper); the `"singular_value"` of the rows (PEFT's
+            `whiten`, made independent of the number of rows); the `"variance_ratio"` (the authors' vision code),
             after which all components of A x have equal variance.
-        scale: ``"paper"`` leaves A as it is; ``"matched"`` rescales A so that E||A x||^2 over the collected rows is
+        scale: `"paper"` leaves A as it is; `"matched"` rescales A so that E||A x||^2 over the collected rows is
             what PEFT's Kaiming initialisation would give.
-        sketch_columns: use a Nyström sketch of that many columns instead of the exact covariance.
+        sketch_columns: Use a Nyström sketch of that many columns instead of the exact covariance.
     """
 
     observes: ClassVar[Observes] = "inputs"
@@ -78,7 +78,7 @@ class EVA(Declared):
         """The exact covariance of the inputs, or its sketch.
 
         Raises:
-            ValueError: fewer sketch columns than the rank.
+            ValueError: Fewer sketch columns than the rank.
         """
         if self.sketch_columns is None:
             return SecondMoment(in_features)

@@ -15,7 +15,7 @@ from lorainit_diffusers.statistics import Statistic
 
 @dataclass(frozen=True)
 class Gaussian(Declared):
-    """A from N(0, 1 / rank^2), B = 0, as PEFT's ``init_lora_weights="gaussian"``."""
+    """A from N(0, 1 / rank^2), B = 0, as PEFT's `init_lora_weights="gaussian"`."""
 
     observes: ClassVar[Observes] = "nothing"
     summary: ClassVar[str] = "A from a normal distribution as diffusers' scripts draw it, B = 0."

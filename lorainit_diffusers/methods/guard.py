@@ -33,7 +33,7 @@ def check_weights(layers: Mapping[str, nn.Linear], method: str) -> None:
     Packed weights are looked at when they are unpacked.
 
     Raises:
-        ValueError: naming the layer.
+        ValueError: Naming the layer.
     """
     for name, layer in layers.items():
         if layer.weight.is_floating_point():
@@ -44,7 +44,7 @@ def check_weight(layer: str, weight: Tensor, method: str) -> None:
     """See that one weight is finite.
 
     Raises:
-        ValueError: naming the layer.
+        ValueError: Naming the layer.
     """
     if not _is_finite(weight):
         raise ValueError(
@@ -88,19 +88,19 @@ def guarded_factors(
     """The factors of a solution, all of which can be trained.
 
     Args:
-        solution: of the method.
-        rank: of the layer.
-        weight: makes the (out_features, in_features) weight of the layer, where something has to be replaced.
-        layer: its name, for messages.
-        method: its name, for messages.
-        scaling: alpha / rank.
-        seed: of the rows in the place of vanishing ones.
+        solution: Of the method.
+        rank: Of the layer.
+        weight: Makes the (out_features, in_features) weight of the layer, where something has to be replaced.
+        layer: Its name, for messages.
+        method: Its name, for messages.
+        scaling: Alpha / rank.
+        seed: Of the rows in the place of vanishing ones.
 
     Returns:
         The factors, and what was put in the place of the method's, if anything was.
 
     Raises:
-        ValueError: factors that are not finite.
+        ValueError: Factors that are not finite.
     """
     factors = solution.factors(rank)
     if not (_is_finite(factors.lora_A) and _is_finite(factors.lora_B)):

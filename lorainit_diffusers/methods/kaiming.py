@@ -15,7 +15,7 @@ from lorainit_diffusers.statistics import Statistic
 
 @dataclass(frozen=True)
 class Kaiming(Declared):
-    """A uniform in +-1/sqrt(in_features) (Kaiming with a = sqrt(5)), B = 0, as ``init_lora_weights=True`` in PEFT."""
+    """A uniform in +-1/sqrt(in_features) (Kaiming with a = sqrt(5)), B = 0, as `init_lora_weights=True` in PEFT."""
 
     observes: ClassVar[Observes] = "nothing"
     summary: ClassVar[str] = "A uniform as PEFT draws it by default (Kaiming), B = 0."

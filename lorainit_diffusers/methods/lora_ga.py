@@ -20,15 +20,15 @@ from lorainit_diffusers.statistics import GradientMean, Statistic
 class LoraGA(Declared):
     """A and B are disjoint singular directions of the mean gradient; the adapter is offset.
 
-    With ``G = U S V'``, the first gradient step on A and B then moves B A along the best rank-2r approximation of G
-    (theorem 3.1). No singular value enters either factor, unlike PEFT's ``lora_ga``.
+    With `G = U S V'`, the first gradient step on A and B then moves B A along the best rank-2r approximation of G
+    (theorem 3.1). No singular value enters either factor, unlike PEFT's `lora_ga`.
 
     Attributes:
-        direction: which triplets A and B take: ``"ArB2r"`` A = V[:r], B = U[r:2r] (the paper's equation 6);
-            ``"A2rBr"`` the reverse; ``"ArBr"`` alternating; ``"random"`` disjoint random halves of the first 2r.
-        scale: ``"stable"`` both factors times d_out^(1/4) / sqrt(gamma) (theorem 3.2); ``"gd"`` both divided by the
-            scaling alpha / r; ``"unit"`` as they are.
-        gamma: of ``"stable"``; the paper has 16, with which both factors are half as large and learn more slowly here.
+        direction: Which triplets A and B take: `"ArB2r"` A = V[:r], B = U[r:2r] (the paper's equation 6);
+            `"A2rBr"` the reverse; `"ArBr"` alternating; `"random"` disjoint random halves of the first 2r.
+        scale: `"stable"` both factors times d_out^(1/4) / sqrt(gamma) (theorem 3.2); `"gd"` both divided by the
+            scaling alpha / r; `"unit"` as they are.
+        gamma: Of `"stable"`; the paper has 16, with which both factors are half as large and learn more slowly here.
     """
 
     observes: ClassVar[Observes] = "gradients"
@@ -61,7 +61,7 @@ class LoraGA(Declared):
         """The mean gradient of the weight.
 
         Raises:
-            ValueError: the layer has fewer than 2 * rank singular directions to give to A and B.
+            ValueError: The layer has fewer than 2 * rank singular directions to give to A and B.
         """
         if 2 * rank > min(in_features, out_features):
             raise ValueError(
@@ -77,7 +77,7 @@ class LoraGA(Declared):
         """Scores are the shares of ||G||_F^2.
 
         Raises:
-            ValueError: the statistic is not a gradient.
+            ValueError: The statistic is not a gradient.
         """
         if not isinstance(statistic, GradientMean):
             raise ValueError(

@@ -18,7 +18,7 @@ from lorainit_diffusers.statistics import Statistic
 class OLoRA(Declared):
     """W0 = Q R, B = Q[:, :r], A = R[:r]; the adapter is offset.
 
-    As in PEFT, A and B are not divided by the scaling: the offset is ``scaling * B A``.
+    As in PEFT, A and B are not divided by the scaling: the offset is `scaling * B A`.
     """
 
     observes: ClassVar[Observes] = "nothing"

@@ -17,7 +17,7 @@ from lorainit_diffusers.statistics import Statistic
 class Orthogonal(Declared):
     """A and B random in orthogonal halves of an r-dimensional space, so that B A = 0 although neither is zero.
 
-    As PEFT's ``init_lora_weights="orthogonal"`` (https://datta0.github.io/posts/rethink-lora-init/).
+    As PEFT's `init_lora_weights="orthogonal"` (https://datta0.github.io/posts/rethink-lora-init/).
     """
 
     observes: ClassVar[Observes] = "nothing"
@@ -39,7 +39,7 @@ class Orthogonal(Declared):
         """Nothing is observed.
 
         Raises:
-            ValueError: the rank is odd.
+            ValueError: The rank is odd.
         """
         if rank % 2:
             raise ValueError(f"init 'orthogonal' splits the rank in halves, so it must be even; got rank {rank}")

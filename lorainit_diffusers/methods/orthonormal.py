@@ -15,7 +15,7 @@ from lorainit_diffusers.statistics import Statistic
 
 @dataclass(frozen=True)
 class Orthonormal(Declared):
-    """A uniform among the matrices with orthonormal rows, B = 0. Not PEFT's ``orthogonal``, whose B is not zero."""
+    """A uniform among the matrices with orthonormal rows, B = 0. Not PEFT's `orthogonal`, whose B is not zero."""
 
     observes: ClassVar[Observes] = "nothing"
     summary: ClassVar[str] = "A random with orthonormal rows, B = 0."

@@ -15,7 +15,7 @@ from lorainit_diffusers.statistics import Statistic
 
 
 def balanced_factors(svd: SVD, rank: int, scaling: float) -> LoraFactors:
-    """Factors with ``scaling * B A = U S V'`` and the square root of S on both sides (PiSSA, equations 2-3)."""
+    """Factors with `scaling * B A = U S V'` and the square root of S on both sides (PiSSA, equations 2-3)."""
     root = (svd.values[:rank] / scaling).sqrt()
     return LoraFactors((root[:, None] * svd.right[:rank]).float(), (svd.left[:, :rank] * root).float())
 

@@ -35,12 +35,12 @@ class Schedule:
     """How long a run trains.
 
     Attributes:
-        steps: of the optimiser.
-        batch_size: samples of one batch.
-        accumulation: batches of one process for one step.
-        processes: that train together.
-        samples: of one epoch.
-        first_step: that a resumed run goes on from.
+        steps: Of the optimiser.
+        batch_size: Samples of one batch.
+        accumulation: Batches of one process for one step.
+        processes: That train together.
+        samples: Of one epoch.
+        first_step: That a resumed run goes on from.
     """
 
     steps: int
@@ -56,14 +56,14 @@ class RunFacts:
     """What a run is, beside its data and its length.
 
     Attributes:
-        base: folder or name.
-        init: name of the initialisation.
-        init_options: its hyper-parameters.
-        learning_rate: as a text, with those of other parts.
-        adapter: rank and what else there is to say.
-        output: directory.
-        init_batches: batches that it is computed from; None where it looks at no data.
-        notes: further lines.
+        base: Folder or name.
+        init: Name of the initialisation.
+        init_options: Its hyper-parameters.
+        learning_rate: As a text, with those of other parts.
+        adapter: Rank and what else there is to say.
+        output: Directory.
+        init_batches: Batches that it is computed from; None where it looks at no data.
+        notes: Further lines.
     """
 
     base: str
@@ -140,8 +140,8 @@ def cut_lines(names: Sequence[str], lengths: Mapping[str, TokenCounts]) -> list[
     """For each text encoder the captions that it cannot take whole.
 
     Args:
-        names: of the captions, such as the files of their images.
-        lengths: text encoder -> tokens of the captions, and its limit.
+        names: Of the captions, such as the files of their images.
+        lengths: Text encoder -> tokens of the captions, and its limit.
     """
     lines: list[Line] = []
     for encoder, (counts, limit) in ((name, (found.counts, found.limit)) for name, found in lengths.items()):

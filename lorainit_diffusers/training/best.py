@@ -23,9 +23,9 @@ def best_line(lines: Sequence[Mapping[str, Any]], metric: str, *, larger_is_bett
     evaluations of a stage (`"stage"`) do not: one of them is of the base, without a LoRA.
 
     Args:
-        lines: those of `metrics.jsonl`, in order.
-        metric: key of the value, such as `validation_loss`; values that are not finite count as missing.
-        larger_is_better: direction of the metric.
+        lines: Those of `metrics.jsonl`, in order.
+        metric: Key of the value, such as `validation_loss`; values that are not finite count as missing.
+        larger_is_better: Direction of the metric.
     """
     best: Mapping[str, Any] | None = None
     for line in lines:
@@ -51,10 +51,10 @@ class BestFolder:
     resumed run starts, so that what it keeps is what the uninterrupted run keeps, whatever happened in between.
 
     Attributes:
-        output_dir: of the run.
-        metric: what decides, a key of the lines of `metrics.jsonl`.
-        larger_is_better: its direction.
-        write: writes the LoRA, with the weights as they are now, into a folder.
+        output_dir: Of the run.
+        metric: What decides, a key of the lines of `metrics.jsonl`.
+        larger_is_better: Its direction.
+        write: Writes the LoRA, with the weights as they are now, into a folder.
     """
 
     output_dir: Path

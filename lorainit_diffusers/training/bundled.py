@@ -21,11 +21,11 @@ def bundled(place: str | Path, flag: str) -> str:
     """A bundled base or data set, for whoever has given none of his own.
 
     Args:
-        place: where it lies.
-        flag: that would name another one.
+        place: Where it lies.
+        flag: That would name another one.
 
     Raises:
-        ValueError: when it is not there; says where it is, and what to give instead.
+        ValueError: When it is not there; says where it is, and what to give instead.
     """
     if not Path(place).exists():
         raise ValueError(

@@ -48,12 +48,12 @@ class TrainingState:
     """What `load_training_state` read.
 
     Attributes:
-        step: optimiser steps that were done.
-        tensors: the adapters, for `adapters.load_adapter_state_dict`.
-        extra: the caller's own JSON values.
-        optimizer_state: as `Optimizer.state_dict` has it.
-        scheduler_state: as `LRScheduler.state_dict` has it.
-        directory: where it was read from.
+        step: Optimiser steps that were done.
+        tensors: The adapters, for `adapters.load_adapter_state_dict`.
+        extra: The caller's own JSON values.
+        optimizer_state: As `Optimizer.state_dict` has it.
+        scheduler_state: As `LRScheduler.state_dict` has it.
+        directory: Where it was read from.
     """
 
     step: int
@@ -67,7 +67,7 @@ class TrainingState:
         """Put the state into an optimiser over the same parameters, and into its scheduler.
 
         Raises:
-            ValueError: when the optimiser has other parameter groups than the one that was saved.
+            ValueError: When the optimiser has other parameter groups than the one that was saved.
         """
         saved = [len(group["params"]) for group in self.optimizer_state["param_groups"]]
         given = [len(group["params"]) for group in optimizer.param_groups]
@@ -94,19 +94,19 @@ def save_training_state(
     """Write one checkpoint folder; an existing one of that name is replaced.
 
     Args:
-        directory: the checkpoint folder, for example `output/checkpoint-100`.
-        tensors: adapter tensors by name.
-        optimizer: its state dictionary is saved.
-        lr_scheduler: likewise, when there is one.
-        step: optimiser steps that were done.
+        directory: The checkpoint folder, for example `output/checkpoint-100`.
+        tensors: Adapter tensors by name.
+        optimizer: Its state dictionary is saved.
+        lr_scheduler: Likewise, when there is one.
+        step: Optimiser steps that were done.
         extra: JSON values of the caller.
-        write_more: writes further files into the folder that it is given, which gets its name when all is written.
+        write_more: Writes further files into the folder that it is given, which gets its name when all is written.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: when a value is neither a tensor nor JSON, or a tensor holds values that are not finite; an
+        ValueError: When a value is neither a tensor nor JSON, or a tensor holds values that are not finite; an
             existing checkpoint is then as it was.
     """
     check_finite(tensors, f"the checkpoint of step {step}")
@@ -194,7 +194,7 @@ def load_training_state(directory: str | os.PathLike[str]) -> TrainingState:
     """Read a checkpoint folder; tensors come on the CPU.
 
     Raises:
-        FileNotFoundError: when the folder or one of its files is missing.
+        FileNotFoundError: When the folder or one of its files is missing.
     """
     directory = Path(directory)
     for name in _FILES:
@@ -236,11 +236,11 @@ def find_checkpoint(output_dir: str | os.PathLike[str], name: str) -> Path:
     """The checkpoint that `--resume_from_checkpoint` means.
 
     Args:
-        output_dir: where the run writes.
+        output_dir: Where the run writes.
         name: `latest` (the newest that has all its files), the name of a checkpoint in `output_dir`, or a path.
 
     Raises:
-        FileNotFoundError: when there is none.
+        FileNotFoundError: When there is none.
     """
     known = list_checkpoints(output_dir)
     if name == "latest":
@@ -267,7 +267,7 @@ def prune_checkpoints(output_dir: str | os.PathLike[str], keep: int) -> list[Pat
     one, so that a run that is killed meanwhile can be resumed.
 
     Raises:
-        ValueError: when `keep` is negative.
+        ValueError: When `keep` is negative.
     """
     if keep < 0:
         raise ValueError(f"cannot keep {keep} checkpoints; the limit must be at least 1")

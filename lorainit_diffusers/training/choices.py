@@ -23,11 +23,11 @@ def names_in(file: str, variable: str) -> tuple[str, ...]:
     """The texts of a tuple, or the keys of a dictionary, that a file of the library assigns to this variable.
 
     Args:
-        file: inside the library, such as `methods/__init__.py`.
-        variable: its name.
+        file: Inside the library, such as `methods/__init__.py`.
+        variable: Its name.
 
     Raises:
-        ValueError: when the file assigns nothing of the kind.
+        ValueError: When the file assigns nothing of the kind.
     """
     for node in ast.parse((_LIBRARY / file).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign):
@@ -55,7 +55,7 @@ def init_option_names(init: str) -> tuple[str, ...]:
     """The keys of `--init_option` for an initialisation: the fields of its class, those that it inherits included.
 
     Raises:
-        ValueError: when its source does not tell, as for one that a program has added to `METHODS`.
+        ValueError: When its source does not tell, as for one that a program has added to `METHODS`.
     """
     tree = ast.parse((_LIBRARY / "methods" / "__init__.py").read_text(encoding="utf-8"))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]

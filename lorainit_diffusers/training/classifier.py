@@ -30,7 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> ClassifierTrainingOptions:
     """The options, checked as far as that needs no model.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     return resolve_classifier_training(parse_options(ClassifierTrainingOptions, argv, __doc__))
 

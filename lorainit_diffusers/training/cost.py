@@ -20,7 +20,7 @@ class Stopwatch:
     """Seconds by part of a run.
 
     Args:
-        parts: that are shown even where they take no time.
+        parts: That are shown even where they take no time.
     """
 
     def __init__(self, *parts: str) -> None:
@@ -60,7 +60,7 @@ def command_line(script: str, argv: Sequence[str] | None = None) -> str:
     The script itself, its module of the package (`-m lorainit_diffusers.training.sd`) and `lorainit` run the same.
 
     Args:
-        script: name of the script without its ending, such as `train_sd_lora`.
+        script: Name of the script without its ending, such as `train_sd_lora`.
         argv: `sys.argv`, unless it is said otherwise.
     """
     words = list(sys.argv if argv is None else argv)

@@ -91,9 +91,9 @@ def default_lines(family: str, base: str | None, options: Mapping[str, Any]) -> 
     """What the banner says of options that are at their family's default.
 
     Args:
-        family: of the base.
-        base: folder or hub name.
-        options: all options of a run by name.
+        family: Of the base.
+        base: Folder or hub name.
+        options: All options of a run by name.
     """
     table = dataclasses.asdict(defaults_of(family, base))
     kept = [

@@ -29,7 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TransformerOptions:
     """The options, checked as far as that needs no model.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     options = parse_options(TransformerOptions, argv, __doc__, family=lambda values: values["family"])
     return resolve_text_to_image(options)

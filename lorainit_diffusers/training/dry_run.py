@@ -24,10 +24,10 @@ def print_plan(run: Run[Any], family: ModelFamily, sample: Any, num_samples: int
     The activations are measured: the bytes that one forward pass of one sample keeps for the backward pass.
 
     Args:
-        run: the run.
-        family: the base, with adapters.
-        sample: a batch of one sample, as `family.loss` takes it.
-        num_samples: in a batch of the training.
+        run: The run.
+        family: The base, with adapters.
+        sample: A batch of one sample, as `family.loss` takes it.
+        num_samples: In a batch of the training.
     """
     options = run.options
     # all modules of the base, those without adapters included

@@ -22,7 +22,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_grad_norm: float) -> 
     """Scale the gradients down to this norm; the norm that they had, over all of them.
 
     Args:
-        parameters: those without a gradient are passed over.
+        parameters: Those without a gradient are passed over.
         max_grad_norm: 0 clips nothing, as in transformers and sd-scripts.
 
     Returns:
@@ -78,13 +78,13 @@ def gradient_error(
     """The error of a step whose gradients have this norm; `None` where it may be used, or a scaler skips it.
 
     Args:
-        modules: that hold the parameters, by the beginning of their names.
-        parameters: the trained weights.
-        norm: of the gradients, over all of them.
-        step: number of the step, for the message.
-        loss: of the step, for the message.
-        remedy: for the message.
-        scale: the factor of the scaler of gradients (float16), which skips steps that it has scaled too far.
+        modules: That hold the parameters, by the beginning of their names.
+        parameters: The trained weights.
+        norm: Of the gradients, over all of them.
+        step: Number of the step, for the message.
+        loss: Of the step, for the message.
+        remedy: For the message.
+        scale: The factor of the scaler of gradients (float16), which skips steps that it has scaled too far.
     """
     if math.isfinite(norm):
         return None

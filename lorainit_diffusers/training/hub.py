@@ -19,7 +19,7 @@ def open_hub_repository(options: TrainOptions) -> str | None:
     """Make the repository that `--push_to_hub` uploads to, before anything is trained; its full name.
 
     Raises:
-        ValueError: when the hub refuses, or nobody is logged in.
+        ValueError: When the hub refuses, or nobody is logged in.
     """
     if not options.push_to_hub or options.dry_run:
         return None
@@ -54,12 +54,12 @@ def upload(options: TrainOptions, repository: str, *, private_files: Sequence[st
     """Upload the result: the files that this run wrote, without checkpoints, logs, class images and sample rows.
 
     Args:
-        options: of the run.
-        repository: full name.
-        private_files: patterns of files that hold images or texts of the user's data.
+        options: Of the run.
+        repository: Full name.
+        private_files: Patterns of files that hold images or texts of the user's data.
 
     Raises:
-        ValueError: when the hub refuses; the result is in the output directory all the same.
+        ValueError: When the hub refuses; the result is in the output directory all the same.
     """
     if (directory := directory_of(str(options.output_dir))) is not None:
         directory.finish()

@@ -58,12 +58,12 @@ def write_image_card(
     """Write the model card: what it is, how it was made and how to use it.
 
     Args:
-        run: the run.
-        family: the base.
-        init_report: of the initialisation.
-        metrics: lines of `metrics.jsonl`.
-        tag: of the base's kind.
-        best: says which step was the best.
+        run: The run.
+        family: The base.
+        init_report: Of the initialisation.
+        metrics: Lines of `metrics.jsonl`.
+        tag: Of the base's kind.
+        best: Says which step was the best.
     """
     options = run.options
     losses = [line["validation_loss"] for line in metrics if "validation_loss" in line]
@@ -108,12 +108,12 @@ def write_image_report(
     """Write `loss.png`, and `report.html` from what the run has left.
 
     Args:
-        run: the run.
-        family: the base.
-        config: as `config.json` has it, with `total_s`.
-        init_report: of the initialisation.
-        metrics: lines of `metrics.jsonl`.
-        seconds: of validation and samples.
+        run: The run.
+        family: The base.
+        config: As `config.json` has it, with `total_s`.
+        init_report: Of the initialisation.
+        metrics: Lines of `metrics.jsonl`.
+        seconds: Of validation and samples.
     """
     options, output_dir = run.options, run.output_dir
     ranks = ranks_in_words([int(layer["rank"]) for layer in init_report["layers"].values()])

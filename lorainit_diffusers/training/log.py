@@ -21,7 +21,7 @@ class RunLog:
     """`metrics.jsonl`, one line a step or validation, and the trackers.
 
     Attributes:
-        lines: all lines, those of the run that is resumed included.
+        lines: All lines, those of the run that is resumed included.
     """
 
     def __init__(self, run: Run[Any]) -> None:
@@ -106,10 +106,10 @@ def write_start(
     """Write `run.yaml`, `config.json` and `init_report.json` before the first step, so that a killed run has them.
 
     Args:
-        run: the run.
-        num_parameters: that are trained.
-        init_report: of the initialisation.
-        counts: how many samples there are, by name.
+        run: The run.
+        num_parameters: That are trained.
+        init_report: Of the initialisation.
+        counts: How many samples there are, by name.
 
     Returns:
         What `config.json` says.

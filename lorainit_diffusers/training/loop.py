@@ -83,7 +83,7 @@ def backward_step(
         gradients (float16) will skip the step.
 
     Raises:
-        DivergedError: when the loss or a gradient is no longer finite; nothing has been changed then.
+        DivergedError: When the loss or a gradient is no longer finite; nothing has been changed then.
     """
     micro_batches = [next(batches) for _ in range(options.gradient_accumulation_steps)]
     shares = micro_batch_shares([loss_weight(family, batch) for batch in micro_batches], accelerator)
@@ -138,10 +138,10 @@ class StepOutcome:
     """What one step of a training was.
 
     Attributes:
-        loss: mean over its samples.
-        grad_norm: of the gradients before they were clipped; not finite only where the step was skipped.
-        learning_rate: of the first group of weights.
-        used: whether the weights were moved: a scaler of gradients (float16) may skip a step.
+        loss: Mean over its samples.
+        grad_norm: Of the gradients before they were clipped; not finite only where the step was skipped.
+        learning_rate: Of the first group of weights.
+        used: Whether the weights were moved: a scaler of gradients (float16) may skip a step.
     """
 
     loss: float
@@ -161,15 +161,15 @@ def take_step(
     """One step of a training or of a comparison's run: gradients, and what moves the weights.
 
     Args:
-        options: of the step.
-        family: the base.
-        batches: the next ones are those of this step.
-        accelerator: of the processes that train together.
-        moves: the trained weights with their optimiser.
-        step: its number, from 1 on.
+        options: Of the step.
+        family: The base.
+        batches: The next ones are those of this step.
+        accelerator: Of the processes that train together.
+        moves: The trained weights with their optimiser.
+        step: Its number, from 1 on.
 
     Raises:
-        DivergedError: when the loss, a gradient or a weight is no longer finite.
+        DivergedError: When the loss, a gradient or a weight is no longer finite.
     """
     loss, grad_norm = backward_step(options, family, batches, accelerator, moves.parameters, step)
     learning_rate = float(moves.lr_scheduler.get_last_lr()[0])
@@ -181,7 +181,7 @@ def last_good_named(output_dir: str | Path) -> Generator[None, None, None]:
     """Add to an error inside the block which checkpoint the run can go on from.
 
     Raises:
-        ValueError: the one from inside.
+        ValueError: The one from inside.
     """
     try:
         yield
@@ -206,13 +206,13 @@ def train_steps(
     """The training loop: every step that is left, with its line in the log, validations and checkpoints.
 
     Args:
-        run: the run.
-        family: the base.
-        batches: of this process, those of the first step that is left at the front.
-        optimization: of the trained weights.
-        log: gets a line a step.
-        validate: called with the number of a step, with the averaged weights in the model where there are any.
-        save: called in the main process with the number of a step, to write a checkpoint.
+        run: The run.
+        family: The base.
+        batches: Of this process, those of the first step that is left at the front.
+        optimization: Of the trained weights.
+        log: Gets a line a step.
+        validate: Called with the number of a step, with the averaged weights in the model where there are any.
+        save: Called in the main process with the number of a step, to write a checkpoint.
     """
     options, last = run.options, run.options.max_train_steps
     for module in family.adapted.values():

@@ -1,7 +1,7 @@
 """What a mistake is called on the command line: the library's parameters become the flags that set them.
 
 The library names no flag: its errors name the parameters to change as Python spells them, `variable_rank=True`. A name
-without an underscore, which might be a word of the sentence, stands in backticks: `` `rank` ``, `` `head='new'` ``. The
+without an underscore, which might be a word of the sentence, stands in backticks: `` `rank` `, ` `head='new'` ``. The
 last step before an error is printed puts the flags of the script in their place: `--variable_rank`, `--head new`. What
 is loaded by a name (`base model 'x'`) is followed by the flag that names it.
 """
@@ -58,8 +58,8 @@ def in_flags(message: str, flags: Mapping[str, Collection[str]] | None = None) -
     """A message of the library with flags in the place of the parameters that they set.
 
     Args:
-        message: of an error.
-        flags: of the script, by name without dashes, with their choices where these are listed; those of the command
+        message: Of an error.
+        flags: Of the script, by name without dashes, with their choices where these are listed; those of the command
             line that was read last when left out.
     """
     known = _flags if flags is None else flags

@@ -19,20 +19,20 @@ class CardFacts:
     """What a model card says.
 
     Attributes:
-        title: of the page.
-        base_model: folder or hub name of the base.
-        init: name of the initialisation.
-        step_zero: what it does to the base before the first step (`equal`, `moved`, `offset`).
-        tags: for the hub's search.
-        rows: how it was trained, by name; the texts are Markdown.
+        title: Of the page.
+        base_model: Folder or hub name of the base.
+        init: Name of the initialisation.
+        step_zero: What it does to the base before the first step (`equal`, `moved`, `offset`).
+        tags: For the hub's search.
+        rows: How it was trained, by name; the texts are Markdown.
         usage: Python that loads the result.
-        notes: sentences at the end; Markdown.
-        library: that loads the result.
-        prompt: of the subject, for the hub's examples; `None` where there is none.
+        notes: Sentences at the end; Markdown.
+        library: That loads the result.
+        prompt: Of the subject, for the hub's examples; `None` where there is none.
         picture: Markdown that stands above the rows: the samples, or why there are none.
-        score_columns: names of the columns of `scores`.
-        scores: row of the table of scores -> its cells; empty for none.
-        outcome: a sentence on how far the training went; empty for none.
+        score_columns: Names of the columns of `scores`.
+        scores: Row of the table of scores -> its cells; empty for none.
+        outcome: A sentence on how far the training went; empty for none.
     """
 
     title: str
@@ -55,7 +55,7 @@ def render_model_card(facts: CardFacts) -> str:
     """The card as Markdown with its YAML header.
 
     Raises:
-        ValueError: when the header is none that a hub reads.
+        ValueError: When the header is none that a hub reads.
     """
     of_hub: dict[str, Any] = {} if facts.prompt is None else {"instance_prompt": facts.prompt}
     header = ModelCardData(base_model=facts.base_model, library_name=facts.library, tags=list(facts.tags), **of_hub)

@@ -105,16 +105,16 @@ class Stepper:
     """An optimiser with its schedule, over weights that are trained: what one step moves.
 
     Args:
-        options: of optimiser and schedule.
-        groups: of parameters, with their learning rates.
-        family: that they are in.
-        accelerator: of the processes that train together.
-        parameters: the same parameters, in the order that clipping adds their norms in; that of the groups by default.
+        options: Of optimiser and schedule.
+        groups: Of parameters, with their learning rates.
+        family: That they are in.
+        accelerator: Of the processes that train together.
+        parameters: The same parameters, in the order that clipping adds their norms in; that of the groups by default.
 
     Attributes:
-        parameters: the trained weights.
-        optimizer: prepared by the accelerator.
-        lr_scheduler: stepped once an optimiser step, so it needs no correction for processes and accumulation.
+        parameters: The trained weights.
+        optimizer: Prepared by the accelerator.
+        lr_scheduler: Stepped once an optimiser step, so it needs no correction for processes and accumulation.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Stepper:
         """Use the gradients, and clear them; whether the scaler let them be used: or else nothing moves.
 
         Raises:
-            DivergedError: when a weight is not finite afterwards; names it.
+            DivergedError: When a weight is not finite afterwards; names it.
         """
         self.optimizer.step()
         used = not self.optimizer.step_was_skipped
@@ -163,10 +163,10 @@ class Optimization:
     """What moves the trained weights, and what a checkpoint keeps of a run.
 
     Attributes:
-        parameters: the trained weights.
-        optimizer: prepared by the accelerator.
-        lr_scheduler: stepped once an optimiser step, so it needs no correction for processes and accumulation.
-        average: the moving average of the weights.
+        parameters: The trained weights.
+        optimizer: Prepared by the accelerator.
+        lr_scheduler: Stepped once an optimiser step, so it needs no correction for processes and accumulation.
+        average: The moving average of the weights.
     """
 
     def __init__(self, run: Run[Any], family: ModelFamily) -> None:
@@ -187,7 +187,7 @@ class Optimization:
         """Use the gradients, and clear them; whether the scaler let them be used: or else nothing moves.
 
         Raises:
-            DivergedError: when a weight is not finite afterwards; names it.
+            DivergedError: When a weight is not finite afterwards; names it.
         """
         if not self._stepper.step():
             return False
@@ -201,7 +201,7 @@ class Optimization:
         there are any.
 
         Raises:
-            ValueError: when something is not finite; the last checkpoint is then as it was.
+            ValueError: When something is not finite; the last checkpoint is then as it was.
         """
 
         def write_averaged(folder: Path) -> None:

@@ -69,7 +69,7 @@ def claim_directory(wish: Wish) -> RunDirectory:
     """The directory of a run, locked; with a number behind its name where only the default one is taken.
 
     Raises:
-        ValueError: when the directory holds files of somebody else, or a run that is not to be replaced, or another
+        ValueError: When the directory holds files of somebody else, or a run that is not to be replaced, or another
             run is using it, or it cannot be written; with the remedy.
     """
     if wish.overwrite and wish.resume is not None:
@@ -172,9 +172,9 @@ class RunDirectory:
     """A directory that a run may write to; see `claim_directory`.
 
     Attributes:
-        path: of the directory.
-        kind: what it was before.
-        others: folders in it that something else fills, such as a tracker: what is new in them at the end is the run's.
+        path: Of the directory.
+        kind: What it was before.
+        others: Folders in it that something else fills, such as a tracker: what is new in them at the end is the run's.
     """
 
     def __init__(self, path: Path, wish: Wish) -> None:
@@ -195,7 +195,7 @@ class RunDirectory:
         """Make what is missing of the directory and lock it; who uses it, or None.
 
         Raises:
-            ValueError: when it cannot be written.
+            ValueError: When it cannot be written.
         """
         try:
             for folder in [*reversed(self.path.parents), self.path, self.path / MARK]:
@@ -236,7 +236,7 @@ class RunDirectory:
         """Called when the first file is about to be written; an earlier run that is replaced goes now.
 
         Args:
-            anew: the run does not go on with what the directory has.
+            anew: The run does not go on with what the directory has.
         """
         if self._begun:
             return

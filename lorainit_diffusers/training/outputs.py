@@ -20,7 +20,7 @@ def check_export(options: ExportOptions, family: ModelFamily) -> None:
     """See, before hours of training, that the result can be padded as asked for.
 
     Raises:
-        ValueError: when `--pad_rank` is smaller than a layer's rank in the file.
+        ValueError: When `--pad_rank` is smaller than a layer's rank in the file.
     """
     if options.pad_rank is None:
         return
@@ -38,9 +38,9 @@ def open_best(run: Run[Any], metric: str, write: Callable[[Path], None]) -> Best
     """The folder of the best validation, as the checkpoint that is resumed has it; `None` with `--no-keep_best`.
 
     Args:
-        run: the run.
-        metric: that decides, one of `METRICS`.
-        write: writes the LoRA as it is now into a folder.
+        run: The run.
+        metric: That decides, one of `METRICS`.
+        write: Writes the LoRA as it is now into a folder.
     """
     if not run.options.keep_best:
         return None

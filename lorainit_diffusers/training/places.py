@@ -11,7 +11,7 @@ def check_can_be_output(path: Path, flag: str) -> None:
     """See that `path` is not a place that no run may fill, nor a file.
 
     Raises:
-        ValueError: naming the place.
+        ValueError: Naming the place.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{flag} {str(path)!r} is a file; give a directory")
@@ -28,13 +28,13 @@ def check_apart(
     """See that what is written and what is read are different places, through links, too.
 
     Args:
-        path: the output directory.
-        flag: that names it.
-        inputs: by the flag that names it, a folder or file that is read; names of the hub are left alone.
-        legal_within: flags whose folder may lie in the output directory.
+        path: The output directory.
+        flag: That names it.
+        inputs: By the flag that names it, a folder or file that is read; names of the hub are left alone.
+        legal_within: Flags whose folder may lie in the output directory.
 
     Raises:
-        ValueError: naming both.
+        ValueError: Naming both.
     """
     for other, value in inputs.items():
         if value is None or not os.fspath(value) or not os.path.exists(value):

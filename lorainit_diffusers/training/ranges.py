@@ -118,7 +118,7 @@ def check_numbers(values: Mapping[str, Any], parser: argparse.ArgumentParser, ra
     """Check the numbers that a parser has read.
 
     Raises:
-        ValueError: naming the first one that is out of its range, its value and the remedy.
+        ValueError: Naming the first one that is out of its range, its value and the remedy.
     """
     check_options(values, numeric_options(parser), ranges)
 
@@ -129,12 +129,12 @@ def check_options(
     """Check options by name; `None` is one that was not given, and of a list every number is checked.
 
     Args:
-        values: of the options.
-        names: those to check; all that have a range when left out.
-        ranges: by name.
+        values: Of the options.
+        names: Those to check; all that have a range when left out.
+        ranges: By name.
 
     Raises:
-        ValueError: naming the first one that is out of its range, its value and the remedy.
+        ValueError: Naming the first one that is out of its range, its value and the remedy.
     """
     for name in values if names is None else names:
         value = values.get(name)
@@ -148,7 +148,7 @@ def check_schedule(lr_scheduler: str, lr_warmup_steps: int, max_train_steps: int
     """See that the warm-up has an effect, and an end within the run.
 
     Raises:
-        ValueError: naming the options and the remedy.
+        ValueError: Naming the options and the remedy.
     """
     if lr_warmup_steps == 0:
         return

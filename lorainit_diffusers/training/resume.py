@@ -46,11 +46,11 @@ def option_differences(
     version.
 
     Args:
-        now: options of this run.
-        before: options of the run that wrote the checkpoint, as JSON has them.
-        facts: of the options: which may differ, and which say where something is.
-        defaults: the default of an option.
-        known: identities that are compared instead of the options that say where something is.
+        now: Options of this run.
+        before: Options of the run that wrote the checkpoint, as JSON has them.
+        facts: Of the options: which may differ, and which say where something is.
+        defaults: The default of an option.
+        known: Identities that are compared instead of the options that say where something is.
     """
     now = json.loads(json.dumps(dict(now), default=str))  # tuples and paths, as they are written
     found: dict[str, tuple[Any, Any]] = {}
@@ -82,13 +82,13 @@ def check_steps(step: int, max_train_steps: int, before: int, lr_scheduler: str)
     """See that a run of this many steps is one that the checkpoint lies on.
 
     Args:
-        step: of the checkpoint.
-        max_train_steps: of this run.
-        before: of the run that wrote the checkpoint.
-        lr_scheduler: name of the schedule.
+        step: Of the checkpoint.
+        max_train_steps: Of this run.
+        before: Of the run that wrote the checkpoint.
+        lr_scheduler: Name of the schedule.
 
     Raises:
-        ValueError: when the checkpoint has more steps, or the schedule depends on a number that has changed.
+        ValueError: When the checkpoint has more steps, or the schedule depends on a number that has changed.
     """
     if max_train_steps < step:
         raise ValueError(
@@ -109,7 +109,7 @@ def data_identity(records: Sequence[Any]) -> dict[str, Any]:
     """What samples are, wherever they lie: names below their common folder, contents, and captions or answers.
 
     Args:
-        records: with `path`, `caption` and `image` (bytes of what is no file) each, or with `images`, which are such
+        records: With `path`, `caption` and `image` (bytes of what is no file) each, or with `images`, which are such
             records, and `messages`, `answers` and `kind`. Their order counts: it decides the batches.
 
     Returns:
@@ -187,9 +187,9 @@ def base_identity(name: str, *, revision: str | None = None, cache_dir: str | Pa
     file stand for them.
 
     Args:
-        name: folder, safetensors file or hub name.
-        revision: of a hub repository.
-        cache_dir: where downloads are.
+        name: Folder, safetensors file or hub name.
+        revision: Of a hub repository.
+        cache_dir: Where downloads are.
     """
     path = Path(name)
     if path.is_file():

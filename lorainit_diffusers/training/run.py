@@ -49,14 +49,14 @@ class Run(Generic[SomeOptions]):
     """One training, as far as it is known; what becomes known later makes a new one (`dataclasses.replace`).
 
     Attributes:
-        script: name of the command, for trackers and messages.
-        given: the options as the command line and the base give them: what repeats the run.
-        options: the options as they are used, with what depends on base, data and processes filled in.
-        method: the initialisation.
-        output_dir: the run's own directory.
-        state: the checkpoint that it goes on from.
-        accelerator: of the processes.
-        identity: what base and data are, in plain values that a checkpoint keeps.
+        script: Name of the command, for trackers and messages.
+        given: The options as the command line and the base give them: what repeats the run.
+        options: The options as they are used, with what depends on base, data and processes filled in.
+        method: The initialisation.
+        output_dir: The run's own directory.
+        state: The checkpoint that it goes on from.
+        accelerator: Of the processes.
+        identity: What base and data are, in plain values that a checkpoint keeps.
     """
 
     script: str
@@ -94,11 +94,11 @@ def start_run(
     """Join the processes; what could be checked without them has been.
 
     Args:
-        script: name of the command.
-        given: the options as the command line and the base give them.
-        claimed: the same with the run's own directory.
-        method: the initialisation.
-        state: the checkpoint that the run goes on from.
+        script: Name of the command.
+        given: The options as the command line and the base give them.
+        claimed: The same with the run's own directory.
+        method: The initialisation.
+        state: The checkpoint that the run goes on from.
     """
     return Run(script, given, claimed, method, Path(claimed.output_dir), state, start_accelerator(claimed))
 
@@ -127,14 +127,14 @@ def claim_output_dir(
     caller is decorated with `output_dir.owning`.
 
     Args:
-        options: of the script.
-        script: that runs.
-        default: the directory where none is given.
-        goes_on: whether repeated calls go on in one directory.
-        shared: whether several processes may write to it at the same time.
+        options: Of the script.
+        script: That runs.
+        default: The directory where none is given.
+        goes_on: Whether repeated calls go on in one directory.
+        shared: Whether several processes may write to it at the same time.
 
     Raises:
-        ValueError: when the run may not have the directory; the same in every process.
+        ValueError: When the run may not have the directory; the same in every process.
     """
     given = cast("str | None", options.output_dir)
     wished = replace(options, output_dir=default if given is None else given)
@@ -199,9 +199,9 @@ def begin_output(output_dir: str | Path, *, anew: bool, logging_dir: str | None 
     """Called in every process when the first file is about to be written: what is replaced goes now.
 
     Args:
-        output_dir: that this process claimed, or not.
-        anew: whether the run begins at its start.
-        logging_dir: of a tracker, inside it.
+        output_dir: That this process claimed, or not.
+        anew: Whether the run begins at its start.
+        logging_dir: Of a tracker, inside it.
     """
     directory = directory_of(str(output_dir))
     if directory is not None:
@@ -217,7 +217,7 @@ def find_state(options: RunOptions, output_dir: Path) -> TrainingState | None:
     """The checkpoint to continue from; `latest` starts anew where a run was killed before its first one.
 
     Raises:
-        FileNotFoundError: when the checkpoint that is named does not exist.
+        FileNotFoundError: When the checkpoint that is named does not exist.
     """
     name = options.resume_from_checkpoint
     if name is None:
@@ -232,7 +232,7 @@ def check_resumed_options(run: Run[Any]) -> None:
     """See that a resumed run is the one that wrote the checkpoint, in everything that decides its weights.
 
     Raises:
-        ValueError: naming every option that differs, with both values.
+        ValueError: Naming every option that differs, with both values.
     """
     if run.state is None:
         return
@@ -263,7 +263,7 @@ def announce_resume(run: Run[Any]) -> None:
     """See that the checkpoint lies on the way of a run of this many steps, and say where it goes on.
 
     Raises:
-        ValueError: when it does not.
+        ValueError: When it does not.
     """
     state, steps = run.state, run.options.max_train_steps
     if state is None:
@@ -278,11 +278,11 @@ def identify(run: Run[SomeOptions], records: Mapping[str, Sequence[Any]]) -> Run
     """The run with what its base and data are, which must be those of the checkpoint.
 
     Args:
-        run: the run.
-        records: the samples, by what they are called in a message: `training data`, `class images`.
+        run: The run.
+        records: The samples, by what they are called in a message: `training data`, `class images`.
 
     Raises:
-        ValueError: when base or data are not those that the checkpoint was written with.
+        ValueError: When base or data are not those that the checkpoint was written with.
     """
     if not run.trains:
         return run
@@ -301,7 +301,7 @@ def check_identity(options: BaseOptions, output_dir: Path, records: Mapping[str,
     """What base and data of a comparison are, and that the directory's earlier runs had the same.
 
     Raises:
-        ValueError: when base or data are not those of the runs that the directory holds.
+        ValueError: When base or data are not those of the runs that the directory holds.
     """
     before = read_identity(output_dir)
     now = _bases(options) | {what: resume.data_identity(samples) for what, samples in records.items()}

@@ -51,12 +51,12 @@ def image_banner(
     """The banner of a text-to-image run.
 
     Args:
-        run: the run, its options settled.
-        family: the base.
-        images: part of the data -> its images; `training` is the first.
-        notes: what reading them found.
-        prompts: that samples are drawn from.
-        schedule: how long the run trains.
+        run: The run, its options settled.
+        family: The base.
+        images: Part of the data -> its images; `training` is the first.
+        notes: What reading them found.
+        prompts: That samples are drawn from.
+        schedule: How long the run trains.
     """
     options = run.options
     lines = [*image_lines(options, family, images, notes, prompts), schedule_line(schedule)]

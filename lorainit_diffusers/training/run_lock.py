@@ -29,8 +29,8 @@ class RunLock:
     Where the file system has no locks, the process that the file names decides: it holds the lock as long as it runs.
 
     Args:
-        path: of the file, which stays; its text says who holds the lock or held it last.
-        what: the program that asks for it, in words.
+        path: Of the file, which stays; its text says who holds the lock or held it last.
+        what: The program that asks for it, in words.
     """
 
     def __init__(self, path: Path, what: str) -> None:

@@ -35,17 +35,17 @@ class Wish:
     """What a run wants of a directory.
 
     Attributes:
-        directory: where to.
-        script: that runs; another one's directory is refused.
-        flag: that names the directory, for messages.
-        is_default: nobody named the directory, so another name will do.
+        directory: Where to.
+        script: That runs; another one's directory is refused.
+        flag: That names the directory, for messages.
+        is_default: Nobody named the directory, so another name will do.
         resume: `latest`, or the name or path of a checkpoint to go on from.
-        overwrite: the directory's earlier run may be replaced.
-        goes_on: repeated calls go on in one directory, as those of a comparison do.
-        shared: several processes may write at the same time, each its own files.
-        guests: folders within that may hold files of the user, such as class images.
-        inputs: what the run reads, by the flag that names it; it must not overlap with the directory.
-        legal_within: flags of these that may lie in the directory.
+        overwrite: The directory's earlier run may be replaced.
+        goes_on: Repeated calls go on in one directory, as those of a comparison do.
+        shared: Several processes may write at the same time, each its own files.
+        guests: Folders within that may hold files of the user, such as class images.
+        inputs: What the run reads, by the flag that names it; it must not overlap with the directory.
+        legal_within: Flags of these that may lie in the directory.
     """
 
     directory: Path
@@ -84,7 +84,7 @@ def read_mark(path: Path) -> dict[str, Any] | None:
     """What `run.json` says, or None where there is none.
 
     Raises:
-        ValueError: when it cannot be read.
+        ValueError: When it cannot be read.
     """
     file = path / MARK / RUN_NAME
     try:

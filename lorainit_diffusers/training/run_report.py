@@ -35,21 +35,21 @@ class RunFacts:
     """What a run was and where its files are.
 
     Attributes:
-        init: name of the initialisation.
-        base: folder or name of the base model.
-        data: what was trained on, in words.
-        lines: of `metrics.jsonl`.
-        init_report: of the initialisation, as `InitReport.to_json` has it.
-        settings: how it was trained, by name.
-        seconds: what the parts of the run took, by name.
-        memory: the most that was taken, in words; empty where it is not known.
+        init: Name of the initialisation.
+        base: Folder or name of the base model.
+        data: What was trained on, in words.
+        lines: Of `metrics.jsonl`.
+        init_report: Of the initialisation, as `InitReport.to_json` has it.
+        settings: How it was trained, by name.
+        seconds: What the parts of the run took, by name.
+        memory: The most that was taken, in words; empty where it is not known.
         usage: Python that loads the LoRA and draws with it.
-        files: what lies beside the report and is for the reader, name -> what it is.
-        command: that started the run; empty where it is not known.
-        resumed_at: step that a resumed run went on from; 0 for a run in one piece.
-        best_dir: folder with the LoRA of the best step, inside the run's; `None` where none was kept.
-        checkpoints: names of the checkpoints that are kept, in order.
-        averaged: whether validation, pictures and file are of a moving average of the weights.
+        files: What lies beside the report and is for the reader, name -> what it is.
+        command: That started the run; empty where it is not known.
+        resumed_at: Step that a resumed run went on from; 0 for a run in one piece.
+        best_dir: Folder with the LoRA of the best step, inside the run's; `None` where none was kept.
+        checkpoints: Names of the checkpoints that are kept, in order.
+        averaged: Whether validation, pictures and file are of a moving average of the weights.
     """
 
     init: str

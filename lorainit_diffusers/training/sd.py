@@ -24,7 +24,7 @@ def parse_args(argv: Sequence[str] | None = None) -> StableDiffusionOptions:
     """The options, checked as far as that needs no model.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     return resolve_text_to_image(parse_options(StableDiffusionOptions, argv, __doc__))
 

@@ -21,10 +21,10 @@ def start_adapters(
     """Give the family its adapters, from the checkpoint or from the data; returns the report of the initialisation.
 
     Args:
-        run: the run.
-        family: the base.
+        run: The run.
+        family: The base.
         batches: `batches`, and `reference_batches` where the method takes them, as `initialize` does.
-        targets: layers that get an adapter, by component.
+        targets: Layers that get an adapter, by component.
     """
     options, state = run.options, run.state
     modules = dict(family.adapted)

@@ -33,11 +33,11 @@ class Task(Protocol):
     """A base with its data, as a training script and a comparison need it.
 
     Attributes:
-        primary_metric: what curves and comparisons are about, one of those that `validate` and `evaluate` return.
-        family: the base.
-        targets: layers that get an adapter, by component.
-        num_train: training samples.
-        num_validation: validation samples.
+        primary_metric: What curves and comparisons are about, one of those that `validate` and `evaluate` return.
+        family: The base.
+        targets: Layers that get an adapter, by component.
+        num_train: Training samples.
+        num_validation: Validation samples.
 
     A task may also have `records`, the samples by what messages call them: a run is resumed with the same alone; and
     `settled`, options that depend on the data, by name.
@@ -85,13 +85,13 @@ def train_task(
     """Train one LoRA on a task and return the directory that it was written to.
 
     Args:
-        options: the checked options of a script.
-        make_task: loads the base and its data on a device, the base in a precision.
-        name: of the script, for trackers.
-        tags: of the base's kind, for the model card.
+        options: The checked options of a script.
+        make_task: Loads the base and its data on a device, the base in a precision.
+        name: Of the script, for trackers.
+        tags: Of the base's kind, for the model card.
 
     Raises:
-        ValueError, FileNotFoundError: for what the user can mend, in one line.
+        ValueError, FileNotFoundError: For what the user can mend, in one line.
     """
 
     def read(options: TaskOptions) -> Callable[[Run[TaskOptions]], TaskTraining]:

@@ -37,13 +37,13 @@ def train_lora(options: TextToImageOptions, family_class: type[TextToImageFamily
     """Train one LoRA and return the directory that it was written to.
 
     Args:
-        options: the checked options of a script.
-        family_class: what the base is.
-        name: of the script, for trackers.
-        tag: of the base's kind, for the model card.
+        options: The checked options of a script.
+        family_class: What the base is.
+        name: Of the script, for trackers.
+        tag: Of the base's kind, for the model card.
 
     Raises:
-        ValueError, FileNotFoundError: for what the user can mend, in one line.
+        ValueError, FileNotFoundError: For what the user can mend, in one line.
     """
     check_family_options(options, family_class)
     family_class.check_base(options.pretrained_model_name_or_path)
@@ -202,7 +202,7 @@ def settle_options(run: Run[TextToImageOptions], family: TextToImageFamily) -> R
     """The run with what depends on the base and the processes, which a checkpoint must have, too.
 
     Raises:
-        ValueError: for a resolution that the base cannot have, or options that differ from the checkpoint's.
+        ValueError: For a resolution that the base cannot have, or options that differ from the checkpoint's.
     """
     wanted = given(run.options.resolution)
     resolution = family.resolution if wanted is None else wanted

@@ -122,14 +122,14 @@ def train(
     """Train one LoRA and return the directory that it was written to.
 
     Args:
-        options: checked.
-        read: reads the data, and returns what loads the base and makes a `Training` of both.
-        script: name of the command, for trackers and messages.
-        output_name: what the default output directory begins with.
-        class_images: whether the run has images of a class; `None` for a script that cannot have any.
+        options: Checked.
+        read: Reads the data, and returns what loads the base and makes a `Training` of both.
+        script: Name of the command, for trackers and messages.
+        output_name: What the default output directory begins with.
+        class_images: Whether the run has images of a class; `None` for a script that cannot have any.
 
     Raises:
-        ValueError, FileNotFoundError: for what the user can mend, in one line.
+        ValueError, FileNotFoundError: For what the user can mend, in one line.
     """
     started = time.perf_counter()
 
@@ -259,11 +259,11 @@ def finish(
     """Write what a finished run leaves: the LoRA in its formats, `config.json`, the card, the pages for a reader.
 
     Args:
-        training: with the weights that are saved in the model.
-        config: what `config.json` is to say; what a compression discards is added.
-        log: of the run.
-        init_report: of the initialisation.
-        best: the sentence on the best step, where one was kept.
+        training: With the weights that are saved in the model.
+        config: What `config.json` is to say; what a compression discards is added.
+        log: Of the run.
+        init_report: Of the initialisation.
+        best: The sentence on the best step, where one was kept.
     """
     config |= report_discarded_energy(training.run, training.family)
     training.write_files(config)

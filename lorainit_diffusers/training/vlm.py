@@ -29,7 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> QuestionTrainingOptions:
     """The options, checked as far as that needs no model.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     options = resolve_question_training(parse_options(QuestionTrainingOptions, argv, __doc__))
     from lorainit_diffusers.families.vlm import VisionLanguageFamily  # now that nothing light is wrong

@@ -18,8 +18,8 @@ def micro_batch_shares(weights: Sequence[float], accelerator: Accelerator) -> li
     micro-batches and averaged over the processes, the factor is w * processes / W.
 
     Args:
-        weights: of this process's micro-batches, positive.
-        accelerator: of the run; every process calls this once a step.
+        weights: Of this process's micro-batches, positive.
+        accelerator: Of the run; every process calls this once a step.
 
     Returns:
         One factor a micro-batch, or `None` where all weights of all processes are equal: then dividing by the number of

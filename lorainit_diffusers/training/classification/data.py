@@ -33,11 +33,11 @@ class ClassData:
     """Images with the names of their classes as captions.
 
     Attributes:
-        train: training images.
-        validation: images to validate on.
-        class_names: sorted or in the dataset's order; each has training images.
-        source: folder or name, for messages.
-        notes: what reading left out, and what looks odd.
+        train: Training images.
+        validation: Images to validate on.
+        class_names: Sorted or in the dataset's order; each has training images.
+        source: Folder or name, for messages.
+        notes: What reading left out, and what looks odd.
     """
 
     train: list[ImageRecord]
@@ -51,8 +51,8 @@ def read_classes(options: ClassDataOptions) -> ClassData:
     """The images of the options' folder or dataset; they are decoded only where a part is chosen by their content.
 
     Raises:
-        FileNotFoundError: when a folder does not exist.
-        ValueError: when there are fewer than two classes, a class has no training images or too few of them, or the
+        FileNotFoundError: When a folder does not exist.
+        ValueError: When there are fewer than two classes, a class has no training images or too few of them, or the
             validation part has a class that the training part lacks; names it.
     """
     if options.dataset_name is not None:
@@ -81,8 +81,8 @@ def read_class_folder(directory: str) -> ClassData:
     `data/train` finds the validation part beside it, too. `find_class_splits` says what a split is.
 
     Raises:
-        FileNotFoundError: when there is no such directory.
-        ValueError: when it has no folders of images, or images lie beside them.
+        FileNotFoundError: When there is no such directory.
+        ValueError: When it has no folders of images, or images lie beside them.
     """
     folder, flag = Path(directory), f"--train_data_dir {directory!r}"
     if not folder.is_dir():
@@ -111,12 +111,12 @@ def read_class_images(folder: Path, flag: str, *, skip: Collection[Path] = ()) -
     """The images of a folder of class folders.
 
     Args:
-        folder: the folder.
-        flag: says in messages what the folder belongs to.
-        skip: folders in it that are no classes.
+        folder: The folder.
+        flag: Says in messages what the folder belongs to.
+        skip: Folders in it that are no classes.
 
     Raises:
-        ValueError: for a class without images.
+        ValueError: For a class without images.
     """
     records: list[ImageRecord] = []
     for path in class_folders(folder):
@@ -133,7 +133,7 @@ def read_class_dataset(options: ClassDataOptions, dataset: str) -> ClassData:
     """A dataset of the `datasets` library, whose images stay encoded where they are.
 
     Raises:
-        ValueError: when the dataset cannot be loaded, or lacks a split, a column or a label.
+        ValueError: When the dataset cannot be loaded, or lacks a split, a column or a label.
     """
     flag = f"--dataset_name {dataset!r}"
     datasets, splits = load_splits(dataset, options.dataset_config_name, options.cache_dir)
@@ -188,7 +188,7 @@ def check_classes(data: ClassData, remedy: str = "") -> ClassData:
     """See that there are two classes, and training images of each.
 
     Raises:
-        ValueError: naming the class.
+        ValueError: Naming the class.
     """
     if len(data.class_names) < 2:
         only = f"only the class {data.class_names[0]!r}" if data.class_names else "no classes"
@@ -214,7 +214,7 @@ def split_off_validation(data: ClassData, fraction: float, seed: int) -> ClassDa
     Copies of a picture, in whatever files, stay on one side. A class of one picture keeps it for training.
 
     Raises:
-        ValueError: when no class has two different images, or an image cannot be read.
+        ValueError: When no class has two different images, or an image cannot be read.
     """
 
     def shuffle(name: str, indices: list[int]) -> list[int]:
@@ -233,7 +233,7 @@ def few_shots(data: ClassData, shots: int, seed: int) -> list[ImageRecord]:
     """So many training images of each class, no two alike. More shots with the same seed include those of fewer.
 
     Raises:
-        ValueError: for a class that has fewer different ones, or an image that cannot be read.
+        ValueError: For a class that has fewer different ones, or an image that cannot be read.
     """
     chosen: list[ImageRecord] = []
     for name in data.class_names:
@@ -268,7 +268,7 @@ def load_pixels(records: Sequence[ImageRecord], preparation: ImagePreparation) -
     """The images as the base sees them, before augmentation: (n, 3, resolution, resolution) uint8.
 
     Raises:
-        ValueError: naming the first one that cannot be read.
+        ValueError: Naming the first one that cannot be read.
     """
     with ThreadPoolExecutor() as pool:
         pixels = pool.map(lambda record: preparation.crop(load_image(record)), records)

@@ -114,7 +114,7 @@ def resolve_classifier_training(options: ClassifierTrainingOptions) -> Classifie
     """Fill in what depends on other options, and find what cannot work before anything is loaded.
 
     Raises:
-        ValueError, FileNotFoundError: naming the option, its value and the remedy.
+        ValueError, FileNotFoundError: Naming the option, its value and the remedy.
     """
     if given(options.pretrained_model_name_or_path) is None:
         base = bundled(BUNDLED_BASES["classifier"], "--pretrained_model_name_or_path")
@@ -127,7 +127,7 @@ def resolve_classification(options: SomeOptions) -> SomeOptions:
     """Fill in the default data, then find what cannot work before anything is read; a second call changes nothing.
 
     Raises:
-        ValueError, FileNotFoundError: naming the option, its value and the remedy.
+        ValueError, FileNotFoundError: Naming the option, its value and the remedy.
     """
     if options.train_data_dir is None and options.dataset_name is None:
         options = replace(options, train_data_dir=bundled(BUNDLED_CLASSES, "--train_data_dir"))
@@ -151,7 +151,7 @@ def make_augmentation(options: AugmentationOptions) -> Augmentation:
     """The augmentation that the options ask for.
 
     Raises:
-        ValueError: for a value that is none.
+        ValueError: For a value that is none.
     """
     from lorainit_diffusers.families.augment import Augmentation
 

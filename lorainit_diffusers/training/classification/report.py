@@ -40,11 +40,11 @@ class ClassPages:
     """What a run of a classifier leaves for a reader.
 
     Attributes:
-        output_dir: of the run.
-        data: the images, for their names.
+        output_dir: Of the run.
+        data: The images, for their names.
         labels: (n,) classes of the validation images.
         images: (n, 3, side, side) uint8, the validation images.
-        classifier: the base.
+        classifier: The base.
     """
 
     output_dir: Path
@@ -57,7 +57,7 @@ class ClassPages:
         """Write `predictions_<name>.jsonl`, `confusion_<name>.png`, and `per_class.csv` anew.
 
         Args:
-            name: of the stage.
+            name: Of the stage.
             probabilities: (n, labels of the model).
             answers: (n,) classes, `OTHER` for a label that is none.
         """

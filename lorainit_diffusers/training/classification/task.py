@@ -41,13 +41,13 @@ class ClassificationTask:
     """A classifier with its images, which are decoded once and kept as bytes.
 
     Attributes:
-        primary_metric: name of what curves and comparisons are about; more is better.
-        family: the base: `family.adapted`, `family.heads`, `family.loss`.
-        classifier: the same, with what only classifiers have.
-        targets: layers that get an adapter, by component.
-        data: what the images are.
-        num_train: training images.
-        num_validation: validation images.
+        primary_metric: Name of what curves and comparisons are about; more is better.
+        family: The base: `family.adapted`, `family.heads`, `family.loss`.
+        classifier: The same, with what only classifiers have.
+        targets: Layers that get an adapter, by component.
+        data: What the images are.
+        num_train: Training images.
+        num_validation: Validation images.
     """
 
     primary_metric = "accuracy"
@@ -120,7 +120,7 @@ class ClassificationTask:
         """See that adapters are for linear layers, and none for the head.
 
         Raises:
-            ValueError: naming the layer.
+            ValueError: Naming the layer.
         """
         for name in adapters.target_layers(self.classifier.model, self.targets[COMPONENT]):
             if f"{COMPONENT}.{name}" in self.family.heads:
@@ -191,7 +191,7 @@ class ClassificationTask:
         """Write the latest evaluation: `predictions_<name>.jsonl`, `confusion_<name>.png`, and `per_class.csv` anew.
 
         Raises:
-            ValueError: when nothing has been evaluated.
+            ValueError: When nothing has been evaluated.
         """
         if self._probabilities is None:
             raise ValueError("there is no evaluation to write: call evaluate first")

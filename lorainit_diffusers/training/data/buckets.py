@@ -14,12 +14,12 @@ def parse_buckets(text: str, resolution: int, multiple: int) -> list[tuple[int, 
     to 2:1. Their sides are multiples of an eighth of the resolution, or of 8 `multiple` (the usual 64) if that is less.
 
     Args:
-        text: what the user gave.
-        resolution: side of the square, which is one of the automatic buckets.
-        multiple: what the model needs each side to be a multiple of.
+        text: What the user gave.
+        resolution: Side of the square, which is one of the automatic buckets.
+        multiple: What the model needs each side to be a multiple of.
 
     Raises:
-        ValueError: when the text is malformed or a side is not a multiple.
+        ValueError: When the text is malformed or a side is not a multiple.
     """
     flag = "--aspect_ratio_buckets"
     buckets: list[tuple[int, int]] = []

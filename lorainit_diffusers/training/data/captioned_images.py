@@ -60,12 +60,12 @@ class CaptionedImages(Dataset[dict[str, Tensor]]):
       the crop's corner in the resized image, and the crop.
 
     Args:
-        records: the images.
-        columns: tensors with one row an image.
-        resolution: side of the square crops, unless there are buckets.
-        center_crop: crop the centre instead of a random place.
-        random_flip: mirror half of the draws.
-        interpolation: one of `INTERPOLATIONS`.
+        records: The images.
+        columns: Tensors with one row an image.
+        resolution: Side of the square crops, unless there are buckets.
+        center_crop: Crop the centre instead of a random place.
+        random_flip: Mirror half of the draws.
+        interpolation: One of `INTERPOLATIONS`.
         buckets: (height, width) of the crops: each image has that of the nearest aspect, `bucket_of_image`.
     """
 
@@ -127,9 +127,9 @@ class CaptionedImages(Dataset[dict[str, Tensor]]):
         """Encode the centre of every image once; from then on items hold `latents`, freshly sampled.
 
         Args:
-            encode: pixels (n, 3, height, width) to the mean and standard deviation of the latents' posterior.
-            batch_size: images that are encoded at once.
-            progress: show a bar.
+            encode: Pixels (n, 3, height, width) to the mean and standard deviation of the latents' posterior.
+            batch_size: Images that are encoded at once.
+            progress: Show a bar.
         """
         generator = torch.Generator()  # a centred crop draws nothing
         members: dict[int, dict[ImageRecord, int]] = {}  # by bucket: a repeated image is encoded once

@@ -26,9 +26,9 @@ class FolderCaptions:
     """What a folder says of its images.
 
     Attributes:
-        texts: image -> caption.
-        used: files that captions come from.
-        metadata: those of them that are metadata.
+        texts: Image -> caption.
+        used: Files that captions come from.
+        metadata: Those of them that are metadata.
     """
 
     texts: dict[Path, str] = field(default_factory=dict[Path, str])
@@ -52,17 +52,17 @@ def read_captions(
     not used. Names in it are relative to its folder.
 
     Args:
-        folder: whose images are captioned.
-        listing: what `list_folder` found in it.
-        image_column: column of the file's name.
-        caption_column: column of the caption.
-        notes: what is not used, and what looks odd.
-        root: a folder further up whose metadata counts, too: that of all splits.
-        skip: folders below that hold another split.
+        folder: Whose images are captioned.
+        listing: What `list_folder` found in it.
+        image_column: Column of the file's name.
+        caption_column: Column of the caption.
+        notes: What is not used, and what looks odd.
+        root: A folder further up whose metadata counts, too: that of all splits.
+        skip: Folders below that hold another split.
 
     Raises:
-        FileNotFoundError: when a row names an image that does not exist.
-        ValueError: when a file or a row cannot be understood, or two captions of an image differ.
+        FileNotFoundError: When a row names an image that does not exist.
+        ValueError: When a file or a row cannot be understood, or two captions of an image differ.
     """
     found = FolderCaptions()
     files = [path for path in listing.others if is_metadata(path)]
@@ -103,14 +103,14 @@ def caption_text(value: Any, where: str, column: str, notes: DataNotes, suffix: 
     """The caption that a value means: a text, or the first of a list of texts.
 
     Args:
-        value: what the row has.
-        where: the row, for messages.
-        column: for messages.
-        notes: says when there were lists.
-        suffix: of the file; of CSV, "NaN" and the like are no captions.
+        value: What the row has.
+        where: The row, for messages.
+        column: For messages.
+        notes: Says when there were lists.
+        suffix: Of the file; of CSV, "NaN" and the like are no captions.
 
     Raises:
-        ValueError: for anything else, and for an empty text.
+        ValueError: For anything else, and for an empty text.
     """
     if isinstance(value, (list, tuple)):
         several = cast("Sequence[Any]", value)
@@ -197,8 +197,8 @@ def _image_of(
     """The image that a row names; None where it belongs to another split.
 
     Raises:
-        FileNotFoundError: when it does not exist.
-        ValueError: when the name is none, leads out of the metadata's folder, or to something that does not count.
+        FileNotFoundError: When it does not exist.
+        ValueError: When the name is none, leads out of the metadata's folder, or to something that does not count.
     """
     name = row.values.get(column)
     if not isinstance(name, str) or not name.strip():

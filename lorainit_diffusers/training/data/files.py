@@ -47,10 +47,10 @@ class Listing:
     """The files below a folder, each kind sorted by path.
 
     Attributes:
-        images: what counts.
-        others: files that are no images.
-        hidden: hidden and system files and folders; nothing below such a folder is listed.
-        repeated: linked folders that were read already, or that lead back to where the reading came from.
+        images: What counts.
+        others: Files that are no images.
+        hidden: Hidden and system files and folders; nothing below such a folder is listed.
+        repeated: Linked folders that were read already, or that lead back to where the reading came from.
     """
 
     images: tuple[Path, ...]
@@ -73,12 +73,12 @@ def list_folder(folder: Path, *, skip: Collection[Path] = ()) -> Listing:
     harmless. That the folder itself lies below a hidden one does not matter.
 
     Args:
-        folder: where to look.
-        skip: folders below it that belong to something else.
+        folder: Where to look.
+        skip: Folders below it that belong to something else.
 
     Raises:
-        FileNotFoundError: for an image that is a link to nowhere.
-        ValueError: for a folder that cannot be read.
+        FileNotFoundError: For an image that is a link to nowhere.
+        ValueError: For a folder that cannot be read.
     """
     images: list[Path] = []
     others: list[Path] = []

@@ -29,18 +29,18 @@ def read_image_folder(
     (the Hugging Face `imagefolder` layout, in subfolders, too), else from a `.txt` file beside each image.
 
     Args:
-        directory: the folder; images in subfolders count.
-        flag: the option that gave the folder, for error messages.
-        prompt: caption for every image.
-        image_column: metadata column of the file name, relative to the metadata's folder.
-        caption_column: metadata column of the caption.
-        notes: gets what was left out and what looks odd.
-        root: a folder further up whose metadata counts, too.
-        skip: folders below that hold other images.
+        directory: The folder; images in subfolders count.
+        flag: The option that gave the folder, for error messages.
+        prompt: Caption for every image.
+        image_column: Metadata column of the file name, relative to the metadata's folder.
+        caption_column: Metadata column of the caption.
+        notes: Gets what was left out and what looks odd.
+        root: A folder further up whose metadata counts, too.
+        skip: Folders below that hold other images.
 
     Raises:
-        FileNotFoundError: when the folder, or an image that the metadata names, does not exist.
-        ValueError: when there are no images, or captions are missing or cannot be understood.
+        FileNotFoundError: When the folder, or an image that the metadata names, does not exist.
+        ValueError: When there are no images, or captions are missing or cannot be understood.
     """
     folder, notes = Path(directory), DataNotes() if notes is None else notes
     if not folder.is_dir():

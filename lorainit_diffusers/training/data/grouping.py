@@ -43,8 +43,8 @@ def content_keys(pictures: Sequence[PictureT], decode: Callable[[PictureT], Imag
     Every picture is decoded once, so one that cannot be is found here; of several whose bytes are equal, the first.
 
     Args:
-        pictures: files or rows of a dataset.
-        decode: to RGB; raises a ValueError that names a picture that cannot be read.
+        pictures: Files or rows of a dataset.
+        decode: To RGB; raises a ValueError that names a picture that cannot be read.
     """
 
     def file_key(picture: PictureT) -> str:
@@ -100,9 +100,9 @@ class HeldOut(NamedTuple):
     """Indices of samples, each in their order.
 
     Attributes:
-        train: to train on.
-        validation: to validate on.
-        neither: that share images with both.
+        train: To train on.
+        validation: To validate on.
+        neither: That share images with both.
     """
 
     train: list[int]
@@ -118,11 +118,11 @@ def hold_out(samples: Sequence[Collection[str]], fraction: float) -> HeldOut:
     some on either side are then for neither.
 
     Args:
-        samples: the keys of each sample's images.
-        fraction: of all images; one at least is held out, and one is left.
+        samples: The keys of each sample's images.
+        fraction: Of all images; one at least is held out, and one is left.
 
     Raises:
-        ValueError: when nothing would be left on one of the sides.
+        ValueError: When nothing would be left on one of the sides.
     """
     images = {key for sample in samples for key in sample}
     target = min(max(1, round(fraction * len(images))), len(images) - 1)
@@ -156,13 +156,13 @@ def hold_out_pictures(
     """Training and held-out pictures, each in their order; copies of one picture are on one side.
 
     Args:
-        pictures: files or rows of a dataset.
-        fraction: of all different pictures; one at least is held out, and one is left.
-        decode: to RGB.
-        flag: what the fraction is from, for the message.
+        pictures: Files or rows of a dataset.
+        fraction: Of all different pictures; one at least is held out, and one is left.
+        decode: To RGB.
+        flag: What the fraction is from, for the message.
 
     Raises:
-        ValueError: when there are fewer than two different pictures.
+        ValueError: When there are fewer than two different pictures.
     """
     keys = content_keys(pictures, decode)
     if len(set(keys)) < 2:
@@ -179,10 +179,10 @@ def hold_out_of_classes(
     Every class keeps an image to train on, so one of one picture has none held out.
 
     Args:
-        keys: what each image is.
-        classes: of each image.
-        fraction: of the images of a class.
-        shuffle: gives the indices of a class's images, in a random order.
+        keys: What each image is.
+        classes: Of each image.
+        fraction: Of the images of a class.
+        shuffle: Gives the indices of a class's images, in a random order.
     """
     members: dict[str, list[int]] = {}
     copies: dict[str, list[int]] = {}

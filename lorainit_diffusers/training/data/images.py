@@ -57,7 +57,7 @@ class DatasetImage:
         """The encoded image.
 
         Raises:
-            ValueError: when the row holds none.
+            ValueError: When the row holds none.
         """
         image = self.dataset[self.row][self.column]
         if image is None or (image["bytes"] is None and not image["path"]):
@@ -73,7 +73,7 @@ def check_images(records: Sequence[ImageRecord]) -> None:
     """See that each image can be decoded.
 
     Raises:
-        ValueError: naming the first one that cannot.
+        ValueError: Naming the first one that cannot.
     """
     decoded_sizes(records)
 
@@ -82,7 +82,7 @@ def decoded_sizes(records: Sequence[ImageRecord]) -> list[tuple[int, int]]:
     """(height, width) of each image, which is decoded for it.
 
     Raises:
-        ValueError: naming the first one that cannot.
+        ValueError: Naming the first one that cannot.
     """
 
     def decoded_size(record: ImageRecord) -> tuple[int, int]:
@@ -113,7 +113,7 @@ def load_image(source: ImageRecord | str | os.PathLike[str] | bytes) -> Image.Im
     Of an animation it is the first frame. The source is a record, a file, or an encoded image.
 
     Raises:
-        ValueError: when the image cannot be decoded; the message names it.
+        ValueError: When the image cannot be decoded; the message names it.
     """
     try:
         with _open_image(source) as opened:
@@ -145,7 +145,7 @@ def image_size(source: ImageRecord | str | os.PathLike[str] | bytes) -> tuple[in
     """Height and width that `load_image` gives, from the image's header where that is enough.
 
     Raises:
-        ValueError: when the header cannot be read; the message names the image.
+        ValueError: When the header cannot be read; the message names the image.
     """
     try:
         with _open_image(source) as opened:

@@ -17,7 +17,7 @@ def load_splits(name: str, config_name: str | None, cache_dir: str | None) -> tu
     """The `datasets` library, and the splits of a dataset by name, of which one is for training.
 
     Raises:
-        ValueError: when the library is missing, the dataset cannot be loaded, or it has no split `train`.
+        ValueError: When the library is missing, the dataset cannot be loaded, or it has no split `train`.
     """
     flag = f"--dataset_name {name!r}"
     try:
@@ -46,7 +46,7 @@ def encoded_images(datasets: Any, rows: Any, column: str, flag: str) -> Any:
     """The images of a split, one a row, as the bytes of their files.
 
     Raises:
-        ValueError: when the column holds something else; `flag` names the dataset.
+        ValueError: When the column holds something else; `flag` names the dataset.
     """
     return cast_images(rows.select_columns([column]), column, datasets.Image(decode=False), flag)
 
@@ -55,7 +55,7 @@ def cast_images(rows: Any, column: str, kind: Any, flag: str) -> Any:
     """The rows with this column as images of a kind, `datasets.Image` or a list of it.
 
     Raises:
-        ValueError: when the column holds something else; `flag` names the dataset.
+        ValueError: When the column holds something else; `flag` names the dataset.
     """
     try:
         return rows.cast_column(column, kind)
@@ -82,17 +82,17 @@ def read_dataset(
     the first counts.
 
     Args:
-        name: name on the hub, or a local folder that `datasets.load_dataset` takes.
-        config_name: the dataset's configuration.
-        cache_dir: where downloads are kept.
-        prompt: caption for every image; the caption column is then not needed.
-        image_column: column of the images.
-        caption_column: column of the captions.
-        max_train_samples: keep the first so many training rows.
-        notes: gets what was left out.
+        name: Name on the hub, or a local folder that `datasets.load_dataset` takes.
+        config_name: The dataset's configuration.
+        cache_dir: Where downloads are kept.
+        prompt: Caption for every image; the caption column is then not needed.
+        image_column: Column of the images.
+        caption_column: Column of the captions.
+        max_train_samples: Keep the first so many training rows.
+        notes: Gets what was left out.
 
     Raises:
-        ValueError: when `datasets` is missing, or the dataset, a split, a column or a caption.
+        ValueError: When `datasets` is missing, or the dataset, a split, a column or a caption.
     """
     flag, notes = f"--dataset_name {name!r}", DataNotes() if notes is None else notes
     datasets, splits = load_splits(name, config_name, cache_dir)

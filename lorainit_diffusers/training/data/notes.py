@@ -12,9 +12,9 @@ class DataNotes:
     """Filled while data are read; the banner prints it.
 
     Attributes:
-        left_out: reason -> names of what was left out for it, each once.
-        warnings: whole sentences on what is used although it looks odd.
-        sizes: part of the data -> (height, width) of its images, in their order.
+        left_out: Reason -> names of what was left out for it, each once.
+        warnings: Whole sentences on what is used although it looks odd.
+        sizes: Part of the data -> (height, width) of its images, in their order.
     """
 
     left_out: dict[str, list[str]] = field(default_factory=dict[str, list[str]])

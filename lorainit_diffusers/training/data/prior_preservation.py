@@ -40,19 +40,19 @@ def generate_class_images(
     draws its share: wait for the others before the images are read.
 
     Args:
-        directory: the folder; made if need be. A user's own images in it count.
-        prompt: the prompt of the class, which is also the caption.
-        count: how many images are wanted.
-        draw: prompts and seeds to images.
-        batch_size: images that are drawn at once.
-        settings: what else the drawn images depend on, such as base and steps; written beside them.
-        process: index of this process.
-        num_processes: how many draw.
-        progress: show a bar.
-        scratch: another folder for what is drawn, where the first one is to stay as it is.
+        directory: The folder; made if need be. A user's own images in it count.
+        prompt: The prompt of the class, which is also the caption.
+        count: How many images are wanted.
+        draw: Prompts and seeds to images.
+        batch_size: Images that are drawn at once.
+        settings: What else the drawn images depend on, such as base and steps; written beside them.
+        process: Index of this process.
+        num_processes: How many draw.
+        progress: Show a bar.
+        scratch: Another folder for what is drawn, where the first one is to stay as it is.
 
     Raises:
-        ValueError: as `missing_class_images`.
+        ValueError: As `missing_class_images`.
     """
     folder = Path(directory)
     missing = missing_class_images(folder, prompt=prompt, count=count, settings=settings)
@@ -85,7 +85,7 @@ def missing_class_images(
     """Which generated images a folder of class images still needs; the others have been decoded once.
 
     Raises:
-        ValueError: when the folder's images were generated with another prompt or other settings, or one is unreadable.
+        ValueError: When the folder's images were generated with another prompt or other settings, or one is unreadable.
     """
     folder = Path(directory)
     flag = f"--class_data_dir {str(directory)!r}"
@@ -119,7 +119,7 @@ def pair_batches(
     """Each instance batch with a class batch behind it, and `is_class`: bool, one a sample.
 
     Raises:
-        ValueError: when one of the two ends before the other.
+        ValueError: When one of the two ends before the other.
     """
     for instances, classes in zip(instance_batches, class_batches, strict=True):
         pair = {name: torch.cat([rows, classes[name]]) for name, rows in instances.items()}

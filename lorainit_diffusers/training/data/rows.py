@@ -22,8 +22,8 @@ class Row(NamedTuple):
     """One row of a file.
 
     Attributes:
-        where: file and line, as messages begin.
-        values: by column.
+        where: File and line, as messages begin.
+        values: By column.
     """
 
     where: str
@@ -35,11 +35,11 @@ def read_rows(path: Path, *, columns: Sequence[str] = ()) -> list[Row]:
 
     Args:
         path: `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv` or `.parquet`.
-        columns: of which a CSV file's header has one at least, by which its delimiter is found.
+        columns: Of which a CSV file's header has one at least, by which its delimiter is found.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it cannot be understood; names the file and the line.
+        FileNotFoundError: When there is no such file.
+        ValueError: When it cannot be understood; names the file and the line.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -60,13 +60,13 @@ def json_entries(path: Path, *, label: str | None = None, what: str = "objects")
     """The values of a JSONL file, or of a JSON file that is a list, whatever its suffix is: (file and line, value).
 
     Args:
-        path: the file.
-        label: how messages name it.
-        what: the values are, for messages.
+        path: The file.
+        label: How messages name it.
+        what: The values are, for messages.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it is not JSON; names the file and the line.
+        FileNotFoundError: When there is no such file.
+        ValueError: When it is not JSON; names the file and the line.
     """
     text, label = read_text(path), label or repr(str(path))
     if path.suffix.lower() == ".json" or text.lstrip().startswith("["):

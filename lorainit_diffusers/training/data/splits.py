@@ -77,8 +77,8 @@ class SplitName(NamedTuple):
     """What a folder's name says.
 
     Attributes:
-        kind: of split.
-        rest: the other words that say something.
+        kind: Of split.
+        rest: The other words that say something.
     """
 
     kind: Kind
@@ -149,10 +149,10 @@ class Splits:
     """The parts of a data folder.
 
     Attributes:
-        train: the folder of the training images.
-        heldout: that of the images to validate on, if there is one.
-        skip: folders below `train` that belong to other parts.
-        root: the folder that was given, or the one above its parts.
+        train: The folder of the training images.
+        heldout: That of the images to validate on, if there is one.
+        skip: Folders below `train` that belong to other parts.
+        root: The folder that was given, or the one above its parts.
     """
 
     train: Path
@@ -166,10 +166,10 @@ class _Contents:
     """Which of a folder's images lie where.
 
     Attributes:
-        own: images directly in it.
-        counts: child folder -> images below it, of those that have any.
-        flat: of them, those with images directly in them.
-        nested: of them, those with images in folders below them.
+        own: Images directly in it.
+        counts: Child folder -> images below it, of those that have any.
+        flat: Of them, those with images directly in them.
+        nested: Of them, those with images in folders below them.
     """
 
     own: list[Path] = field(default_factory=list[Path])
@@ -185,7 +185,7 @@ def find_image_splits(directory: Path, flag: str, notes: DataNotes) -> Splits:
     of a training part. A test part is not used.
 
     Raises:
-        ValueError: when several folders could be the training part, or images lie beside the parts; `flag` begins the
+        ValueError: When several folders could be the training part, or images lie beside the parts; `flag` begins the
             message.
     """
     folder = directory
@@ -215,11 +215,11 @@ def find_image_splits(directory: Path, flag: str, notes: DataNotes) -> Splits:
 def find_class_splits(directory: Path, flag: str, notes: DataNotes) -> Splits:
     """The folder whose folders are the classes, and that of the validation images.
 
-    As :func:`find_image_splits`; here a part is a folder of class folders, and a test part is validated on where there
+    As `find_image_splits`; here a part is a folder of class folders, and a test part is validated on where there
     is no validation part.
 
     Raises:
-        ValueError: as there, and when folders with the names of splits hold images without classes.
+        ValueError: As there, and when folders with the names of splits hold images without classes.
     """
     folder = directory
     while True:
@@ -345,7 +345,7 @@ def _class_root(folder: Path, flag: str) -> Path:
     """The folder whose folders are the classes: a part, or the only folder in it.
 
     Raises:
-        ValueError: when images lie beside the class folders.
+        ValueError: When images lie beside the class folders.
     """
     while True:
         contents = _contents(folder)

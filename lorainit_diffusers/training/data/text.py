@@ -24,8 +24,8 @@ def read_text(path: Path) -> str:
     UTF-8 nor UTF-16 is an error and not a guess.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it cannot be read or decoded; names the file, and the line where that is known.
+        FileNotFoundError: When there is no such file.
+        ValueError: When it cannot be read or decoded; names the file, and the line where that is known.
     """
     try:
         data = path.read_bytes()

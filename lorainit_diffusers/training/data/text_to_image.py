@@ -45,12 +45,12 @@ def read_data(options: ImageTaskOptions, notes: DataNotes | None = None) -> tupl
     `--repeats` times. `--validation_fraction` holds some of these out, copies of one picture together.
 
     Args:
-        options: of the script.
-        notes: gets what was left out, what looks odd, and the images' sizes.
+        options: Of the script.
+        notes: Gets what was left out, what looks odd, and the images' sizes.
 
     Raises:
-        FileNotFoundError: when a folder or file does not exist.
-        ValueError: when something else is missing or unreadable; see `read_image_folder` and `read_dataset`.
+        FileNotFoundError: When a folder or file does not exist.
+        ValueError: When something else is missing or unreadable; see `read_image_folder` and `read_dataset`.
     """
     notes = DataNotes() if notes is None else notes
     given = {"image_column": options.image_column, "caption_column": options.caption_column}
@@ -106,7 +106,7 @@ def check_class_folder_apart(directory: Path, flag: str, options: DatasetOptions
     """See that the images of the class are not in the folder of the subject, nor the other way round.
 
     Raises:
-        ValueError: when they are: class images would be trained on as the subject.
+        ValueError: When they are: class images would be trained on as the subject.
     """
     class_dir = getattr(options, "class_data_dir", None)
     if class_dir is None:
@@ -163,9 +163,9 @@ class TrainingData:
     """The image sets of a run, encoded as far as the options say, and its batches.
 
     Attributes:
-        train: training images.
-        classes: images of the class under prior preservation.
-        heldout: held-out images, where there are any.
+        train: Training images.
+        classes: Images of the class under prior preservation.
+        heldout: Held-out images, where there are any.
     """
 
     def __init__(

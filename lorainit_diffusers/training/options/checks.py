@@ -54,7 +54,7 @@ def check_run_options(options: TrainOptions) -> None:
     """The options on initialisation, checkpoints, exports and trackers that all training scripts have.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     check_init_name(options.init)
     check_option_names(options.init, options.init_option)
@@ -72,12 +72,12 @@ def check_adapter_options(lora: LoraOptions, optimizer: OptimizerOptions, *, epo
     """The options on adapters and optimiser that every script that trains has.
 
     Args:
-        lora: of the adapters.
-        optimizer: of the optimiser.
-        epochs: length of the run in passes over the data, where it is given so; then the steps are not known yet.
+        lora: Of the adapters.
+        optimizer: Of the optimiser.
+        epochs: Length of the run in passes over the data, where it is given so; then the steps are not known yet.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     if epochs is None:
         check_schedule(optimizer.lr_scheduler, optimizer.lr_warmup_steps, optimizer.max_train_steps)
@@ -97,12 +97,12 @@ def check_method(options: TrainOptions, method: Initializer, class_images: bool 
     """See that the other options let this initialisation do what it is asked for.
 
     Args:
-        options: of the run.
-        method: the initialisation.
-        class_images: whether the run has class images; `None` for a script that cannot have any.
+        options: Of the run.
+        method: The initialisation.
+        class_images: Whether the run has class images; `None` for a script that cannot have any.
 
     Raises:
-        ValueError: naming the options and the remedy.
+        ValueError: Naming the options and the remedy.
     """
     from lorainit_diffusers.initialize import check_zero_delta, needs_reference
 
@@ -129,7 +129,7 @@ def check_family_options(options: TextEncoderOptions, family_class: type[TextToI
     """See that the options that only some families have are this family's.
 
     Raises:
-        ValueError: naming the option.
+        ValueError: Naming the option.
     """
     from lorainit_diffusers.families.text_to_image import CLIP_ENCODERS
 
@@ -155,7 +155,7 @@ def require_package(name: str, flag: str) -> None:
     """Check that an optional package is installed.
 
     Raises:
-        ValueError: when it is not.
+        ValueError: When it is not.
     """
     if importlib.util.find_spec(name) is None:
         remedy = f'pip install "lorainit-diffusers[{EXTRAS[name]}]" or leave it out'
@@ -169,7 +169,7 @@ def build_method(name: str, options: Sequence[str]) -> Initializer:
     """The initialisation `name` with its hyper-parameters set from `key=value` texts.
 
     Raises:
-        ValueError: for an unknown name or key, or a value that the key's type does not take.
+        ValueError: For an unknown name or key, or a value that the key's type does not take.
     """
     from lorainit_diffusers.initialize import make_method
     from lorainit_diffusers.methods import METHODS
@@ -191,7 +191,7 @@ def check_init_name(name: str, given: str = "") -> None:
     """See that there is an initialisation of this name; `given` is the option that it is from, where that is not clear.
 
     Raises:
-        ValueError: naming the nearest one and all that there are.
+        ValueError: Naming the nearest one and all that there are.
     """
     if name not in init_names():
         raise ValueError(f"{given}: " * bool(given) + unknown_name("init", name, init_names()))
@@ -201,7 +201,7 @@ def check_option_names(name: str, options: Sequence[str]) -> None:
     """See that an initialisation has these options, before it is imported; their values are checked when it is built.
 
     Raises:
-        ValueError: naming the nearest key and all that there are.
+        ValueError: Naming the nearest key and all that there are.
     """
     try:
         known = init_option_names(name)

@@ -22,8 +22,8 @@ class ConfigFile:
     """What a file of options says.
 
     Attributes:
-        path: of the file.
-        values: by the names of the options, as the file has them.
+        path: Of the file.
+        values: By the names of the options, as the file has them.
     """
 
     path: Path
@@ -34,8 +34,8 @@ def read_config(path: str | Path) -> ConfigFile:
     """Read a YAML or JSON file of options by name.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it is no mapping of names to values.
+        FileNotFoundError: When there is no such file.
+        ValueError: When it is no mapping of names to values.
     """
     path = Path(path)
     if not path.is_file():
@@ -57,9 +57,9 @@ def write_run_config(directory: Path, options: Options, script: str) -> Path:
     """Write the options of a run, so that `--config` repeats it; its path.
 
     Args:
-        directory: of the run.
-        options: as the command line and the base give them, before anything depends on processes or data.
-        script: that takes them.
+        directory: Of the run.
+        options: As the command line and the base give them, before anything depends on processes or data.
+        script: That takes them.
     """
     from lorainit_diffusers.files import write_text  # imports torch, which reading options must not
 

@@ -37,8 +37,8 @@ class Place:
     """The option says where something is; a resumed run must find the same there, wherever it lies.
 
     Attributes:
-        of: what is there, as the checkpoint's identity calls it.
-        is_path: whether the option may be a path, which the output directory must not be or hold.
+        of: What is there, as the checkpoint's identity calls it.
+        is_path: Whether the option may be a path, which the output directory must not be or hold.
     """
 
     of: str
@@ -50,8 +50,8 @@ class DefaultOf:
     """Where the option is not given, it is what another one is.
 
     Attributes:
-        name: of the other option.
-        convert: makes one of the other.
+        name: Of the other option.
+        convert: Makes one of the other.
     """
 
     name: str
@@ -75,13 +75,13 @@ class Facts:
     """What is known of one option beside its type.
 
     Attributes:
-        range: of its number, or of each of its numbers.
-        may_change: why a resumed run may have another value; `None` where it may not.
-        place: what is at the place that it names.
-        is_path: whether it may be the path of something that is read.
-        default_of: the option that it follows when it is not given.
-        num_values: how many values it takes, where that is fixed.
-        secret: whether it is kept out of every file.
+        range: Of its number, or of each of its numbers.
+        may_change: Why a resumed run may have another value; `None` where it may not.
+        place: What is at the place that it names.
+        is_path: Whether it may be the path of something that is read.
+        default_of: The option that it follows when it is not given.
+        num_values: How many values it takes, where that is fixed.
+        secret: Whether it is kept out of every file.
     """
 
     range: Range | None = None
@@ -124,11 +124,11 @@ def option(
     `DefaultOf`, or by a function of the script that says so; `given` tells the type checker.
 
     Args:
-        default: of the field; a list is copied for each object.
-        help: what `--help` says.
-        choices: the values that it can have.
-        metavar: what `--help` calls the value.
-        action: of argparse, where the type does not say it.
+        default: Of the field; a list is copied for each object.
+        help: What `--help` says.
+        choices: The values that it can have.
+        metavar: What `--help` calls the value.
+        action: Of argparse, where the type does not say it.
     """
     given = {"help": help, "choices": choices, "metavar": metavar, "action": action}
     metadata = {name: value for name, value in given.items() if value is not None}
@@ -190,7 +190,7 @@ def check_ranges(values: Mapping[str, Any], facts: Mapping[str, Facts]) -> None:
     """Check numbers by name; `None` is one that was not given, and of a list every number is checked.
 
     Raises:
-        ValueError: naming the first option that is out of its range, its value and the remedy.
+        ValueError: Naming the first option that is out of its range, its value and the remedy.
     """
     for name, value in values.items():
         fact = facts[name]

@@ -80,7 +80,7 @@ def scaled_rates(options: ScheduledOptions, num_processes: int) -> dict[str, Any
     """The learning rates under `--scale_lr`, as diffusers' examples scale them, by the names of the options.
 
     Raises:
-        ValueError: when a rate is out of its range then.
+        ValueError: When a rate is out of its range then.
     """
     if not options.scale_lr:
         return {}
@@ -93,7 +93,7 @@ def steps_of_epochs(options: ScheduledOptions, batches_per_epoch: int, num_proce
     """`max_train_steps` under `--num_train_epochs`: as many as it takes to see every sample that often.
 
     Raises:
-        ValueError: when the warm-up is longer than that.
+        ValueError: When the warm-up is longer than that.
     """
     if options.num_train_epochs is None:
         return {}

@@ -66,10 +66,10 @@ class ScriptParser(HfArgumentParser):
     """An `HfArgumentParser` that takes no abbreviations and answers a mistake in one line `error: ...`, exit code 2.
 
     Args:
-        description: shown by `--help` as it is.
-        options: the dataclass whose fields are the options; left out for a parser with `add_argument` alone.
-        more_options: flags that are read elsewhere (`--name`), to be offered for a misspelling, too.
-        more: arguments of `argparse.ArgumentParser`.
+        description: Shown by `--help` as it is.
+        options: The dataclass whose fields are the options; left out for a parser with `add_argument` alone.
+        more_options: Flags that are read elsewhere (`--name`), to be offered for a misspelling, too.
+        more: Arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class ScriptParser(HfArgumentParser):
         """As in `ArgumentParser`, every number within its range.
 
         Raises:
-            ValueError: naming the first option that is out of its range, its value and the remedy.
+            ValueError: Naming the first option that is out of its range, its value and the remedy.
         """
         ranges = OPTION_RANGES | {name: fact.range for name, fact in self.facts.items() if fact.range is not None}
         describe_ranges(self, ranges)
@@ -222,14 +222,14 @@ def parse_options(
     """The command line as one frozen object; what is not given is what suits the base, or what `--config` says.
 
     Args:
-        options: the class of the object.
-        argv: the texts of the command line; the process's own when left out.
-        description: shown by `--help`.
-        family: finds the base's family among the values; the class's first when left out.
-        defaults: of options, by what has been given; those that suit the base when left out.
+        options: The class of the object.
+        argv: The texts of the command line; the process's own when left out.
+        description: Shown by `--help`.
+        family: Finds the base's family among the values; the class's first when left out.
+        defaults: Of options, by what has been given; those that suit the base when left out.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     parser = make_parser(options, description)
     texts = list(sys.argv[1:] if argv is None else argv)
@@ -283,7 +283,7 @@ def _converted(file: ConfigFile, name: str, value: Any, action: argparse.Action)
     """A value of a file in the type that the option has.
 
     Raises:
-        ValueError: when it is none of this type, or no choice.
+        ValueError: When it is none of this type, or no choice.
     """
     if value is None:
         return None

@@ -16,7 +16,7 @@ def check_task(options: TaskOptions) -> None:
     """Find what cannot work before anything is loaded.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     check_adapter_options(options, options, epochs=options.num_train_epochs)
     check_run_options(options)

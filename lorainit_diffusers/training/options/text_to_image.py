@@ -96,7 +96,7 @@ def resolve_text_to_image(options: AnyOptions) -> AnyOptions:
     """Fill in what depends on other options, and find what cannot work before anything is loaded.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     base = given(options.pretrained_model_name_or_path)
     own_base = base is not None
@@ -128,7 +128,7 @@ def check_text_to_image(options: TextToImageOptions) -> None:
     """Find what cannot work before anything is loaded.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     check_adapter_options(options, options, epochs=options.num_train_epochs)
     check_data_source(options)
@@ -152,7 +152,7 @@ def check_data_source(options: DatasetOptions) -> None:
     """See that there is one source of images, with the options that belong to it.
 
     Raises:
-        ValueError: naming the options.
+        ValueError: Naming the options.
     """
     sources = ("train_data_dir", "instance_data_dir", "dataset_name")
     given = [f"--{name}" for name in sources if getattr(options, name) is not None]

@@ -24,11 +24,11 @@ class QuestionRecord:
     """A conversation about images that ends with an answer.
 
     Attributes:
-        where: file and line, for messages.
-        messages: as `VisionLanguageFamily.encode` takes them; the last is the assistant's.
-        images: of the image parts, in their order.
-        answers: that count as right; the first is the last message's.
-        kind: of question; empty where the data does not say.
+        where: File and line, for messages.
+        messages: As `VisionLanguageFamily.encode` takes them; the last is the assistant's.
+        images: Of the image parts, in their order.
+        answers: That count as right; the first is the last message's.
+        kind: Of question; empty where the data does not say.
     """
 
     where: str
@@ -64,15 +64,15 @@ def read_questions(
       LLaVA has them.
 
     Args:
-        path: the file.
-        flag: the option that gave it, for messages.
-        image_dir: folder that images are relative to; that of the file by default.
-        columns: other names of `image`, `question` and `answer`.
-        system_prompt: comes before a conversation that has none.
+        path: The file.
+        flag: The option that gave it, for messages.
+        image_dir: Folder that images are relative to; that of the file by default.
+        columns: Other names of `image`, `question` and `answer`.
+        system_prompt: Comes before a conversation that has none.
 
     Raises:
-        FileNotFoundError: when the file, or an image, does not exist.
-        ValueError: when a line cannot be understood.
+        FileNotFoundError: When the file, or an image, does not exist.
+        ValueError: When a line cannot be understood.
     """
     file = Path(path)
     if not file.is_file():
@@ -163,7 +163,7 @@ def _answers(value: Any, what: str) -> list[str]:
     """One answer, or several that count as right; numbers become text.
 
     Raises:
-        ValueError: for what is neither text nor a number; `what` begins the message.
+        ValueError: For what is neither text nor a number; `what` begins the message.
     """
     values = value if isinstance(value, (list, tuple)) else [value]
     texts: list[str] = []

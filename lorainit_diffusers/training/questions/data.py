@@ -23,8 +23,8 @@ def read_question_data(options: QuestionDataOptions) -> tuple[list[QuestionRecor
     """Training and validation questions of the options' files or dataset; every image has been decoded once.
 
     Raises:
-        FileNotFoundError: when a file or an image does not exist.
-        ValueError: when a line cannot be understood or an image cannot be read; naming file and line.
+        FileNotFoundError: When a file or an image does not exist.
+        ValueError: When a line cannot be understood or an image cannot be read; naming file and line.
     """
     columns = {"image": options.image_column, "question": options.question_column, "answer": options.answer_column}
     validation: list[QuestionRecord] = []
@@ -121,7 +121,7 @@ def hold_out_questions(
     the same wording that stay together.
 
     Raises:
-        ValueError: when none can be held out, or an image cannot be read.
+        ValueError: When none can be held out, or an image cannot be read.
     """
     samples = _contents(records)
     try:
@@ -150,7 +150,7 @@ def _contents(records: Sequence[QuestionRecord]) -> list[frozenset[str]]:
     Every image is decoded once.
 
     Raises:
-        ValueError: naming an image that cannot be read.
+        ValueError: Naming an image that cannot be read.
     """
     images = list(dict.fromkeys(image for record in records for image in record.images))
     keys = dict(zip(images, content_keys(images, load_image), strict=True))

@@ -23,10 +23,10 @@ class EncodedQuestions:
     """What the processor makes of every question, kept in memory: what belongs to an image is kept once an image.
 
     Args:
-        family: encodes them.
-        records: the questions.
-        max_length: tokens of a sample with its answer.
-        num_bytes: what is beyond is encoded again at every use.
+        family: Encodes them.
+        records: The questions.
+        max_length: Tokens of a sample with its answer.
+        num_bytes: What is beyond is encoded again at every use.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class EncodedQuestions:
         Of the others the texts are checked, but not the length.
 
         Raises:
-            ValueError: naming the line of the first that cannot be encoded, and how many others are too long.
+            ValueError: Naming the line of the first that cannot be encoded, and how many others are too long.
         """
         too_long: list[TooLongError] = []
         for index in progress_bar(range(len(self)), desc=description, shown=len(self) >= 2000, leave=False):
@@ -77,7 +77,7 @@ class EncodedQuestions:
         """One sample with its labels, or its prompt alone, without the answer.
 
         Raises:
-            ValueError: naming the line.
+            ValueError: Naming the line.
         """
         if (index, prompt) in self._kept:
             return self._kept[index, prompt]
@@ -133,9 +133,9 @@ def settle_answer_length(
 
     Args:
         given: `--max_new_tokens`, where the user gave it.
-        count_tokens: of an answer with its end.
-        records: the training questions.
-        validation: the validation questions, of which one of several right answers must fit.
+        count_tokens: Of an answer with its end.
+        records: The training questions.
+        validation: The validation questions, of which one of several right answers must fit.
     """
     needed = [min(map(count_tokens, record.answers)) for record in validation]
     longest = max(max(needed), max(count_tokens(record.answers[0]) for record in records))

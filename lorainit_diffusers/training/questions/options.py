@@ -103,7 +103,7 @@ def resolve_question_training(options: QuestionTrainingOptions) -> QuestionTrain
     """Fill in what depends on other options, and find what cannot work before anything is loaded.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     if given(options.pretrained_model_name_or_path) is None:
         base = bundled(BUNDLED_BASES["vlm"], "--pretrained_model_name_or_path")
@@ -118,7 +118,7 @@ def resolve_questions(options: SomeOptions) -> SomeOptions:
     """Fill in the options whose default depends on others, and check them; a second call changes nothing.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     train_data_file, validation_data_file = options.train_data_file, options.validation_data_file
     if options.dataset_name is not None:

@@ -41,11 +41,11 @@ def write_answer_report(
     """Write `report.html`; nothing in it is loaded from anywhere.
 
     Args:
-        output_dir: has `curves.png`.
-        title: of the page.
-        sentences: the first is the result.
-        results: stage -> what was found, question by question.
-        images: of the questions to show, by their index.
+        output_dir: Has `curves.png`.
+        title: Of the page.
+        sentences: The first is the result.
+        results: Stage -> what was found, question by question.
+        images: Of the questions to show, by their index.
     """
     latest = list(results.values())[-1]
     rows = [[Cell("all"), Cell(str(len(latest))), *(_score_cell(found) for found in results.values())]]

@@ -44,17 +44,17 @@ class QuestionAnsweringTask:
     """Answering questions about images: a vision-language base with its questions.
 
     Args:
-        options: of the base and the data; what was not given is filled in.
-        device: where the base goes.
-        dtype: of the base.
+        options: Of the base and the data; what was not given is filled in.
+        device: Where the base goes.
+        dtype: Of the base.
 
     Attributes:
         primary_metric: `exact_match`.
-        family: the base.
-        base: the same, as what it is.
-        targets: layers that get an adapter, by component.
-        num_train: training questions.
-        num_validation: validation questions.
+        family: The base.
+        base: The same, as what it is.
+        targets: Layers that get an adapter, by component.
+        num_train: Training questions.
+        num_validation: Validation questions.
     """
 
     primary_metric: str = "exact_match"
