@@ -97,7 +97,7 @@ def write_random_sd3(folder: Path, t5: bool = True, shift: float = 3.0) -> None:
     )
 
 
-def write_random_flux(folder: Path, guidance_embeds: bool = True) -> None:
+def write_random_flux(folder: Path, guidance_embeds: bool = True, kontext: bool = False) -> None:
     """Write a random Flux pipeline in the diffusers layout, with double-stream and single-stream blocks."""
     write_tokenizer(folder / "tokenizer")
     CLIPTextModel(text_config(hidden_size=16, num_hidden_layers=2)).save_pretrained(folder / "text_encoder")
@@ -123,7 +123,7 @@ def write_random_flux(folder: Path, guidance_embeds: bool = True) -> None:
     scheduler.save_pretrained(folder / "scheduler")
     write_index(
         folder,
-        "FluxPipeline",
+        "FluxKontextPipeline" if kontext else "FluxPipeline",
         text_encoder=("transformers", "CLIPTextModel"),
         text_encoder_2=("transformers", "T5EncoderModel"),
         tokenizer=("transformers", "CLIPTokenizer"),

@@ -12,6 +12,7 @@ from diffusers import (
     DiffusionPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     Lumina2Pipeline,
     QwenImagePipeline,
@@ -39,6 +40,7 @@ from lorainit_diffusers.families.text_to_image import TextToImageFamily
 WRITERS: dict[str, Any] = {
     "sd3": write_random_sd3,
     "flux": write_random_flux,
+    "flux-kontext": partial(write_random_flux, kontext=True),
     "lumina2": write_random_lumina2,
     "flux2-dev": write_random_flux2,
     "flux2-klein": partial(write_random_flux2, klein=True),
@@ -50,6 +52,7 @@ WRITERS: dict[str, Any] = {
 STOCK: dict[str, type[DiffusionPipeline]] = {
     "sd3": StableDiffusion3Pipeline,
     "flux": FluxPipeline,
+    "flux-kontext": FluxKontextPipeline,
     "lumina2": Lumina2Pipeline,
     "flux2-dev": Flux2Pipeline,
     "flux2-klein": Flux2KleinPipeline,
@@ -60,9 +63,13 @@ STOCK: dict[str, type[DiffusionPipeline]] = {
 }
 KINDS = list(WRITERS)
 # Tokens where the usual ones take time. The system message of Flux 2 alone has 173 letters.
-TOKENS = {"flux": 24, "flux2-dev": 196, "flux2-klein": 24, "qwen_image": 256, "z_image": 48, "sana": 24, "wan": 24}
+TOKENS = {
+    **{"flux": 24, "flux-kontext": 24, "flux2-dev": 196, "flux2-klein": 24},
+    **{"qwen_image": 256, "z_image": 48, "sana": 24, "wan": 24},
+}
 # How a pipeline is told its guidance where it is not by `guidance_scale`.
 GUIDANCE: dict[str, dict[str, Any]] = {
+    "flux-kontext": {"guidance_scale": 3.0, "max_area": 32 * 32},
     "qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": ""},
     "sana": {"guidance_scale": 3.0, "use_resolution_binning": False},
     "wan": {"guidance_scale": 3.0, "num_frames": 1},

@@ -68,7 +68,7 @@ def noise_levels(kind: str, latents: Tensor) -> Tensor:
 def no_caption(family: Any, stock: Any, kind: str) -> Tensor:
     """(tokens, width): what the stock pipeline takes for no caption."""
     tokens = {"max_sequence_length": family.max_sequence_length, "device": "cpu"}
-    if kind == "flux":  # no second pass without the caption: the empty one
+    if kind.startswith("flux") and not kind.startswith("flux2"):  # no second pass without the caption: the empty one
         return stock.encode_prompt("", "", **tokens)[0][0]
     if kind == "sd3":
         return stock.encode_prompt("a", "a", "a", **tokens)[1][0]
@@ -157,6 +157,12 @@ def flux_prediction(family: Any, noisy: Tensor, sigmas: Tensor, batch: dict[str,
     tokens = noisy.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(count, -1, 4 * channels)
     rows, columns = height // 2, width // 2
     ids = torch.tensor([[0.0, row, column] for row in range(rows) for column in range(columns)])
+    num_tokens = tokens.shape[1]
+    if "conditioning_latents" in batch:  # Kontext: tokens of another image, which are behind
+        seen = batch["conditioning_latents"].unfold(2, 2, 2).unfold(3, 2, 2)
+        places = [[1.0, row, column] for row in range(seen.shape[2]) for column in range(seen.shape[3])]
+        tokens = torch.cat([tokens, seen.permute(0, 2, 3, 1, 4, 5).reshape(count, -1, 4 * channels)], dim=1)
+        ids = torch.cat([ids, torch.tensor(places)])
     t5 = family.text_encoder_2(batch["input_ids_2"])[0]
     prediction = family.transformer(
         hidden_states=tokens,
@@ -168,7 +174,7 @@ def flux_prediction(family: Any, noisy: Tensor, sigmas: Tensor, batch: dict[str,
         img_ids=ids,
         return_dict=False,
     )[0]
-    patches = prediction.reshape(count, rows, columns, channels, 2, 2)
+    patches = prediction[:, :num_tokens].reshape(count, rows, columns, channels, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
 
 
@@ -192,17 +198,23 @@ def flux2_prediction(family: Any, noisy: Tensor, sigmas: Tensor, batch: dict[str
     ).hidden_states
     layers = torch.stack([hidden[index] for index in ((9, 18, 27) if klein else (10, 20, 30))])
     count, channels, height, width = noisy.shape
+    tokens = noisy.permute(0, 2, 3, 1).reshape(count, -1, channels)
+    places = [[0, row, column, 0] for row in range(height) for column in range(width)]
+    if "conditioning_latents" in batch:  # an image seen beside is at time 10
+        seen = batch["conditioning_latents"].permute(0, 2, 3, 1)
+        tokens = torch.cat([tokens, seen.reshape(count, -1, channels)], dim=1)
+        places += [[10, row, column, 0] for row in range(seen.shape[1]) for column in range(seen.shape[2])]
     prediction = family.transformer(
-        hidden_states=noisy.permute(0, 2, 3, 1).reshape(count, -1, channels),
+        hidden_states=tokens,
         timestep=sigmas,
         guidance=None if klein else torch.full((count,), 4.0),
         encoder_hidden_states=layers.permute(1, 2, 0, 3).flatten(2),
         # time, row, column, place in the text
         txt_ids=torch.tensor([[0, 0, 0, place] for place in range(layers.shape[2])]),
-        img_ids=torch.tensor([[0, row, column, 0] for row in range(height) for column in range(width)]),
+        img_ids=torch.tensor(places),
         return_dict=False,
     )[0]
-    return prediction.reshape(count, height, width, channels).permute(0, 3, 1, 2)
+    return prediction[:, : height * width].reshape(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 def qwen_image_prediction(family: Any, noisy: Tensor, sigmas: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -267,6 +279,11 @@ PREDICTIONS: dict[str, Callable[..., Tensor]] = {
 
 def reference_loss(family: Any, kind: str, batch: dict[str, Tensor], seed: int) -> Tensor:
     """(batch,) losses with the family's order of draws: posterior, noise, levels of noise."""
+    return reference_errors(family, kind, batch, seed).flatten(1).mean(dim=1)
+
+
+def reference_errors(family: Any, kind: str, batch: dict[str, Tensor], seed: int) -> Tensor:
+    """The squared errors that the losses are the means of, in the latents' shape."""
     generator = seeded(seed)
     latents = clean_latents(family, kind, batch, generator)
     noise = torch.randn(latents.shape, generator=generator)
@@ -277,4 +294,4 @@ def reference_loss(family: Any, kind: str, batch: dict[str, Tensor], seed: int) 
     noisy = (1.0 - broad) * latents + broad * noise
     prediction = PREDICTIONS[kind.partition("-")[0]](family, noisy, sigmas, batch)
     weighting = compute_loss_weighting_for_sd3(weighting_scheme=family.weighting_scheme, sigmas=broad)
-    return (weighting * (prediction - (noise - latents)) ** 2).flatten(1).mean(dim=1)
+    return weighting * (prediction - (noise - latents)) ** 2

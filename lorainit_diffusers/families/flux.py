@@ -1,10 +1,11 @@
-"""FLUX.1: a transformer with double-stream and single-stream blocks, CLIP and T5, rectified flow, distilled guidance.
+"""FLUX.1 dev, schnell and Kontext: double-stream and single-stream blocks, CLIP and T5, rectified flow.
 
     family = FluxFamily.from_pretrained("path/or/hub-name", weight_dtype=torch.bfloat16)
     batch = {"pixel_values": images, **family.caption_inputs(captions)}
     family.loss(batch, torch.Generator().manual_seed(0)).backward()
 
-The loss is that of diffusers' Flux examples; see `families/flow_matching.py`.
+The loss is that of diffusers' Flux examples; see `families/flow_matching.py`. The guidance is distilled. Kontext sees
+an image beside the noise, which a batch holds as `conditioning_images`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -33,7 +35,7 @@ MAX_SEQUENCE_LENGTH = 512
 
 @dataclass
 class FluxFamily(FlowMatchingFamily):
-    """A FLUX.1 base (dev or schnell) and its training loss; for the other attributes see `FlowMatchingFamily`.
+    """A FLUX.1 base (dev, schnell or Kontext) and its training loss; for the other attributes see `FlowMatchingFamily`.
 
     The columns of a batch are `input_ids` and `input_ids_2`, or `prompt_embeds` and `pooled_prompt_embeds`; and the
     images.
@@ -47,6 +49,7 @@ class FluxFamily(FlowMatchingFamily):
         transformer: the denoiser.
         noise_scheduler: the table of noise levels; where the base shifts them by the image's size (dev), training takes
             them unshifted, as diffusers' examples do.
+        kontext: whether the base is a Kontext; samples are drawn without an image beside the noise.
         guidance_scale: the guidance that a distilled base (dev) takes as an input while it is trained.
         max_sequence_length: tokens of T5; None is 512, as in the pipeline.
     """
@@ -60,9 +63,10 @@ class FluxFamily(FlowMatchingFamily):
     noise_scheduler: FlowMatchEulerDiscreteScheduler
     _: KW_ONLY
     guidance_scale: float = 3.5
+    kontext: bool = False
 
     NAME: ClassVar[str] = "Flux"
-    PIPELINES: ClassVar[tuple[type[DiffusionPipeline], ...]] = (FluxPipeline,)
+    PIPELINES: ClassVar[tuple[type[DiffusionPipeline], ...]] = (FluxPipeline, FluxKontextPipeline)
     DENOISER: ClassVar[str] = "transformer"
     DENOISER_CLASS: ClassVar[type[nn.Module]] = FluxTransformer2DModel
     TARGETS: ClassVar[tuple[str, ...]] = (
@@ -77,12 +81,21 @@ class FluxFamily(FlowMatchingFamily):
     EMBEDS: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     OPTIONS: ClassVar[tuple[str, ...]] = (*FlowMatchingFamily.OPTIONS, "guidance_scale")
     WEIGHTING_SCHEME: ClassVar[str] = "none"
+    CONDITIONED: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_channels(int(self.transformer.config["in_channels"]) // PATCH_SIZE**2)
         if self.max_sequence_length is None:
             self.max_sequence_length = MAX_SEQUENCE_LENGTH
+
+    @classmethod
+    def _from_index(cls, index: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super()._from_index(index), "kontext": index["_class_name"] == FluxKontextPipeline.__name__}
+
+    def example_prompt(self, prompt: str | None) -> str:
+        """Source code of the pipeline's prompt, for model cards: the first argument of Kontext's is an image."""
+        return "prompt=" * self.kontext + super().example_prompt(prompt)
 
     @property
     def resolution(self) -> int:
@@ -94,12 +107,13 @@ class FluxFamily(FlowMatchingFamily):
         """Image sides must be a multiple of it: pixels per latent, times latents per patch."""
         return self.vae_scale_factor * PATCH_SIZE
 
-    def pipeline(self) -> FluxPipeline:
+    def pipeline(self) -> FluxPipeline | FluxKontextPipeline:
         """A pipeline around the live modules, for samples, with the base's own flow-matching scheduler.
 
         Never call `.to(dtype=...)` on it: that would cast the adapters in training.
         """
-        pipeline = FluxPipeline(
+        kind: Any = FluxKontextPipeline if self.kontext else FluxPipeline
+        pipeline = kind(
             scheduler=self._sampling_scheduler(),
             vae=self.vae,
             text_encoder=self.text_encoder,
@@ -129,12 +143,23 @@ class FluxFamily(FlowMatchingFamily):
         image_ids = pipeline._prepare_latent_image_ids(
             count, height // PATCH_SIZE, width // PATCH_SIZE, latents.device, latents.dtype
         )
+        tokens = pipeline._pack_latents(latents, count, channels, height, width)
+        num_tokens = tokens.shape[1]
+        if "conditioning_latents" in batch:
+            image = batch["conditioning_latents"]
+            rows, columns = image.shape[-2:]
+            ids = pipeline._prepare_latent_image_ids(
+                count, rows // PATCH_SIZE, columns // PATCH_SIZE, latents.device, latents.dtype
+            )
+            ids[..., 0] = 1  # another image
+            tokens = torch.cat([tokens, pipeline._pack_latents(image, count, channels, rows, columns)], dim=1)
+            image_ids = torch.cat([image_ids, ids])
         text_ids = prompt_embeds.new_zeros(prompt_embeds.shape[1], 3)
         guidance = None
         if self.transformer.config["guidance_embeds"]:
             guidance = torch.full((count,), self.guidance_scale, device=latents.device)
         prediction = self.transformer(
-            hidden_states=pipeline._pack_latents(latents, count, channels, height, width),
+            hidden_states=tokens,
             encoder_hidden_states=prompt_embeds,
             pooled_projections=embeds["pooled_prompt_embeds"],
             timestep=timesteps / 1000,
@@ -143,7 +168,12 @@ class FluxFamily(FlowMatchingFamily):
             img_ids=image_ids,
             return_dict=False,
         )[0]
+        prediction = prediction[:, :num_tokens]
         return self._sampled_latents(prediction, height * self.vae_scale_factor, width * self.vae_scale_factor)
+
+    def _size_inputs(self, side: int) -> dict[str, int]:
+        size = super()._size_inputs(side)
+        return {**size, "max_area": side * side} if self.kontext else size  # it would scale them to a megapixel
 
     def _sampling_inputs(
         self, embeds: Mapping[str, Tensor], no_caption: Mapping[str, Tensor], guidance_scale: float

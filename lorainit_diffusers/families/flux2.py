@@ -4,9 +4,10 @@
     batch = {"pixel_values": images, **family.caption_inputs(captions)}
     family.loss(batch, torch.Generator().manual_seed(0)).backward()
 
-The latents are patches of 2x2, normalised by the running statistics of the VAE's batch norm. The levels of noise are
-shifted by the image's size as the pipeline shifts them, with its usual 50 steps. diffusers' example (0.42) takes them
-unshifted, and 3.5 for the guidance that dev takes as an input, where the pipeline has 4.0.
+A batch may hold an image to see beside the noise, `conditioning_images`. The latents are patches of 2x2, normalised by
+the running statistics of the VAE's batch norm. The levels of noise are shifted by the image's size as the pipeline
+shifts them, with its usual 50 steps. diffusers' example (0.42) takes them unshifted, and 3.5 for the guidance that dev
+takes as an input, where the pipeline has 4.0.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class Flux2Family(FlowMatchingFamily):
     EMBEDS: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     OPTIONS: ClassVar[tuple[str, ...]] = (*FlowMatchingFamily.OPTIONS, "guidance_scale")
     WEIGHTING_SCHEME: ClassVar[str] = "none"
+    CONDITIONED: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,16 +204,22 @@ class Flux2Family(FlowMatchingFamily):
         guidance = None
         if not self.klein:
             guidance = torch.full((len(latents),), self.guidance_scale, device=latents.device)
+        tokens, image_ids = pipeline._pack_latents(latents), pipeline._prepare_latent_ids(latents[:1])
+        num_tokens = tokens.shape[1]
+        if "conditioning_latents" in batch:
+            image = batch["conditioning_latents"]
+            tokens = torch.cat([tokens, pipeline._pack_latents(image)], dim=1)
+            image_ids = torch.cat([image_ids, pipeline._prepare_image_ids([image[:1]])], dim=1)
         prediction = self.transformer(
-            hidden_states=pipeline._pack_latents(latents),
+            hidden_states=tokens,
             encoder_hidden_states=prompt_embeds,
             timestep=timesteps / 1000,
             guidance=guidance,
             txt_ids=pipeline._prepare_text_ids(prompt_embeds[:1]).to(latents.device),
-            img_ids=pipeline._prepare_latent_ids(latents[:1]).to(latents.device),
+            img_ids=image_ids.to(latents.device),
             return_dict=False,
         )[0]
-        return _image(prediction, *latents.shape[-2:])
+        return _image(prediction[:, :num_tokens], *latents.shape[-2:])
 
     def _sampling_inputs(
         self, embeds: Mapping[str, Tensor], no_caption: Mapping[str, Tensor], guidance_scale: float

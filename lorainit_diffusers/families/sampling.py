@@ -67,14 +67,17 @@ class Sampling(CaptionEncoding):
         with self._on_device(self.vae):
             output = pipeline(
                 **self._sampling_inputs(embeds, no_caption, guidance_scale),
-                height=side,
-                width=side,
+                **self._size_inputs(side),
                 num_inference_steps=num_inference_steps,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="latent",
                 return_dict=False,
             )[0]
             return self._decode(self._sampled_latents(output, side, side))
+
+    def _size_inputs(self, side: int) -> dict[str, int]:
+        """The pipeline's keyword arguments for square images of this side in pixels."""
+        return {"height": side, "width": side}
 
     def _sampling_inputs(
         self, embeds: Mapping[str, Tensor], no_caption: Mapping[str, Tensor], guidance_scale: float

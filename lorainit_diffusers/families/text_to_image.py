@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,9 @@ class TextToImageFamily(Sampling):
     _: KW_ONLY
     caption_dropout: float = 0.0
     prior_loss_weight: float = 1.0
+
+    # Whether the denoiser can see an image beside the noise: `conditioning_latents` of the batch that `_predict` gets.
+    CONDITIONED: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,14 +145,18 @@ class TextToImageFamily(Sampling):
                 (batch, 3, height, width) in [-1, 1] or `latents` (batch, channels, height, width), already scaled.
                 Optionally `is_class`, (batch,) boolean: the images of the class in DreamBooth's prior preservation; the
                 loss is then the mean over the other images plus `prior_loss_weight` times the mean over these, each
-                zero when the batch has none of them.
+                zero when the batch has none of them. `loss_mask`, (batch, 1, height, width) in [0, 1], of any
+                resolution: how much each place of an image counts; a sample's loss is then the mean weighted by it, and
+                zero where nothing counts. For a base that sees an image beside the noise, `conditioning_images` as
+                `pixel_values`, or `conditioning_latents`, already scaled.
             generator: CPU generator from which the posterior sample, the noise, the timesteps and the caption dropout
                 are drawn, in this order.
 
         Raises:
-            ValueError: when the batch lacks one of its parts.
+            ValueError: when the batch lacks one of its parts, or has one that the family does not take.
         """
         encoded = self._is_encoded(batch)
+        batch = self._with_conditioning(batch)
         if "latents" in batch:
             latents = batch["latents"].to(self.device, torch.float32)
         else:
@@ -166,12 +173,54 @@ class TextToImageFamily(Sampling):
         with self._autocast():
             prediction = self._predict(noisy.latents.to(self.weight_dtype), noisy.timesteps, embeds, batch).float()
         losses = F.mse_loss(prediction, noisy.target.float(), reduction="none")
+        if "loss_mask" in batch:
+            losses = losses * self._area_weights(batch["loss_mask"], losses)
         losses = losses.mean(dim=tuple(range(1, losses.ndim)))
         if noisy.weights is not None:
             losses = losses * noisy.weights
         if "is_class" not in batch:
             return losses.mean()
         return self._prior_preservation(losses, batch["is_class"].to(self.device, torch.bool))
+
+    def _with_conditioning(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The batch with `conditioning_latents` on the device, where it has an image to see beside the noise.
+
+        Raises:
+            ValueError: when the family takes none.
+        """
+        given = next((name for name in ("conditioning_latents", "conditioning_images") if name in batch), None)
+        if given is None:
+            return batch
+        if not self.CONDITIONED:
+            raise ValueError(f"{self.NAME} sees no image beside the noise; leave {given} out of the batch")
+        if given == "conditioning_images":
+            latents = self.encode_images(batch[given])[0]  # the most likely ones, as the pipelines take them
+        else:
+            latents = batch[given].to(self.device, torch.float32)
+        return {**batch, "conditioning_latents": latents.to(self.weight_dtype)}
+
+    def _area_weights(self, mask: Tensor, losses: Tensor) -> Tensor:
+        """Weights of the places of a sample's loss, of mean 1 wherever anything counts.
+
+        Args:
+            mask: `loss_mask`.
+            losses: (batch, channels, ..., height, width).
+
+        Raises:
+            ValueError: when the mask is of another shape or number of samples, or on the CPU and not in [0, 1].
+        """
+        if mask.ndim != 4 or mask.shape[1] != 1 or len(mask) != len(losses):
+            raise ValueError(
+                f"loss_mask has the shape {tuple(mask.shape)}; for {len(losses)} samples it must be ({len(losses)}, 1, "
+                "height, width)"
+            )
+        if mask.device.type == "cpu" and not 0 <= float(mask.min()) <= float(mask.max()) <= 1:  # no device waits for it
+            raise ValueError(
+                f"loss_mask has numbers from {float(mask.min()):g} to {float(mask.max()):g}; they must lie in [0, 1]"
+            )
+        weights = F.interpolate(mask.to(self.device, torch.float32), losses.shape[-2:], mode="area")
+        weights = weights / weights.mean(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return weights.view(len(losses), *(1,) * (losses.ndim - 3), *losses.shape[-2:])
 
     def _is_encoded(self, batch: Mapping[str, Tensor]) -> bool:
         """Whether a batch holds embeddings instead of token ids.

@@ -37,6 +37,7 @@ from flow_references import (
     density,
     no_caption,
     noise_levels,
+    reference_errors,
     reference_loss,
     text_tokens,
 )
@@ -107,6 +108,52 @@ def test_prior_preservation_weighs_the_class_images(
         losses = reference_loss(family, kind, batch, 3)
     expected = losses[~mask].sum() / max(1, int((~mask).sum())) + 0.3 * losses[mask].sum() / max(1, int(mask.sum()))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_masked_loss_is_the_mean_weighted_by_the_mask(kind: str, make: Callable[..., FlowMatchingFamily]) -> None:
+    family = make(weighting_scheme="none")
+    batch = make_batch(family)
+    mask = torch.rand(3, 1, 32, 32, generator=seeded(9))
+    with torch.no_grad():
+        errors = reference_errors(family, kind, batch, 3)
+        height, width = errors.shape[-2:]
+        places = mask.reshape(3, 1, height, 32 // height, width, 32 // width).mean(dim=(3, 5))
+        weights = (places if errors.ndim == 4 else places[:, :, None]).expand_as(errors)
+        expected = (errors * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1)
+        loss = family.loss({**batch, "loss_mask": mask}, seeded(3))
+        torch.testing.assert_close(loss, expected.mean(), rtol=1e-5, atol=1e-6)
+        # all of an image is what no mask is, and none of it is no loss
+        plain, every = (
+            family.loss(each, seeded(3)) for each in (batch, {**batch, "loss_mask": torch.ones(3, 1, 8, 8)})
+        )
+        torch.testing.assert_close(every, plain, rtol=1e-6, atol=0)
+        mask[1:] = 0
+        torch.testing.assert_close(family.loss({**batch, "loss_mask": mask}, seeded(3)), expected[0] / 3)
+        for wrong, message in (
+            (torch.ones(2, 1, 32, 32), r"loss_mask has the shape \(2, 1, 32, 32\); for 3 samples it must be \(3, 1, "),
+            (torch.ones(3, 32, 32), "loss_mask has the shape"),
+            (2 * torch.ones(3, 1, 32, 32), r"loss_mask has numbers from 2 to 2; they must lie in \[0, 1\]"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                family.loss({**batch, "loss_mask": wrong}, seeded())
+
+
+def test_an_image_beside_the_noise(kind: str, make: Callable[..., FlowMatchingFamily]) -> None:
+    family = make(weighting_scheme="none")
+    batch = make_batch(family)
+    seen = torch.rand(3, 3, 16, 32, generator=seeded(8)) * 2 - 1  # of another size
+    if not family.CONDITIONED:
+        for name in ("conditioning_images", "conditioning_latents"):
+            with pytest.raises(ValueError, match=f"sees no image beside the noise; leave {name} out"):
+                family.loss({**batch, name: seen}, seeded())
+        return
+    latents = family.encode_images(seen)[0]
+    with torch.no_grad():
+        expected = reference_loss(family, kind, {**batch, "conditioning_latents": latents}, 3).mean()
+        plain = family.loss(batch, seeded(3))
+        for given in ({"conditioning_images": seen}, {"conditioning_latents": latents}):
+            torch.testing.assert_close(family.loss({**batch, **given}, seeded(3)), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.isclose(expected, plain, rtol=3e-5)
 
 
 def test_all_randomness_comes_from_the_generator(kind: str, make: Callable[..., FlowMatchingFamily]) -> None:
@@ -275,7 +322,9 @@ def test_offloaded_modules_are_moved_for_their_use_only(kind: str, base: Path, m
 
 @pytest.mark.parametrize("train_text_encoder", [False, True])
 def test_only_clip_encoders_get_gradients_and_on_request(kind: str, base: Path, train_text_encoder: bool) -> None:
-    trainable = {"sd3": ["text_encoder", "text_encoder_2"], "flux": ["text_encoder"]}.get(kind, [])
+    trainable = {"sd3": ["text_encoder", "text_encoder_2"], "flux": ["text_encoder"]}.get(
+        kind.removesuffix("-kontext"), []
+    )
     if train_text_encoder and not trainable:
         with pytest.raises(ValueError, match=f"{kind_class(kind).NAME} has no text encoder that can be trained"):
             load(base, kind, train_text_encoder=True)
