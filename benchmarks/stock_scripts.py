@@ -5,7 +5,8 @@
 
 Needs a checkout of diffusers (0.40 or newer) and what its example scripts import (torchvision, tensorboard, datasets);
 nothing is downloaded. Every script is run first without this library, so that a failure of its own is told from one of
-ours; then with each initialisation, two epochs of four images; and once more from the checkpoint between them. The table says
+ours; then with each initialisation, two epochs of four images; and once more from the checkpoint between them. The
+table says
 
 - step 0: the largest difference between the trained model and its base in the first step after the pass;
 - reload: that between the model at the end and a stock pipeline on the original base with the file that was saved;

@@ -125,16 +125,51 @@ def base_key(module: nn.Module, adapter_name: str = "default") -> BaseKey:
     rows: list[Tensor] = []
     for name, value in adapters.state_of_base(module).items():
         tensors[name] = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-        flat = value.detach().reshape(-1)
-        row = torch.zeros(2 + NUM_SAMPLES, dtype=torch.float64)
-        row[:2] = math.nan
-        if name in adapted:
-            row[0] = flat.sum(dtype=torch.float64)
-            row[1] = torch.linalg.vector_norm(flat.float(), 1, dtype=torch.float64)
-        places = torch.linspace(0, max(flat.numel() - 1, 0), NUM_SAMPLES).long()[: flat.numel()]
-        row[2 : 2 + len(places)] = flat[places.to(flat.device)].double().cpu()
-        rows.append(row)
+        rows.append(_samples(value, adapted=name in adapted))
     return BaseKey(type(adapters.unwrap(module)).__name__, tensors, torch.stack(rows))
+
+
+def _samples(value: Tensor, *, adapted: bool) -> Tensor:
+    """One row of :class:`BaseKey`'s samples."""
+    flat = value.detach().reshape(-1)
+    row = torch.zeros(2 + NUM_SAMPLES, dtype=torch.float64)
+    row[:2] = math.nan
+    if adapted:
+        row[0] = flat.sum(dtype=torch.float64)
+        row[1] = torch.linalg.vector_norm(flat.float(), 1, dtype=torch.float64)
+    places = torch.linspace(0, max(flat.numel() - 1, 0), NUM_SAMPLES).long()[: flat.numel()]
+    row[2 : 2 + len(places)] = flat[places.to(flat.device)].double().cpu()
+    return row
+
+
+def _differ(made: Tensor, found: Tensor, same_dtype: bool) -> bool:
+    tolerance = SAME_DTYPE if same_dtype else OTHER_DTYPE
+    # the sums are not known where only one of the two adapts the layer
+    sums = (made[:2] - found[:2]).abs() > tolerance * made[1].abs()
+    samples = (made[2:] - found[2:]).abs() > tolerance * made[2:].abs().max()
+    return bool(sums.any()) or bool(samples.any())
+
+
+def check_weight(key: BaseKey, layer: str, weight: Tensor) -> None:
+    """See that one adapted layer has the weight that a file was made for, in whatever software it is.
+
+    Args:
+        key: of the layer's component.
+        layer: its name in that component.
+        weight: (out_features, in_features).
+
+    Raises:
+        ValueError: another shape, or other values.
+    """
+    index, (shape, dtype) = next(
+        (index, entry) for index, (name, entry) in enumerate(key.tensors.items()) if name == f"{layer}.weight"
+    )
+    same = dtype == str(weight.dtype).removeprefix("torch.")
+    if tuple(weight.shape) != shape or _differ(key.samples[index], _samples(weight, adapted=True), same):
+        raise ValueError(
+            f"the init file was made for another base: the weight of {layer!r} differs; start from the base that it "
+            "was made for, or make the file anew"
+        )
 
 
 def save_init_file(init: InitFile, path: str | Path) -> Path:
@@ -273,12 +308,7 @@ def check_base(init: InitFile, component: str, module: nn.Module, adapter_name: 
                 f"the init file was made for another base: {name!r} of {component} is {list(shape)} here and "
                 f"{list(made_shape)} in the file; {remedy}"
             )
-        one, other = made.samples[row_of[name]], found.samples[index]
-        tolerance = SAME_DTYPE if dtype == made_dtype else OTHER_DTYPE
-        # the sums are not known where only one of the two adapts the layer
-        sums = (one[:2] - other[:2]).abs() > tolerance * one[1].abs()
-        samples = (one[2:] - other[2:]).abs() > tolerance * one[2:].abs().max()
-        if bool(sums.any()) or bool(samples.any()):
+        if _differ(made.samples[row_of[name]], found.samples[index], dtype == made_dtype):
             raise ValueError(
                 f"the init file was made for another base: the values of {name!r} of {component} differ; {remedy}"
             )

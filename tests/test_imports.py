@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("adapters", "export", "files", "hooks", "in_loop", "init_file", "initialize", "methods", "rank_plan"),
         *("ranges", "report"),
     },
+    "integrations": {"adapters", "export", "files", "finite", "init_file", "methods.base"},
     "run": {"attach", "in_loop", "init_file", "initialize", "methods"},
     "__init__": {"adapters", "attach", "export", "initialize", "methods", "report"},
 }

@@ -59,15 +59,21 @@ def exported_factors(
     for name, weights in adapter_weights(module, adapter_name).items():
         check_finite({f"{name}.{key}": value for key, value in weights.factors._asdict().items()}, "the LoRA")
         check_not_rounded(name, weights)
-        lora_A, lora_B = weights.factors.lora_A, weights.factors.lora_B * weights.scaling
-        if weights.offset is not None:
-            lora_A = torch.cat([lora_A, weights.offset.lora_A])
-            lora_B = torch.cat([lora_B, -weights.scaling * weights.offset.lora_B], dim=1)
-        factors = LoraFactors(lora_A.float().cpu().contiguous(), lora_B.float().cpu().contiguous())
-        if weights.offset is not None or (export_rank is not None and lora_A.shape[0] > export_rank):
-            factors = _decomposed(factors, export_rank)
+        factors = plain_factors(weights, export_rank)
         exported[name] = factors if pad_rank is None else _pad(name, factors, pad_rank)
     return exported
+
+
+def plain_factors(weights: AdapterWeights, export_rank: int | None = None) -> LoraFactors:
+    """One layer's factors, scaling and offset in them, as :func:`exported_factors` has them; float32, on the CPU."""
+    lora_A, lora_B = weights.factors.lora_A, weights.factors.lora_B * weights.scaling
+    if weights.offset is not None:
+        lora_A = torch.cat([lora_A, weights.offset.lora_A])
+        lora_B = torch.cat([lora_B, -weights.scaling * weights.offset.lora_B], dim=1)
+    factors = LoraFactors(lora_A.float().cpu().contiguous(), lora_B.float().cpu().contiguous())
+    if weights.offset is not None or (export_rank is not None and lora_A.shape[0] > export_rank):
+        factors = _decomposed(factors, export_rank)
+    return factors
 
 
 def check_not_rounded(name: str, weights: AdapterWeights) -> None:
