@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Generator
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorainit_diffusers.files import (
@@ -103,3 +105,16 @@ def test_a_cell_of_a_csv_file_is_no_formula(text: str) -> None:
 def test_other_cells_stay_as_they_are(text: str) -> None:
     assert csv_cell(text) == text
     assert csv_text(text) == text
+
+
+def test_a_file_of_tensors_is_the_same_bytes_every_time(tmp_path: Path) -> None:
+    metadata = {"format": "pt", "ours": json.dumps({"ü": "a\n\u0007", "quoted": '"'}), "more": "1", "last": "z"}
+    written: set[bytes] = set()
+    for _ in range(8):
+        save_tensors({"b": torch.arange(3.0), "a": torch.ones(2, 2)}, tmp_path / "a.safetensors", metadata)
+        written.add((tmp_path / "a.safetensors").read_bytes())
+    assert len(written) == 1
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+        assert file.get_tensor("b").tolist() == [0.0, 1.0, 2.0]
+        assert file.get_tensor("a").tolist() == [[1.0, 1.0], [1.0, 1.0]]
