@@ -93,7 +93,7 @@ def unit_of(path: Path) -> str:
 
 
 LIBRARY_FILES = sorted(LIBRARY.rglob("*.py"))
-ALL_FILES = [*LIBRARY_FILES, *sorted(SCRIPTS.glob("*.py"))]
+ALL_FILES = [*LIBRARY_FILES, *sorted(SCRIPTS.rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", LIBRARY_FILES, ids=lambda path: path.relative_to(LIBRARY).as_posix())
@@ -130,7 +130,7 @@ def test_nothing_reads_pickles() -> None:
 
 def test_scripts_do_not_import_one_another() -> None:
     scripts = {path.stem for path in SCRIPTS.glob("*.py")}
-    shared = {name for name in scripts if name.startswith("common")} | {"emoji"}
+    shared = {name for name in scripts if name.startswith("common")}
     for path in SCRIPTS.glob("*.py"):
         assert imported_packages(path) & scripts <= shared - {path.stem}, path.name
 

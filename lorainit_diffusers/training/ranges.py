@@ -29,8 +29,6 @@ RANK = Range(1, 2**16, integer=True)
 FRACTION = Range(0, 1, above=True, below=True)
 DECAY = replace(SHARE_BELOW_ONE, remedy="0.9 to 0.999 is usual")
 LEARNING_RATE = replace(NOT_NEGATIVE, remedy="1e-4 is usual for LoRA, and 0 freezes")
-# Phases of the recipes of the bundled bases.
-PHASES = ("vae", "unet", "decoder", "transformer", "vit", "vlm")
 
 OPTION_RANGES: dict[str, Range] = {
     **STEP_RANGES,
@@ -87,16 +85,9 @@ OPTION_RANGES: dict[str, Range] = {
     **dict.fromkeys(("eval_steps", "snapshot_steps", "image_steps"), COUNT_OR_NONE),
     "head_lr_ratio": NOT_NEGATIVE,
     **dict.fromkeys(("num_workers", "num_eval_prompts"), COUNT),
-    # ---- the bundled bases and benchmarks
-    **dict.fromkeys(("minutes", *(f"{phase}_minutes" for phase in PHASES)), NOT_NEGATIVE),
-    **dict.fromkeys(("steps", *(f"{phase}_steps" for phase in PHASES)), COUNT_OR_NONE),
-    **dict.fromkeys(("lr", "matrix_lr", "vae_lr", "unet_lr", "decoder_lr", "transformer_lr"), POSITIVE),
-    **dict.fromkeys(("batch_size", "vae_batch_size", "unet_batch_size", "transformer_batch_size"), COUNT),
-    **dict.fromkeys(("weight_decay", "kl_weight", "pair_weight", "text_weight", "checkpoint_s"), NOT_NEGATIVE),
-    "patch_dropout": SHARE_BELOW_ONE,
-    **dict.fromkeys(("sample_steps", "vocab_size", "num_batches", "threads"), COUNT),
-    **dict.fromkeys(("num_line_icons", "num_double", "num_single"), COUNT_OR_NONE),
-    **dict.fromkeys(("size", "task_size"), SIDE),
+    # ---- benchmarks
+    **dict.fromkeys(("batch_size", "num_batches", "threads"), COUNT),
+    **dict.fromkeys(("num_double", "num_single"), COUNT_OR_NONE),
     "memory_budget_gb": POSITIVE,
 }
 

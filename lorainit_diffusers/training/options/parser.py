@@ -236,6 +236,8 @@ def parse_options(
     config = _config_of(parser, texts)
     if config is not None:
         parser.set_defaults(**config)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in config
     first = vars(parser.parse_args(texts))  # the base and its family decide what the others are
     if defaults is not None:
         parser.set_defaults(**defaults(first))

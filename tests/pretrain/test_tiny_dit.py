@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import emoji
+import emoji_pictures as emoji
 import numpy as np
-import pretrain_tiny_dit as recipe
 import pytest
+import tiny_dit as recipe
 import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
@@ -40,7 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in changes.items():
         monkeypatch.setitem(recipe.TRANSFORMER, name, value)
     monkeypatch.setattr(recipe, "GRID_NAMES", NAMES)
-    monkeypatch.setattr("common_pretrain.MAX_TOKENS", 12)
+    monkeypatch.setattr("shared.MAX_TOKENS", 12)
 
 
 def denoiser_of(base: Path) -> recipe.Denoiser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import io
@@ -11,15 +10,17 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import build_sample_data
-import common_pretrain
-import emoji
+import diffusion
+import emoji_pictures as emoji
 import numpy as np
-import pretrain_tiny_sd as recipe
 import pytest
+import sample_data
+import shared
+import tiny_sd as recipe
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from recipe_options import RecipeOptions
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -112,11 +113,11 @@ def test_captions_and_slugs() -> None:
 def test_choice_of_sample_concepts_is_disjoint_and_follows_the_quotas() -> None:
     face, food = emoji.Kind("smileys-emotion", "face-smiling"), emoji.Kind("food-drink", "food-fruit")
     kinds = {f"face-{i}": face for i in range(9)} | {f"food-{i}": food for i in range(5)}
-    train, held_out = build_sample_data.choose(kinds, {"face": 3, "food-drink": 2})
+    train, held_out = sample_data.choose(kinds, {"face": 3, "food-drink": 2})
     assert not set(train) & set(held_out)
     assert [sum(name.startswith("face") for name in names) for names in (train, held_out)] == [3, 3]
     with pytest.raises(ValueError, match="'food-drink', 6 are needed"):
-        build_sample_data.choose(kinds, {"food-drink": 3})
+        sample_data.choose(kinds, {"food-drink": 3})
 
 
 @pytest.mark.parametrize(("name", "splits"), [("blobs", (40, 40)), ("high-contrast", (40, 40)), ("cats", (9,))])
@@ -133,7 +134,7 @@ def test_bundled_sets(name: str, splits: tuple[int, ...]) -> None:
         seen |= files
         for record in records:
             words = Path(record["file_name"]).stem.replace("-", " ")
-            assert record["text"] == build_sample_data.CAPTIONS[name].format(words)
+            assert record["text"] == sample_data.CAPTIONS[name].format(words)
         with Image.open(directory / split / records[0]["file_name"]) as image:
             assert (image.size, image.mode) == ((128, 128), "RGB")
     assert "Licence: " in (directory / "LICENSE.txt").read_text(encoding="utf-8")
@@ -157,13 +158,13 @@ def test_tokenizer_files_of_old_and_new_transformers_agree(tokenizer_dir: Path, 
         assert new(text).input_ids == old(text).input_ids
         assert new(text).input_ids[0] == new.bos_token_id
         assert new(text).input_ids[-1] == new.eos_token_id
-    assert common_pretrain.tokenize(new, ["red apple", ""]).shape == (2, recipe.MAX_TOKENS)
+    assert shared.tokenize(new, ["red apple", ""]).shape == (2, recipe.MAX_TOKENS)
     # Every byte exists inside and at the end of a word, so that nothing is unknown.
     assert new.unk_token_id not in new("zyx qvw").input_ids[1:-1]
 
 
 def test_an_epoch_shows_every_image_once() -> None:
-    batches = [common_pretrain.batch_indices(step, 4, 10, seed=0) for step in range(5)]
+    batches = [shared.batch_indices(step, 4, 10, seed=0) for step in range(5)]
     indices = torch.cat(batches)
     assert sorted(indices[:10].tolist()) == sorted(indices[10:].tolist()) == list(range(10))
     assert indices[:10].tolist() != indices[10:].tolist()
@@ -213,10 +214,10 @@ def test_folded_normalisation_whitens_the_latents_and_keeps_the_reconstruction()
     with torch.no_grad():
         vae.quant_conv.bias += torch.arange(8.0) - 2
     pixels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
-    means, stds = recipe.encode(vae, pixels, torch.device("cpu"))
+    means, stds = diffusion.encode(vae, pixels, torch.device("cpu"))
     before = vae.decode(means).sample
     recipe.fold_normalisation(vae, means)
-    new_means, new_stds = recipe.encode(vae, pixels, torch.device("cpu"))
+    new_means, new_stds = diffusion.encode(vae, pixels, torch.device("cpu"))
     scale = means.std((0, 2, 3)).view(-1, 1, 1)
     torch.testing.assert_close(new_means.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(new_means.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
@@ -224,19 +225,19 @@ def test_folded_normalisation_whitens_the_latents_and_keeps_the_reconstruction()
     torch.testing.assert_close(vae.decode(new_means).sample, before, atol=1e-4, rtol=1e-3)
 
 
-def train_arguments(work_dir: Path, **changes: object) -> argparse.Namespace:
-    required = ["--work_dir", str(work_dir), "--output_dir", str(work_dir / "out")]
-    args = recipe.parse_args([*required, "--vae_minutes", "0", "--no_bf16", "--checkpoint_s", "0"])
-    for name, value in changes.items():
-        setattr(args, name, value)
-    return args
+def options_of(work_dir: Path) -> RecipeOptions:
+    return RecipeOptions(work_dir=work_dir, output_dir=work_dir / "out", no_bf16=True, checkpoint_s=0)
+
+
+def phase(steps: int) -> shared.Phase:
+    return shared.Phase("vae", shared.Budget(minutes=0, steps=steps), lr=0.1, final_lr=0.01)
 
 
 def _average_on_two_ranks(rank: int, rendezvous: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     used, unused = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))
     used.grad = torch.full((2, 3), float(rank))
-    common_pretrain.average_gradients([used, unused], world_size=2)
+    shared.average_gradients([used, unused], world_size=2)
     torch.testing.assert_close(used.grad, torch.full((2, 3), 0.5))
     assert torch.equal(unused.grad, torch.zeros(4))
     torch.distributed.destroy_process_group()
@@ -261,9 +262,8 @@ def test_a_killed_run_resumes_as_if_it_had_not_been_killed(tmp_path: Path) -> No
     def run(work_dir: Path, stop_at: int | None = None) -> tuple[dict[str, Tensor], nn.Module]:
         torch.manual_seed(0)
         module = nn.Linear(3, 1)
-        args = train_arguments(work_dir, vae_steps=12)
         loss_fn = noisy_regression(module, stop_at)
-        return recipe.train("vae", module, loss_fn, args, torch.device("cpu"), lr=0.1, final_lr=0.01), module
+        return shared.train(phase(12), module, loss_fn, options_of(work_dir), torch.device("cpu")), module
 
     for directory in ("whole", "killed"):
         (tmp_path / directory).mkdir()
@@ -281,18 +281,17 @@ def test_a_killed_run_resumes_as_if_it_had_not_been_killed(tmp_path: Path) -> No
 def test_a_phase_without_a_budget_is_refused(tmp_path: Path) -> None:
     module = nn.Linear(3, 1)
     with pytest.raises(ValueError, match="--vae_minutes and --vae_steps are both 0"):
-        recipe.train("vae", module, noisy_regression(module), train_arguments(tmp_path), torch.device("cpu"), 0.1, 0.01)
+        shared.train(phase(0), module, noisy_regression(module), options_of(tmp_path), torch.device("cpu"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     module = nn.Linear(3, 1)
-    args = train_arguments(tmp_path, vae_steps=20)
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
         return module(torch.ones(1, 3)).sum() * float("nan")
 
     with pytest.raises(FloatingPointError, match="vae: loss is nan at step 10"):
-        recipe.train("vae", module, loss_fn, args, torch.device("cpu"), 0.1, 0.01)
+        shared.train(phase(20), module, loss_fn, options_of(tmp_path), torch.device("cpu"))
 
 
 def test_recipe_from_end_to_end(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

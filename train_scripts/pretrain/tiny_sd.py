@@ -1,9 +1,9 @@
-"""Pretrains the bundled tiny Stable Diffusion: emoji -> tokenizer -> VAE -> U-Net and text encoder -> pipeline.
+r"""Pretrains the bundled tiny Stable Diffusion: emoji -> tokenizer -> VAE -> U-Net and text encoder -> pipeline.
 
 Two CPU cores need about two hours. Every phase ends after its wall-time or step budget, writes checkpoints, and
 continues from the last one when the same command is run again:
 
-    torchrun --nproc_per_node 2 train_scripts/pretrain_tiny_sd.py \
+    torchrun --nproc_per_node 2 train_scripts/pretrain/tiny_sd.py \
         --work_dir runs/tiny-sd --output_dir assets/models/tiny-sd
 
 One process per CPU core with one thread each is faster than one process with many threads: the pictures are small. On a
@@ -12,84 +12,58 @@ GPU, start it with plain `python` and larger batches.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common_recipe_options import DEFAULT_CACHE
+from recipe_options import TinySdOptions
 
-from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
+from lorainit_diffusers.training.cli import run_script
+from lorainit_diffusers.training.options.parser import parse_options
 
-PHASES = ("data", "vae", "unet", "decoder", "export")
 
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; a budget of 0 minutes or steps means no such limit."""
-    parser = ScriptParser(__doc__)
-    parser.add_argument("--work_dir", type=Path, required=True, help="pictures, checkpoints, logs and samples")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the pipeline is written")
-    parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="archives of the npm packages")
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--vae_minutes", type=float, default=27.0)
-    parser.add_argument("--vae_steps", type=int, default=0)
-    parser.add_argument("--vae_batch_size", type=int, default=16, help="per process")
-    parser.add_argument("--vae_lr", type=float, default=2e-3)
-    parser.add_argument("--kl_weight", type=float, default=1e-3)
-    parser.add_argument("--unet_minutes", type=float, default=72.0)
-    parser.add_argument("--unet_steps", type=int, default=0)
-    parser.add_argument("--unet_batch_size", type=int, default=32, help="per process")
-    parser.add_argument("--unet_lr", type=float, default=8e-4)
-    parser.add_argument("--decoder_minutes", type=float, default=6.0)
-    parser.add_argument("--decoder_steps", type=int, default=0)
-    parser.add_argument("--decoder_lr", type=float, default=1e-3)
-    parser.add_argument("--ema_decay", type=float, default=0.998)
-    parser.add_argument("--num_line_icons", type=int, default=1500, help="of each line icon package")
-    parser.add_argument("--checkpoint_s", type=float, default=300.0, help="seconds between checkpoints")
-    parser.add_argument("--sample_steps", type=int, default=25, help="denoising steps of the sample grids")
-    parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="train in full precision")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+def parse_args(argv: Sequence[str] | None = None) -> TinySdOptions:
+    """The options of the command line."""
+    return parse_options(TinySdOptions, argv, __doc__)
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: parse_args(None)
-    )  # a mistake in the options is answered before the imports below, which take seconds
+    run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
 
-import emoji
+import emoji_pictures as emoji
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from common import load_checkpoint, save_checkpoint
-from common_pretrain import (
-    GRID_NAMES,
-    IMAGE_SIZE,
-    MAX_TOKENS,
-    Model,
-    batch_indices,
-    caption_tokens,
-    claim_model_dir,
-    draw_batch,
-    encode,
-    load_ema,
-    sample_grid,
-    save_pipeline,
-    start_process,
-    train,
-)
+from cards import num_parameters, picture_source, write_card
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusion import GRID_NAMES, caption_tokens, draw_batch, encode, sample_grid, save_pipeline
 from safetensors.torch import load_file
+from shared import (
+    IMAGE_SIZE,
+    MAX_TOKENS,
+    Budget,
+    Model,
+    Phase,
+    batch_indices,
+    claim_model_dir,
+    leave_processes,
+    load_checkpoint,
+    load_ema,
+    rank_and_count,
+    save_checkpoint,
+    start_process,
+    train,
+    wait_for_all,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lorainit_diffusers.files import replacing, write_text
+from lorainit_diffusers.files import replacing
 from lorainit_diffusers.training.output_dir import owning
 
 LATENT_CHANNELS = 16
@@ -207,9 +181,6 @@ def build_scheduler() -> Model:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ training
-
-
 # ----------------------------------------------------------------------------------------------------------- VAE
 
 
@@ -245,15 +216,15 @@ def reconstruction_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def vae_loss_fn(
-    vae: Model, images: dict[str, Tensor], args: argparse.Namespace, device: torch.device, decoder_only: bool
+    vae: Model, images: Mapping[str, Tensor], options: TinySdOptions, device: torch.device, decoder_only: bool
 ) -> Callable[[int, torch.Generator], Tensor]:
     """Loss of a VAE step; with `decoder_only` the encoder is frozen and its latents get noise, as sampled ones have."""
     pixels = torch.cat([images["base"], images["vae"], images["lines"]])
     is_line = torch.arange(len(pixels)) >= len(pixels) - len(images["lines"])
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = rank_and_count()
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
-        indices = batch_indices(step, args.vae_batch_size * world_size, len(pixels), args.seed)[rank::world_size]
+        indices = batch_indices(step, options.vae_batch_size * world_size, len(pixels), options.seed)[rank::world_size]
         target = augment(pixels[indices].to(device).float() / 255, is_line[indices].to(device), generator) * 2 - 1
         if decoder_only:
             with torch.no_grad():
@@ -262,7 +233,7 @@ def vae_loss_fn(
             return reconstruction_loss(vae.decode(latents + 0.1 * noise).sample, target)
         posterior = vae.encode(target).latent_dist
         loss = reconstruction_loss(vae.decode(posterior.sample(generator)).sample, target)
-        return loss + args.kl_weight * posterior.kl().float().mean() / posterior.mean[0].numel()
+        return loss + options.kl_weight * posterior.kl().float().mean() / posterior.mean[0].numel()
 
     return loss_fn
 
@@ -303,7 +274,7 @@ def diffusion_loss_fn(
     latents: tuple[Tensor, Tensor],
     tokens: tuple[Tensor, Tensor, Tensor],
     scheduler: Model,
-    args: argparse.Namespace,
+    options: TinySdOptions,
 ) -> Callable[[int, torch.Generator], Tensor]:
     """Velocity prediction with plain MSE.
 
@@ -312,11 +283,11 @@ def diffusion_loss_fn(
         latents: Posterior means and standard deviations of all images, normalised.
         tokens: As `caption_tokens` gives them.
         scheduler: Gives noise schedule and target.
-        args: Command line.
+        options: Of the recipe.
     """
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
-        clean, noise, ids, strata = draw_batch(latents, tokens, step, args.unet_batch_size, args.seed, generator)
+        clean, noise, ids, strata = draw_batch(latents, tokens, step, options.unet_batch_size, options.seed, generator)
         timesteps = (strata * scheduler.config.num_train_timesteps).long()
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = scheduler.get_velocity(clean, noise, timesteps)
@@ -332,71 +303,17 @@ def make_pipeline(vae: Model, text_encoder: Model, tokenizer: Model, unet: Model
     return StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, build_scheduler(), **absent)
 
 
-MODEL_CARD = """# tiny-sd
-
-A complete Stable Diffusion of {size_mib:.0f} MiB that draws 64x64 emoji on a CPU in a second or two. It exists so that
-code for latent diffusion can be developed, tested and compared without a download or a GPU; not to make pictures.
-
-![samples](samples.png)
-
-*Rows: {styles}. Columns: {names}. {sample_steps} DDIM steps, guidance 4.*
-
-```python
-from diffusers import StableDiffusionPipeline
-
-pipeline = StableDiffusionPipeline.from_pretrained("assets/models/tiny-sd")
-pipeline("a noto emoji of red apple", num_inference_steps=25, guidance_scale=4.0).images[0]
-```
-
-| component | class | parameters |
-|---|---|---|
-| U-Net, channels (128, 256), two levels with cross attention, v-prediction | UNet2DConditionModel | {unet:.1f} M |
-| text encoder, width 128, three layers, at most 16 tokens | CLIPTextModel | {text_encoder:.1f} M |
-| autoencoder, 64x64x3 to 8x8x16, `scaling_factor` 1 | AutoencoderKL | {vae:.1f} M |
-| byte-level BPE, {vocab_size} tokens | CLIPTokenizer | |
-
-## Training
-
-- **Data**: {num_images} pictures of {num_concepts} concepts (faces, animals, plants, food, vehicles, buildings,
-  clothes, objects), each in the styles {styles}; captions `a {{style}} emoji of {{name}}`, 10 % `an emoji of {{name}}`,
-  10 % empty. All cats, and the styles Noto version 1 ("blobs") and Fluent high-contrast, were held out. The autoencoder
-  alone also saw the other emoji of these styles and line icons.
-- **Result**: {result}
-- **Hardware**: {hardware}.
-- **Command** (budgets in minutes of wall time; a rerun continues from the last checkpoint):
-
-  ```
-  torchrun --nproc_per_node 2 train_scripts/pretrain_tiny_sd.py --work_dir runs/tiny-sd \\
-      --output_dir assets/models/tiny-sd {flags}
-  ```
-
-## Limits
-
-- It knows the concept names of its captions, not free text, and one object per picture, centred on white.
-- Small detail is lost in the autoencoder (see the PSNR); faces with similar expressions are mixed up; concepts that
-  look different in each style are less sharp than those that do not.
-- Guidance of 3 to 5 is best; at the pipeline's default of 7.5 colours saturate.
-
-## Licences of the pictures it was trained on
-
-| source | package (npm) | licence | used for |
-|---|---|---|---|
-{sources}
-Twemoji and Emoji One are used under CC-BY-4.0 (https://creativecommons.org/licenses/by/4.0/): Twemoji graphics by
-Twitter, Inc and other contributors; Emoji One graphics by Emoji One. Changes: rendered at 64x64 pixels on white and
-used as training data. The weights are published under the Apache License 2.0 of this repository.
-"""
-
-
-def write_model_card(directory: Path, pipeline: Model, args: argparse.Namespace, device: torch.device) -> None:
+def write_model_card(pipeline: Model, options: TinySdOptions, device: torch.device) -> None:
     """Writes `README.md` beside the weights, from the logs and checkpoints of the run."""
-    records = json.loads((args.work_dir / "captions.json").read_text(encoding="utf-8"))["records"]
-    images = load_file(args.work_dir / "images.safetensors")
+    records = json.loads((options.work_dir / "captions.json").read_text(encoding="utf-8"))["records"]
+    images = load_file(options.work_dir / "images.safetensors")
     pipeline.vae.to(device).float()  # as saved: the weights went through half precision
     scores = {key: psnr(pipeline.vae, images[key], device) for key in ("base", "valid")}
-    results, flags, num_processes = [], [], 1
+    results: list[str] = []
+    flags: list[str] = []
+    num_processes = 1
     for phase in ("vae", "unet", "decoder"):
-        path = args.work_dir / phase / "checkpoint.safetensors"
+        path = options.work_dir / phase / "checkpoint.safetensors"
         if path.exists():
             state = load_checkpoint(path)[1]
             minutes = state["elapsed_s"] / 60
@@ -404,130 +321,154 @@ def write_model_card(directory: Path, pipeline: Model, args: argparse.Namespace,
             flags.append(f"--{phase}_minutes {minutes:.0f}")
             if phase == "unet":
                 num_processes = int(state["num_processes"])
-                exposures = state["step"] * args.unet_batch_size * num_processes / len(records)
+                exposures = state["step"] * options.unet_batch_size * num_processes / len(records)
                 results[-1] += f" (velocity MSE), {exposures:.0f} exposures per picture"
     results.append(
         f"autoencoder PSNR {scores['base']:.1f} dB on the training pictures, {scores['valid']:.1f} dB held out"
     )
-    uses = [(key, "all") for key in emoji.BASE_STYLES] + [(key, "autoencoder") for key in emoji.LINE_ICONS]
-    sources = ""
-    for key, use in [*uses, ("emojibase", "names and groups, tokenizer")]:
-        package = emoji.PACKAGES[key]
-        sources += f"| {package.source} | {package.name} {package.version} | {package.licence} | {use} |\n"
-    parts = {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "vae")}
-    sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
-    card = MODEL_CARD.format(
-        **sizes,
-        size_mib=sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) / 2**20,
-        styles=", ".join(emoji.BASE_STYLES),
-        names=", ".join(name.replace("-", " ") for name in GRID_NAMES),
-        sample_steps=args.sample_steps,
+    uses = dict.fromkeys(emoji.BASE_STYLES, "all") | dict.fromkeys(emoji.LINE_ICONS, "autoencoder")
+    uses |= {"emojibase": "names and groups, tokenizer"}
+    write_card(
+        options.output_dir,
+        "tiny_sd.md.jinja",
+        parameters={name: num_parameters(getattr(pipeline, name)) for name in ("unet", "text_encoder", "vae")},
+        styles=emoji.BASE_STYLES,
+        names=[emoji.words(name) for name in GRID_NAMES],
+        sample_steps=options.sample_steps,
         vocab_size=len(pipeline.tokenizer),
         num_images=len(records),
         num_concepts=len({record["name"] for record in records}),
-        result="; ".join(results) + ".",
+        results=results,
         hardware=f"{num_processes} processes on {device.type} ({os.cpu_count()} cores), bfloat16 autocast",
         flags=" ".join(flags),
-        sources=sources,
+        sources=[picture_source(key, use=use) for key, use in uses.items()],
     )
-    write_text(directory / "README.md", card)
 
 
 # ---------------------------------------------------------------------------------------------------------- main
 
 
-@owning
-def main(argv: list[str] | None = None) -> None:
-    """Runs the phases in order; each one that has used its budget is skipped."""
-    args = parse_args(argv)
-    device, rank, world_size = start_process(args.seed)
-    model_dir = claim_model_dir(args, "pretrain_tiny_sd")
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer_dir = args.work_dir / "tokenizer"
+def make_data(options: TinySdOptions, tokenizer_dir: Path) -> None:
+    """Renders the pictures and trains the tokenizer, where they are missing."""
+    if not (options.work_dir / "images.safetensors").exists():
+        emoji.render_training_set(options.work_dir, options.cache_dir, IMAGE_SIZE, options.num_line_icons, options.seed)
+    if not (tokenizer_dir / "merges.txt").exists():
+        captions = json.loads((options.work_dir / "captions.json").read_text(encoding="utf-8"))
+        texts = [emoji.caption(record["style"], record["name"]) for record in captions["records"]]
+        build_tokenizer(texts + captions["corpus"], tokenizer_dir)
 
-    if "data" in args.phases and rank == 0:
-        if not (args.work_dir / "images.safetensors").exists():
-            emoji.render_training_set(args.work_dir, args.cache_dir, IMAGE_SIZE, args.num_line_icons, args.seed)
-        if not (tokenizer_dir / "merges.txt").exists():
-            captions = json.loads((args.work_dir / "captions.json").read_text())
-            texts = [emoji.caption(record["style"], record["name"]) for record in captions["records"]]
-            build_tokenizer(texts + captions["corpus"], tokenizer_dir)
-    if world_size > 1:
-        dist.barrier()
-    images = load_file(args.work_dir / "images.safetensors")
-    records = json.loads((args.work_dir / "captions.json").read_text())["records"]
+
+def train_vae(vae: Model, images: Mapping[str, Tensor], options: TinySdOptions, device: torch.device) -> None:
+    """Trains the autoencoder and normalises its latents; leaves the averaged weights in it."""
+    loss_fn = vae_loss_fn(vae, images, options, device, decoder_only=False)
+
+    def report(ema: dict[str, Tensor], step: int) -> None:
+        trial = build_vae().to(device)
+        load_ema(trial, ema)
+        scores = {key: round(psnr(trial, images[key][:200], device), 2) for key in ("base", "lines", "valid")}
+        tqdm.write(f"vae step {step}: PSNR {scores}")
+
+    phase = Phase("vae", Budget(options.vae_minutes, options.vae_steps), options.vae_lr, 0.01 * options.vae_lr)
+    load_ema(vae, train(phase, vae, loss_fn, options, device, report))
+    means, _ = encode(vae, images["base"], device)
+    fold_normalisation(vae, means)
+
+
+def train_denoiser(
+    denoiser: Denoiser,
+    vae: Model,
+    tokenizer: Model,
+    pixels: Tensor,
+    options: TinySdOptions,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Trains U-Net and text encoder on the captioned pictures; returns the averaged weights by name."""
+    records = json.loads((options.work_dir / "captions.json").read_text(encoding="utf-8"))["records"]
+    tokens = caption_tokens(tokenizer, records, device)
+    if device.type == "cpu":
+        # The fused attention's backward pass is slow for 64 tokens on a CPU: plain attention trains 1.45x as fast.
+        denoiser.unet.set_attn_processor(AttnProcessor())
+        denoiser.text_encoder.set_attn_implementation("eager")
+    latents = encode(vae, pixels, device)
+    loss_fn = diffusion_loss_fn(denoiser, latents, tokens, build_scheduler(), options)
+
+    def save_samples(ema: dict[str, Tensor], step: int) -> None:
+        trial = Denoiser(tokenizer).to(device)
+        load_ema(trial, ema)
+        trial_vae = build_vae().to(device)
+        trial_vae.load_state_dict(vae.state_dict())
+        pipeline = make_pipeline(trial_vae, trial.text_encoder, tokenizer, trial.unet)
+        sample_grid(pipeline, options.work_dir / f"samples-{step:06d}.png", GRID_NAMES, options.sample_steps)
+        save_pipeline(pipeline, options.work_dir / "latest", options.work_dir / "tokenizer")
+
+    phase = Phase("unet", Budget(options.unet_minutes, options.unet_steps), options.unet_lr, 0.05 * options.unet_lr)
+    return train(phase, denoiser, loss_fn, options, device, save_samples)
+
+
+def train_decoder(vae: Model, images: Mapping[str, Tensor], options: TinySdOptions, device: torch.device) -> None:
+    """Trains the decoder on latents with noise; leaves the averaged weights in the autoencoder."""
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    loss_fn = vae_loss_fn(vae, images, options, device, decoder_only=True)
+    budget = Budget(options.decoder_minutes, options.decoder_steps)
+    phase = Phase("decoder", budget, options.decoder_lr, 0.01 * options.decoder_lr)
+    load_ema(vae, train(phase, vae, loss_fn, options, device))
+
+
+def export(pipeline: Model, options: TinySdOptions, device: torch.device) -> None:
+    """Writes the pipeline, a grid of samples and the model card."""
+    options.output_dir.parent.mkdir(parents=True, exist_ok=True)
+    sample_grid(pipeline, options.work_dir / "samples.png", GRID_NAMES, options.sample_steps)
+    save_pipeline(pipeline, options.output_dir, options.work_dir / "tokenizer")
+    with replacing(options.output_dir / "samples.png") as scratch:
+        shutil.copyfile(options.work_dir / "samples.png", scratch)
+    write_model_card(pipeline, options, device)
+
+
+@owning
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the phases in order; each one that has used its budget is skipped."""
+    options = parse_args(argv)
+    device, rank, _ = start_process(options.seed)
+    model_dir = claim_model_dir(options, "tiny_sd")
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer_dir = options.work_dir / "tokenizer"
+    if "data" in options.phases and rank == 0:
+        make_data(options, tokenizer_dir)
+    wait_for_all()
+    images = load_file(options.work_dir / "images.safetensors")
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False)
+    finals = {name: options.work_dir / name / "final.safetensors" for name in ("vae", "unet", "decoder")}
 
     vae = build_vae().to(device)
-    vae_path = args.work_dir / "vae" / "final.safetensors"
-    if "vae" in args.phases and not vae_path.exists():
-        loss_fn = vae_loss_fn(vae, images, args, device, decoder_only=False)
-
-        def report_vae(ema: dict[str, Tensor], step: int) -> None:
-            trial = build_vae().to(device)
-            load_ema(trial, ema)
-            scores = {key: round(psnr(trial, images[key][:200], device), 2) for key in ("base", "lines", "valid")}
-            tqdm.write(f"vae step {step}: PSNR {scores}")
-
-        load_ema(vae, train("vae", vae, loss_fn, args, device, args.vae_lr, 0.01 * args.vae_lr, report_vae))
-        means, _ = encode(vae, images["base"], device)
-        fold_normalisation(vae, means)
+    if "vae" in options.phases and not finals["vae"].exists():
+        train_vae(vae, images, options, device)
         if rank == 0:
-            save_checkpoint(vae_path, dict(vae.state_dict()), {"psnr_valid": psnr(vae, images["valid"], device)})
-    if world_size > 1:
-        dist.barrier()
-    if vae_path.exists():
-        vae.load_state_dict(load_checkpoint(vae_path)[0])
+            save_checkpoint(finals["vae"], vae.state_dict(), {"psnr_valid": psnr(vae, images["valid"], device)})
+    wait_for_all()
+    if finals["vae"].exists():
+        vae.load_state_dict(load_checkpoint(finals["vae"])[0])
 
     denoiser = Denoiser(tokenizer).to(device)
-    if "unet" in args.phases:
-        tokens = caption_tokens(tokenizer, records, device)
-        if device.type == "cpu":
-            # The fused attention's backward pass is slow for 64 tokens on a CPU: plain attention trains 1.45x as fast.
-            denoiser.unet.set_attn_processor(AttnProcessor())
-            denoiser.text_encoder.set_attn_implementation("eager")
-        latents = encode(vae, images["base"], device)
-        loss_fn = diffusion_loss_fn(denoiser, latents, tokens, build_scheduler(), args)
-
-        def save_samples(ema: dict[str, Tensor], step: int) -> None:
-            trial = Denoiser(tokenizer).to(device)
-            load_ema(trial, ema)
-            trial_vae = build_vae().to(device)
-            trial_vae.load_state_dict(vae.state_dict())
-            pipeline = make_pipeline(trial_vae, trial.text_encoder, tokenizer, trial.unet)
-            sample_grid(pipeline, args.work_dir / f"samples-{step:06d}.png", GRID_NAMES, args.sample_steps)
-            save_pipeline(pipeline, args.work_dir / "latest", tokenizer_dir)
-
-        ema = train("unet", denoiser, loss_fn, args, device, args.unet_lr, 0.05 * args.unet_lr, save_samples)
+    if "unet" in options.phases:
+        ema = train_denoiser(denoiser, vae, tokenizer, images["base"], options, device)
         if rank == 0:
-            save_checkpoint(args.work_dir / "unet" / "final.safetensors", ema, {})
-    if world_size > 1:
-        dist.barrier()
+            save_checkpoint(finals["unet"], ema, {})
+    wait_for_all()
 
-    decoder_path = args.work_dir / "decoder" / "final.safetensors"
-    if "decoder" in args.phases and not decoder_path.exists():
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-        loss_fn = vae_loss_fn(vae, images, args, device, decoder_only=True)
-        load_ema(vae, train("decoder", vae, loss_fn, args, device, args.decoder_lr, 0.01 * args.decoder_lr))
+    if "decoder" in options.phases and not finals["decoder"].exists():
+        train_decoder(vae, images, options, device)
         if rank == 0:
-            save_checkpoint(decoder_path, dict(vae.state_dict()), {"psnr_valid": psnr(vae, images["valid"], device)})
+            save_checkpoint(finals["decoder"], vae.state_dict(), {"psnr_valid": psnr(vae, images["valid"], device)})
 
     if model_dir is not None:
         model_dir.begin(anew=True)
-        if decoder_path.exists():
-            vae.load_state_dict(load_checkpoint(decoder_path)[0])
-        load_ema(denoiser, load_checkpoint(args.work_dir / "unet" / "final.safetensors")[0])
-        pipeline = make_pipeline(vae, denoiser.text_encoder, tokenizer, denoiser.unet)
-        args.output_dir.parent.mkdir(parents=True, exist_ok=True)
-        sample_grid(pipeline, args.work_dir / "samples.png", GRID_NAMES, args.sample_steps)
-        save_pipeline(pipeline, args.output_dir, tokenizer_dir)
-        with replacing(args.output_dir / "samples.png") as scratch:
-            shutil.copyfile(args.work_dir / "samples.png", scratch)
-        write_model_card(args.output_dir, pipeline, args, device)
-    if world_size > 1:
-        dist.destroy_process_group()
+        if finals["decoder"].exists():
+            vae.load_state_dict(load_checkpoint(finals["decoder"])[0])
+        load_ema(denoiser, load_checkpoint(finals["unet"])[0])
+        export(make_pipeline(vae, denoiser.text_encoder, tokenizer, denoiser.unet), options, device)
+    leave_processes()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

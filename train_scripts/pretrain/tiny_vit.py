@@ -7,13 +7,12 @@ Two processes on a 2-core CPU need about three quarters of an hour (one process:
 after its wall-time or step budget, writes checkpoints, and continues from the last one when the same command is run
 again:
 
-    torchrun --nproc_per_node 2 train_scripts/pretrain_tiny_vit.py --work_dir runs/tiny-vit \
+    torchrun --nproc_per_node 2 train_scripts/pretrain/tiny_vit.py --work_dir runs/tiny-vit \
         --output_dir assets/models/tiny-vit
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import textwrap
@@ -21,32 +20,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common_recipe_options import add_recipe_arguments
+from recipe_options import TinyVitOptions
 
-from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
+from lorainit_diffusers.training.cli import run_script
+from lorainit_diffusers.training.options.parser import parse_options
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; a budget of 0 minutes or steps means no such limit."""
-    parser = ScriptParser(__doc__)
-    add_recipe_arguments(parser, "vit", minutes=44.0, batch_size=64)
-    return parser.parse_args(argv)
+def parse_args(argv: Sequence[str] | None = None) -> TinyVitOptions:
+    """The options of the command line."""
+    return parse_options(TinyVitOptions, argv, __doc__)
 
 
 if __name__ == "__main__":
     run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
 
-import emoji
+import emoji_pictures as emoji
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from common_pretrain import (
+from cards import card_fields, num_parameters, write_card
+from shared import (
     IMAGE_SIZE,
+    Budget,
+    Model,
+    Phase,
     batch_indices,
-    card_fields,
     claim_model_dir,
     load_styles,
     load_trained,
+    rank_and_count,
     save_half,
     start_process,
     train,
@@ -56,10 +57,8 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lorainit_diffusers.families.augment import Augmentation
-from lorainit_diffusers.files import write_text
 from lorainit_diffusers.training.output_dir import owning
 
-Model = Any  # transformers annotates its models too narrowly to check calls
 PATCH_SIZE = 8
 # The first steps see whole pictures that are changed a little. Then the pictures change so much that shapes count more
 # than colours, which tell little about an emoji in another style; and all but one step of four see half of the patches.
@@ -85,17 +84,18 @@ class Recipe(nn.Module):
 
     def __init__(self, classes: list[str], num_concepts: int) -> None:
         super().__init__()
-        config = ViTConfig(
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-            hidden_size=192,
-            intermediate_size=768,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            num_labels=len(classes),
-            id2label=dict(enumerate(classes)),
-            label2id={name: index for index, name in enumerate(classes)},
-        )
+        sizes: dict[str, Any] = {
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH_SIZE,
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
+            "num_labels": len(classes),
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: index for index, name in enumerate(classes)},
+        }
+        config = ViTConfig(**sizes)
         self.model: Model = ViTForImageClassification(config)
         self.concept_head = nn.Linear(config.hidden_size, num_concepts)
         side = IMAGE_SIZE // PATCH_SIZE
@@ -131,14 +131,19 @@ def class_indices(names: Sequence[str], subgroups: Mapping[str, str], classes: S
     return torch.tensor([classes.index(subgroups[n]) if subgroups[n] in classes else -100 for n in names])
 
 
+def phase_of(options: TinyVitOptions) -> Phase:
+    """The training."""
+    return Phase("vit", Budget(options.vit_minutes, options.vit_steps), options.lr, options.lr / 50)
+
+
 def train_vit(
-    recipe: Recipe, images: Tensor, concepts: Tensor, classes: Tensor, args: argparse.Namespace, device: torch.device
+    recipe: Recipe, images: Tensor, concepts: Tensor, classes: Tensor, options: TinyVitOptions, device: torch.device
 ) -> dict[str, Tensor]:
     """Trains model and head; returns the averaged weights by name."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = rank_and_count()
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
-        chosen = batch_indices(step, args.batch_size * world_size, len(images), args.seed)[rank::world_size]
+        chosen = batch_indices(step, options.batch_size * world_size, len(images), options.seed)[rank::world_size]
         draws = torch.Generator().manual_seed(generator.initial_seed())  # augmentation draws on the CPU
         augmentation = EASY if step < EASY_STEPS else HARD
         pixels = augmentation(images[chosen].float() / 255, draws)
@@ -148,7 +153,7 @@ def train_vit(
             kept = order[:, : order.shape[1] // 2].to(device)
         return recipe(pixels.to(device), concepts[chosen].to(device), classes[chosen].to(device), kept)
 
-    return train("vit", recipe, loss_fn, args, device, args.lr, args.lr / 50)
+    return train(phase_of(options), recipe, loss_fn, options, device)
 
 
 @torch.no_grad()
@@ -166,119 +171,63 @@ def save_processor(directory: Path) -> None:
     ViTImageProcessor(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(directory)
 
 
-MODEL_CARD = """# tiny-vit
-
-A `ViTForImageClassification` of {size_mib:.1f} MiB for 64x64 emoji: the base of `train_classifier_lora.py`, which
-adapts it to a style that it has never seen. {parameters:.1f} M parameters: patches of 8 pixels, width {width}, {layers}
-layers.
-
-```python
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained("assets/models/tiny-vit")
-processor = AutoImageProcessor.from_pretrained("assets/models/tiny-vit")
-logits = model(**processor(image, return_tensors="pt")).logits  # (1, {num_classes})
-```
-
-Its {num_classes} classes are those subgroups of emojibase that have at least twelve of its concepts:
-{classes}.
-
-## Figures
-
-Share of the pictures whose class it finds; chance is {chance:.3f}. It knows the concepts of the styles that it has not
-seen from the other styles.
-
-| style | pictures | accuracy |
-|---|---|---|
-{figures}
-## Training
-
-- **Data**: {num_images} pictures of {num_concepts} concepts (faces, animals, food, places, activities, objects) in the
-  styles {styles}. No cats, people, symbols and flags.
-- **Loss**: cross entropy of the concept, with a head that is not kept, plus that of the class; label smoothing 0.1.
-- **Augmentation**: crop, rotation, flip, brightness, contrast, saturation, grey, order of the channels, erasing; after
-  {easy_steps:,} steps stronger, with inversion, and three steps of four see half of the patches.
-- **Result**: {result}
-- **Hardware**: {hardware}. **Date**: {date}. **Seed**: {seed}.
-- **Command** (budget in minutes of wall time; a rerun continues from the last checkpoint):
-
-  ```
-  {launcher} train_scripts/pretrain_tiny_vit.py --work_dir runs/tiny-vit \\
-      --output_dir assets/models/tiny-vit {flags}
-  ```
-
-## Licences of the pictures it was trained on
-
-| source | package (npm) | licence | used for |
-|---|---|---|---|
-{sources}
-Twemoji is used under CC-BY-4.0 (https://creativecommons.org/licenses/by/4.0/): Twemoji graphics by Twitter, Inc and
-other contributors. Changes: rendered at 64x64 pixels on white and used as training data. The weights are published
-under the Apache License 2.0 of this repository.
-"""
-
-
 def write_model_card(
-    directory: Path,
     model: Model,
     names: Mapping[str, Sequence[str]],
     figures: Mapping[str, tuple[float, int]],
-    args: argparse.Namespace,
+    options: TinyVitOptions,
 ) -> None:
     """Writes `README.md` beside the weights."""
-    rows = ""
-    for style, (value, count) in figures.items():
-        seen = "" if style in emoji.CLASSIFIER_STYLES else " (not seen)"
-        rows += f"| {style}{seen} | {count} | {value:.3f} |\n"
     classes = list(model.config.id2label.values())
-    card = MODEL_CARD.format(
-        size_mib=sum(path.stat().st_size for path in directory.iterdir()) / 2**20,
-        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+    write_card(
+        options.output_dir,
+        "tiny_vit.md.jinja",
+        parameters=num_parameters(model),
         width=model.config.hidden_size,
         layers=model.config.num_hidden_layers,
         num_classes=len(classes),
         classes=textwrap.fill(", ".join(classes), 118, break_on_hyphens=False),
-        chance=1 / len(classes),
-        figures=rows,
+        figures=[
+            {"style": style, "seen": style in emoji.CLASSIFIER_STYLES, "accuracy": value, "count": count}
+            for style, (value, count) in figures.items()
+        ],
         easy_steps=EASY_STEPS,
-        **card_fields(args, "vit", names),
+        **card_fields(options, phase_of(options), names),
     )
-    write_text(directory / "README.md", card)
 
 
 @owning
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the phases in order; what is finished is skipped."""
-    args = parse_args(argv)
-    device, _, _ = start_process(args.seed)
-    model_dir = claim_model_dir(args, "pretrain_tiny_vit")
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    images, names, subgroups = load_styles(args)
+    options = parse_args(argv)
+    device, _, _ = start_process(options.seed)
+    model_dir = claim_model_dir(options, "tiny_vit")
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    images, names, subgroups = load_styles(options)
     concepts = sorted(subgroups)
     classes = emoji.class_names({name: emoji.Kind("", group) for name, group in subgroups.items()}, concepts)
     recipe = Recipe(classes, len(concepts)).to(device)
     if device.type == "cpu":
         # The fused attention's backward pass is slow for few tokens on a CPU: plain attention trains 1.5x as fast.
         recipe.model.set_attn_implementation("eager")
-    if "vit" in args.phases:
+    if "vit" in options.phases:
         styles = emoji.CLASSIFIER_STYLES
         indices = torch.tensor([concepts.index(name) for style in styles for name in names[style]])
         targets = torch.cat([class_indices(names[style], subgroups, classes) for style in styles])
-        train_vit(recipe, torch.cat([images[style] for style in styles]), indices, targets, args, device)
+        train_vit(recipe, torch.cat([images[style] for style in styles]), indices, targets, options, device)
     if model_dir is not None:
         model_dir.begin(anew=True)
-        load_trained(args, "vit", recipe)
-        save_half(recipe.model, args.output_dir, save_processor)
-        model = ViTForImageClassification.from_pretrained(
-            args.output_dir, trust_remote_code=False
-        )  # as saved: in half precision
+        load_trained(options, "vit", recipe)
+        save_half(recipe.model, options.output_dir, save_processor)
+        # as saved: the weights went through half precision
+        model: Model = ViTForImageClassification.from_pretrained(options.output_dir, trust_remote_code=False)
         figures = {
             style: accuracy(model, images[style], class_indices(own, subgroups, classes))
             for style, own in names.items()
         }
         print(json.dumps(figures, indent=2))
-        write_model_card(args.output_dir, model, names, figures, args)
+        write_model_card(model, names, figures, options)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -4,7 +4,7 @@ The pictures are SVG icon sets of the npm registry, one archive per style, pinne
 are fetched with `npm pack` (nothing of a package is executed), rendered with resvg-py on white, and captioned
 `a {style} emoji of {name}`, so that the same concept exists in every style.
 
-Shared by the recipes of the tiny diffusion bases and `build_sample_data.py`; not a script.
+Shared by the recipes and `sample_data.py`; not a script.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import tarfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common_recipe_options import DEFAULT_CACHE as DEFAULT_CACHE
 from PIL import Image
+from recipe_options import DEFAULT_CACHE
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -216,9 +217,10 @@ class IconSet:
 
     def render(self, name: str, size: int) -> np.ndarray:
         """An icon on white, `(size, size, 3)` uint8."""
-        import resvg_py  # an optional dependency (extra `pretrain`): only whoever rebuilds the data needs it
-
-        png = resvg_py.svg_to_bytes(svg_string=self.svg(name), width=size, height=size, background="#ffffff")
+        # an optional dependency (extra `pretrain`): only whoever rebuilds the data needs it
+        png = import_module("resvg_py").svg_to_bytes(
+            svg_string=self.svg(name), width=size, height=size, background="#ffffff"
+        )
         return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
 
 

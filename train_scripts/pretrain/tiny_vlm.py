@@ -7,51 +7,47 @@ or that. A LoRA then adapts the model to a style that it has never seen.
 Two processes on a 2-core CPU need about half an hour (one process: leave out torchrun). Training ends after its
 wall-time or step budget, writes checkpoints, and continues from the last one when the same command is run again:
 
-    torchrun --nproc_per_node 2 train_scripts/pretrain_tiny_vlm.py --work_dir runs/tiny-vlm \
+    torchrun --nproc_per_node 2 train_scripts/pretrain/tiny_vlm.py --work_dir runs/tiny-vlm \
         --output_dir assets/models/tiny-vlm
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from common_recipe_options import add_recipe_arguments
+from recipe_options import TinyVlmOptions
 
-from lorainit_diffusers.training.bundled import ROOT
-from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
+from lorainit_diffusers.training.cli import run_script
+from lorainit_diffusers.training.options.parser import parse_options
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; a budget of 0 minutes or steps means no such limit."""
-    parser = ScriptParser(__doc__)
-    add_recipe_arguments(parser, "vlm", minutes=22.0, batch_size=32)
-    clip_dir = ROOT / "assets" / "models" / "tiny-clip"
-    parser.add_argument("--clip_dir", type=Path, default=clip_dir, help="gives the tower")
-    parser.add_argument("--vocab_size", type=int, default=1200)
-    return parser.parse_args(argv)
+def parse_args(argv: Sequence[str] | None = None) -> TinyVlmOptions:
+    """The options of the command line."""
+    return parse_options(TinyVlmOptions, argv, __doc__)
 
 
 if __name__ == "__main__":
     run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
 
-import emoji
+import emoji_pictures as emoji
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from common_pretrain import (
+from cards import card_fields, num_parameters, write_card
+from shared import (
     IMAGE_SIZE,
+    Budget,
+    Model,
+    Phase,
     batch_indices,
-    card_fields,
     claim_model_dir,
     load_styles,
     load_trained,
+    rank_and_count,
     rename_weights,
     save_half,
     start_process,
@@ -70,10 +66,8 @@ from transformers import (
 )
 
 from lorainit_diffusers.families.augment import Augmentation
-from lorainit_diffusers.files import write_text
 from lorainit_diffusers.training.output_dir import owning
 
-Model = Any  # transformers annotates its models and tokenizers too narrowly to check calls
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 IMAGE_TOKEN = "<image>"
 # As LLaVA 1.5 writes conversations.
@@ -128,7 +122,7 @@ def make_tokenizer(names: Sequence[str], subgroups: Mapping[str, str], vocab_siz
 
 def build_model(tokenizer: Model, clip_dir: Path) -> Model:
     """LlavaForConditionalGeneration with the vision tower of a CLIP and a new, small decoder."""
-    clip = CLIPModel.from_pretrained(clip_dir, dtype=torch.float32, trust_remote_code=False)
+    clip: Model = CLIPModel.from_pretrained(clip_dir, dtype=torch.float32, trust_remote_code=False)
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -197,30 +191,35 @@ def answer_logits(model: Model, pixels: Tensor, ids: Tensor, targets: Tensor) ->
     return model.lm_head(hidden[wanted]).float(), targets[:, 1:][wanted]
 
 
+def phase_of(options: TinyVlmOptions) -> Phase:
+    """The training."""
+    return Phase("vlm", Budget(options.vlm_minutes, options.vlm_steps), options.lr, options.lr / 50)
+
+
 def train_vlm(
     model: Model,
     conversations: Conversations,
     images: Tensor,
     names: Sequence[str],
     subgroups: Mapping[str, str],
-    args: argparse.Namespace,
+    options: TinyVlmOptions,
     device: torch.device,
 ) -> dict[str, Tensor]:
     """Trains all of the model; returns the averaged weights by name."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = rank_and_count()
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
-        chosen = batch_indices(step, args.batch_size * world_size, len(images), args.seed)[rank::world_size]
+        chosen = batch_indices(step, options.batch_size * world_size, len(images), options.seed)[rank::world_size]
         draws = torch.Generator().manual_seed(generator.initial_seed())  # augmentation draws on the CPU
         rng = np.random.default_rng(generator.initial_seed())
         pixels = AUGMENTATION(images[chosen].float() / 255, draws)
-        turns = [emoji.ask(names[index], subgroups, rng) for index in chosen.tolist()]
+        turns = [emoji.ask(names[index], subgroups, rng) for index in map(int, chosen)]
         shuffled = [[own[position] for position in rng.permutation(len(own))] for own in turns]
         ids, targets = conversations.batch(shuffled)
         logits, tokens = answer_logits(model, pixels.to(device), ids.to(device), targets.to(device))
         return F.cross_entropy(logits, tokens)
 
-    return train("vlm", model, loss_fn, args, device, args.lr, args.lr / 50)
+    return train(phase_of(options), model, loss_fn, options, device)
 
 
 @torch.no_grad()
@@ -273,112 +272,56 @@ def save_processor(directory: Path, tokenizer: Model, patch_size: int) -> None:
     (directory / "chat_template.json").write_text(template + "\n", encoding="utf-8")
 
 
-MODEL_CARD = """# tiny-vlm
-
-A `LlavaForConditionalGeneration` of {size_mib:.1f} MiB that answers questions about 64x64 emoji: the base of
-`train_vlm_lora.py`, which adapts it to a style that it has never seen. {parameters:.1f} M parameters: the vision tower
-of `tiny-clip` (64 image tokens), a projector, a Llama decoder of width {width} with {layers} layers, a byte-level BPE
-of {vocab_size} tokens.
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("assets/models/tiny-vlm")
-processor = AutoProcessor.from_pretrained("assets/models/tiny-vlm")
-content = [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]
-prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
-inputs = processor(text=prompt, images=image, return_tensors="pt")
-print(processor.decode(model.generate(**inputs, max_new_tokens=16)[0], skip_special_tokens=True))
-```
-
-It knows three questions: `What is this?`, `What kind of thing is this?` (a subgroup of emojibase) and `Is this NAME?`,
-of which half ask for another concept of the same subgroup.
-
-## Figures
-
-Share of the answers that greedy decoding gets right to the last character, one question a conversation. It has seen the
-concepts of all pictures in the styles that it was trained on. (The tower, in `tiny-clip`'s own training, saw pictures
-in the style emojione, too, and imitated black-line drawings.)
-
-| style | pictures | {header} |
-|---|---|{rule}
-{figures}
-## Training
-
-- **Data**: {num_images} pictures of {num_concepts} concepts (faces, animals, food, places, activities, objects) in the
-  styles {styles}, each with three questions in random order. No cats, people, symbols and flags.
-- **Loss**: cross entropy of the answers' tokens. Everything is trained, the tower too.
-- **Augmentation**: crop, rotation, flip, brightness, contrast, saturation, grey, order of the channels, erasing.
-- **Result**: {result}
-- **Hardware**: {hardware}. **Date**: {date}. **Seed**: {seed}.
-- **Command** (budget in minutes of wall time; a rerun continues from the last checkpoint):
-
-  ```
-  {launcher} train_scripts/pretrain_tiny_vlm.py --work_dir runs/tiny-vlm \\
-      --output_dir assets/models/tiny-vlm {flags}
-  ```
-
-## Licences of the pictures it was trained on
-
-| source | package (npm) | licence | used for |
-|---|---|---|---|
-{sources}
-The tower's own training used further pictures, whose licences are in the model card of `tiny-clip`. Twemoji and Emoji
-One are used under CC-BY-4.0 (https://creativecommons.org/licenses/by/4.0/): Twemoji graphics by Twitter, Inc and other
-contributors; Emoji One graphics by Emoji One. Changes: rendered at 64x64 pixels on white and used as training data. The
-weights are published under the Apache License 2.0 of this repository.
-"""
-
-
 def write_model_card(
-    directory: Path,
     model: Model,
     names: Mapping[str, Sequence[str]],
     figures: Mapping[str, Mapping[str, float]],
-    args: argparse.Namespace,
+    options: TinyVlmOptions,
 ) -> None:
     """Writes `README.md` beside the weights."""
-    kinds = list(next(iter(figures.values())))
-    rows = ""
-    for style, values in figures.items():
-        seen = "" if style in emoji.CLASSIFIER_STYLES else " (not seen)"
-        rows += f"| {style}{seen} | {len(names[style])} | {' | '.join(f'{values[kind]:.3f}' for kind in kinds)} |\n"
     text = model.config.text_config
-    card = MODEL_CARD.format(
-        size_mib=sum(path.stat().st_size for path in directory.iterdir()) / 2**20,
-        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+    write_card(
+        options.output_dir,
+        "tiny_vlm.md.jinja",
+        parameters=num_parameters(model),
         width=text.hidden_size,
         layers=text.num_hidden_layers,
         vocab_size=text.vocab_size,
-        header=" | ".join(kinds),
-        rule="---|" * len(kinds),
-        figures=rows,
-        **card_fields(args, "vlm", names),
+        kinds=list(next(iter(figures.values()))),
+        figures=[
+            {
+                "style": style,
+                "seen": style in emoji.CLASSIFIER_STYLES,
+                "count": len(names[style]),
+                "accuracies": list(values.values()),
+            }
+            for style, values in figures.items()
+        ],
+        **card_fields(options, phase_of(options), names),
     )
-    write_text(directory / "README.md", card)
 
 
 @owning
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the phases in order; what is finished is skipped."""
-    args = parse_args(argv)
-    device, _, _ = start_process(args.seed)
-    model_dir = claim_model_dir(args, "pretrain_tiny_vlm")
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    images, names, subgroups = load_styles(args)
-    tokenizer = make_tokenizer(sorted(subgroups), subgroups, args.vocab_size)
-    model = build_model(tokenizer, args.clip_dir).to(device)
+    options = parse_args(argv)
+    device, _, _ = start_process(options.seed)
+    model_dir = claim_model_dir(options, "tiny_vlm")
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    images, names, subgroups = load_styles(options)
+    tokenizer = make_tokenizer(sorted(subgroups), subgroups, options.vocab_size)
+    model = build_model(tokenizer, options.clip_dir).to(device)
     conversations = Conversations(tokenizer, model.config.image_seq_length)
     if device.type == "cpu":
         # The fused attention's backward pass is slow for few tokens on a CPU: plain attention trains faster.
         model.set_attn_implementation("eager")
-    if "vlm" in args.phases:
+    if "vlm" in options.phases:
         concepts = [name for style in emoji.CLASSIFIER_STYLES for name in names[style]]
         stacked = torch.cat([images[style] for style in emoji.CLASSIFIER_STYLES])
-        train_vlm(model, conversations, stacked, concepts, subgroups, args, device)
+        train_vlm(model, conversations, stacked, concepts, subgroups, options, device)
     if model_dir is not None:
         model_dir.begin(anew=True)
-        load_trained(args, "vlm", model)
+        load_trained(options, "vlm", model)
         patch_size = model.config.vision_config.patch_size
 
         def save_rest(path: Path) -> None:
@@ -386,16 +329,15 @@ def main(argv: list[str] | None = None) -> None:
             weights, prefix = path / "model.safetensors", "vision_tower.vision_model."
             rename_weights(weights, r"^vision_tower\.(?!vision_model\.)", prefix)
 
-        save_half(model.cpu(), args.output_dir, save_rest)
-        saved: Model = LlavaForConditionalGeneration.from_pretrained(
-            args.output_dir, trust_remote_code=False
-        )  # as saved: in half precision
+        save_half(model.cpu(), options.output_dir, save_rest)
+        # as saved: the weights went through half precision
+        saved: Model = LlavaForConditionalGeneration.from_pretrained(options.output_dir, trust_remote_code=False)
         figures = {
             style: accuracy(saved.eval(), conversations, images[style], own, subgroups) for style, own in names.items()
         }
         print(json.dumps(figures, indent=2))
-        write_model_card(args.output_dir, saved, names, figures, args)
+        write_model_card(saved, names, figures, options)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,37 +8,31 @@ it was not trained on. The large set has 400 training pictures of one style and 
 The classes and the questions are about pictures in a style that the bundled classifier and vision-language model have
 not seen, of concepts that they have: what a LoRA has to learn is to see in that style. No concept is in both halves.
 
-    python train_scripts/build_sample_data.py --output_dir assets/data
+    python train_scripts/pretrain/sample_data.py --output_dir assets/data
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from common_recipe_options import DEFAULT_CACHE
+from recipe_options import SampleDataOptions
 
-from lorainit_diffusers.training.cli_parser import ScriptParser, run_script
+from lorainit_diffusers.training.cli import run_script
+from lorainit_diffusers.training.options.parser import parse_options
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = ScriptParser(__doc__)
-    parser.add_argument("--output_dir", type=Path, required=True, help="a directory of its own")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the sets in it")
-    parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="archives of the npm packages")
-    parser.add_argument("--size", type=int, default=128, help="pixels, of the sets to draw")
-    parser.add_argument("--task_size", type=int, default=64, help="pixels, of classes and questions")
-    return parser.parse_args(argv)
+def parse_args(argv: Sequence[str] | None = None) -> SampleDataOptions:
+    """The options of the command line."""
+    return parse_options(SampleDataOptions, argv, __doc__)
 
 
 if __name__ == "__main__":
     run_script(parse_args)  # a mistake in the options is answered before the imports below, which take seconds
 
-import emoji
+import emoji_pictures as emoji
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
@@ -169,44 +163,44 @@ def write_questions(directory: Path, icons: emoji.IconSet, subgroups: Mapping[st
 
 
 @owning
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Writes all sets."""
-    args = parse_args(argv)
-    directory_of_sets = claim_directory(Wish(args.output_dir, "build_sample_data", overwrite=args.overwrite_output_dir))
+    options = parse_args(argv)
+    directory_of_sets = claim_directory(Wish(options.output_dir, "sample_data", overwrite=options.overwrite_output_dir))
     directory_of_sets.begin(anew=True)
-    directory_of_sets.others.append(args.output_dir)  # everything that is new in it at the end is of this run
+    directory_of_sets.others.append(options.output_dir)  # everything that is new in it at the end is of this run
 
-    kinds = emoji.emoji_kinds(args.cache_dir)
-    known = emoji.concepts({key: emoji.IconSet(key, args.cache_dir).names() for key in emoji.BASE_STYLES}, kinds)
+    kinds = emoji.emoji_kinds(options.cache_dir)
+    known = emoji.concepts({key: emoji.IconSet(key, options.cache_dir).names() for key in emoji.BASE_STYLES}, kinds)
     for style, quotas in QUOTAS.items():
-        icons = emoji.IconSet(style, args.cache_dir)
+        icons = emoji.IconSet(style, options.cache_dir)
         names = [name for name in known if name in icons.data["icons"]]
         available = {name: kinds[name] for name in names if not any(word in name for word in UNSUITABLE)}
         for split, names in zip(("train", "heldout"), choose(available, quotas), strict=True):
-            write_split(args.output_dir / style / split, icons, names, CAPTIONS[style], args.size)
-        write_licence(args.output_dir / style, style, args.size)
+            write_split(options.output_dir / style / split, icons, names, CAPTIONS[style], options.size)
+        write_licence(options.output_dir / style, style, options.size)
 
     for large, (style, count) in LARGE_SETS.items():
-        icons = emoji.IconSet(style, args.cache_dir)
+        icons = emoji.IconSet(style, options.cache_dir)
         names = [n for n in known if n in icons.data["icons"] and not any(word in n for word in UNSUITABLE)]
         _, held_out = choose({name: kinds[name] for name in names}, QUOTAS[style])
         names = sorted(set(names) - set(held_out), key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:count]
         for split, chosen in (("train", sorted(names)), ("heldout", held_out)):
-            write_split(args.output_dir / large / split, icons, chosen, CAPTIONS[style], args.size)
-        write_licence(args.output_dir / large, style, args.size)
+            write_split(options.output_dir / large / split, icons, chosen, CAPTIONS[style], options.size)
+        write_licence(options.output_dir / large, style, options.size)
 
-    icons = emoji.IconSet("noto", args.cache_dir)
-    write_split(args.output_dir / "cats" / "train", icons, list(emoji.CAT_FACES), CAPTIONS["cats"], args.size)
-    write_licence(args.output_dir / "cats", "noto", args.size)
+    icons = emoji.IconSet("noto", options.cache_dir)
+    write_split(options.output_dir / "cats" / "train", icons, list(emoji.CAT_FACES), CAPTIONS["cats"], options.size)
+    write_licence(options.output_dir / "cats", "noto", options.size)
 
-    icons = emoji.IconSet(TASK_STYLE, args.cache_dir)
-    styles = {key: emoji.IconSet(key, args.cache_dir).names() for key in emoji.CLASSIFIER_STYLES}
+    icons = emoji.IconSet(TASK_STYLE, options.cache_dir)
+    styles = {key: emoji.IconSet(key, options.cache_dir).names() for key in emoji.CLASSIFIER_STYLES}
     subgroups = {name: kinds[name].subgroup for name in emoji.concepts(styles, kinds)}
     for name, write in (("classes", write_classes), ("questions", write_questions)):
-        directory = args.output_dir / f"{TASK_STYLE}-{name}"
-        write(directory, icons, subgroups, args.task_size)
-        write_licence(directory, TASK_STYLE, args.task_size)
+        directory = options.output_dir / f"{TASK_STYLE}-{name}"
+        write(directory, icons, subgroups, options.task_size)
+        write_licence(directory, TASK_STYLE, options.task_size)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

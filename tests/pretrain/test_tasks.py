@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import emoji
+import emoji_pictures as emoji
 import numpy as np
-import pretrain_tiny_vit as vit
-import pretrain_tiny_vlm as vlm
 import pytest
+import tiny_vit as vit
+import tiny_vlm as vlm
 import torch
 from safetensors.torch import load_file, save_file
 from sd_fixtures import ROOT
@@ -49,7 +49,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("recipe", [vit, vlm], ids=["vit", "vlm"])
 def test_the_same_seed_gives_the_same_weights(recipe: Any, styles: Path, tmp_path: Path) -> None:
-    phase = recipe.__name__.removeprefix("pretrain_tiny_")
+    phase = recipe.__name__.removeprefix("tiny_")
     once, twice = tmp_path / "once", tmp_path / "twice"
     recipe.main(arguments(styles, once, phase, 2))
     (styles / phase / "checkpoint.safetensors").unlink()
@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_weights(recipe: Any, styles: Path, tmp_pat
 
 @pytest.mark.parametrize("recipe", [vit, vlm], ids=["vit", "vlm"])
 def test_a_recipe_replaces_no_files_of_others(recipe: Any, styles: Path, tmp_path: Path) -> None:
-    phase = recipe.__name__.removeprefix("pretrain_tiny_")
+    phase = recipe.__name__.removeprefix("tiny_")
     output = tmp_path / "mine"
     output.mkdir()
     (output / "config.json").write_text("mine", encoding="utf-8")
@@ -163,7 +163,7 @@ def test_the_tower_is_that_of_the_clip(styles: Path) -> None:
 
 @pytest.mark.parametrize("recipe", [vit, vlm], ids=["vit", "vlm"])
 def test_export_needs_a_training(recipe: Any, styles: Path, tmp_path: Path) -> None:
-    phase = recipe.__name__.removeprefix("pretrain_tiny_")
+    phase = recipe.__name__.removeprefix("tiny_")
     with pytest.raises(FileNotFoundError, match=f"run the phase `{phase}` first"):
         recipe.main([*arguments(styles, tmp_path / "out", phase, 1), "--phases", "export"])
 
