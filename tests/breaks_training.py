@@ -203,9 +203,9 @@ BREAKS: tuple[Break, ...] = (
     ),
     Break(
         "--init_seed does not reach the initialisation",
-        "train_scripts/vtab_protocol.py",
-        "        seed=args.init_seed,\n",
-        "        seed=args.seed,\n",
+        "lorainit_diffusers/training/start.py",
+        "        seed=options.init_seed,\n",
+        "        seed=options.seed,\n",
         ("tests/scripts/test_loop_independence.py::test_init_seed_decides_the_initialisation_alone",),
     ),
     Break(

@@ -61,7 +61,7 @@ def write_report(directory: str | os.PathLike[str]) -> list[Path]:
     an older one removed. The same results give the same files.
 
     Args:
-        directory: What `compare_inits.py` wrote; see `Comparison.load`.
+        directory: Of a comparison; see `Comparison.load`.
 
     Returns:
         The files that were written.

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import vtab_protocol
 from PIL import Image
 
+from lorainit_diffusers.comparison.vtab.data import read_task
 from lorainit_diffusers.training.classification.data import read_class_dataset
 from lorainit_diffusers.training.classification.options import ClassTaskOptions
 from lorainit_diffusers.training.data.prior_preservation import missing_class_images
@@ -58,17 +58,17 @@ def test_lists_of_vtab_in_other_encodings_and_with_two_labels(tmp_path: Path) ->
     lines = "images\\é.png 1\r\nimages/b.png 2\r\nimages/b.png 2\r\n"
     for part in ("train800.txt", "val200.txt", "test.txt"):
         (tmp_path / part).write_bytes(lines.encode("utf-16"))
-    parts = vtab_protocol.read_task(tmp_path)
+    parts = read_task(tmp_path)
     for records in (parts.train, parts.val, parts.test):
         assert [(record.path.name, record.caption) for record in records] == [("é.png", "1"), ("b.png", "2")]
     (tmp_path / "test.txt").write_text("images/b.png 2\nimages/b.png 1\n")
     with pytest.raises(
         ValueError, match=r"test\.txt', line 2: images/b\.png has the label 1 here and 2 in a line before"
     ):
-        vtab_protocol.read_task(tmp_path)
+        read_task(tmp_path)
     (tmp_path / "test.txt").write_bytes("images/é.png 1\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"test\.txt', line 1: byte 0xe9 is not UTF-8"):
-        vtab_protocol.read_task(tmp_path)
+        read_task(tmp_path)
 
 
 def test_parts_of_vtab_in_other_spellings(tmp_path: Path) -> None:
@@ -76,11 +76,11 @@ def test_parts_of_vtab_in_other_spellings(tmp_path: Path) -> None:
         for name in ("cat", "dog"):
             draw(tmp_path / part / name / "a.png")
             draw(tmp_path / part / name / ".ipynb_checkpoints" / "a-checkpoint.png")
-    parts = vtab_protocol.read_task(tmp_path)
+    parts = read_task(tmp_path)
     assert [len(some) for some in (parts.train, parts.val, parts.test)] == [2, 2, 2]
     draw(tmp_path / "val" / "cat" / "a.png")
     with pytest.raises(ValueError, match=r"has several val parts \(Validation, val\); keep one of them"):
-        vtab_protocol.read_task(tmp_path)
+        read_task(tmp_path)
 
 
 def test_hidden_files_are_no_class_images(tmp_path: Path) -> None:

@@ -12,6 +12,10 @@ import vtab_protocol as script
 from classifier_fixtures import write_class_folder, write_classifier
 from script_fixtures import argv_of, run_main
 
+from lorainit_diffusers.comparison.vtab import runs
+from lorainit_diffusers.comparison.vtab.data import read_task
+from lorainit_diffusers.comparison.vtab.options import Setting, run_options
+
 FAST: dict[str, Any] = {
     "inits": ["gaussian", "cntlora:base=down_only"],
     "ranks": [2],
@@ -83,13 +87,13 @@ def test_the_grid_is_run_chosen_from_and_tested_once(base, tasks, tmp_path, monk
 
     # nothing runs again, and more is added
     ran: list[Any] = []
-    original = script.run
+    original = runs.run
 
     def counted(*args: Any) -> Any:
         ran.append(args)
         return original(*args)
 
-    monkeypatch.setattr(script, "run", counted)
+    monkeypatch.setattr(runs, "run", counted)
     run(base, tasks, output)
     assert not ran
     assert rows_of(output) == rows
@@ -108,7 +112,7 @@ def test_runs_are_functions_of_their_settings(base, tasks, tmp_path) -> None:
 
 
 def test_lists_and_folders_hold_the_same(base, tasks) -> None:
-    folders, lists = (script.read_task(tasks / name) for name in ("folders", "lists"))
+    folders, lists = (read_task(tasks / name) for name in ("folders", "lists"))
     assert folders.data("select").class_names == ("blue", "green", "red")
     assert lists.data("test").class_names == ("0", "1", "2")
     for stage, train, heldout in (("select", 12, 6), ("test", 18, 6)):
@@ -118,14 +122,14 @@ def test_lists_and_folders_hold_the_same(base, tasks) -> None:
 
 def test_options_of_a_run_follow_its_setting(base, tasks) -> None:
     args = parse(base, tasks, ranks=[2, 4], head_lr=5e-2)
-    own = script.run_arguments(args, script.Setting("t", "cntlora:base=down_only", 4, "test", 0.02, 7))
+    own = run_options(args, Setting("t", "cntlora:base=down_only", 4, "test", 0.02, 7))
     assert (own.init, own.init_option, own.rank, own.lora_alpha) == ("cntlora", ["base=down_only"], 4, 4.0)
     assert (own.seed, own.init_seed, own.learning_rate, own.head_lr) == (7, 7, 0.02, 0.05)
-    assert script.run_arguments(parse(base, tasks), own_setting()).head_lr == 0.02
+    assert run_options(parse(base, tasks), own_setting()).head_lr == 0.02
 
 
 def own_setting() -> Any:
-    return script.Setting("t", "gaussian", 2, "select", 0.02, 0)
+    return Setting("t", "gaussian", 2, "select", 0.02, 0)
 
 
 @pytest.mark.parametrize(
@@ -154,13 +158,13 @@ def test_tasks_that_cannot_be_used_are_named(base, tasks, tmp_path) -> None:
     shutil.copytree(tasks / "lists", copied)
     (copied / "val200.txt").write_text("images/train/000.png\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"val200\.txt', line 1: .* is not a path and a label"):
-        script.read_task(copied)
+        read_task(copied)
     (copied / "val200.txt").write_text("images/none.png 1\n", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"line 1: there is no image .*none\.png"):
-        script.read_task(copied)
+        read_task(copied)
     (copied / "val200.txt").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match=r"the val part of the task, .*, has no images"):
-        script.read_task(copied)
+        read_task(copied)
     (copied / "val200.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no val part; add one of val, validation, val200\.txt"):
         run(base, copied.parent, tmp_path / "out")
