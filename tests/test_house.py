@@ -28,6 +28,7 @@ MORE_PARAMETERS = {
 LAYERS = (
     ("core",),
     ("families", "evaluation", "export"),
+    ("in_loop", "attach", "init_file", "integrations", "run"),  # loops of other programs
     ("training",),
     ("comparison",),
     ("cli",),
