@@ -83,6 +83,7 @@ class DenoisingFamily(TextToImageFamily):
 
     def _min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Min-SNR weights: min(snr, gamma) for the clean sample, divided by snr (epsilon) or snr + 1 (v)."""
+        # not diffusers' compute_snr: it takes roots first and squares them again, which rounds to other numbers
         alphas_cumprod = self.noise_scheduler.alphas_cumprod.to(self.device)[timesteps].float()
         snr = alphas_cumprod / (1.0 - alphas_cumprod)
         prediction_type = self.noise_scheduler.config["prediction_type"]

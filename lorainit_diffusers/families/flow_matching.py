@@ -16,6 +16,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor
 
 from lorainit_diffusers.families.text_to_image import NoisyLatents, TextToImageFamily
@@ -145,6 +146,7 @@ class FlowMatchingFamily(TextToImageFamily):
 
     def _density(self, uniform: Tensor) -> Tensor:
         """Uniform numbers mapped to the distribution of the place in the table of noise levels."""
+        # diffusers' compute_density_for_timestep_sampling draws by itself, so that its numbers cannot be stratified
         if self.weighting_scheme == "logit_normal":
             return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(uniform))
         if self.weighting_scheme == "mode":
@@ -153,10 +155,8 @@ class FlowMatchingFamily(TextToImageFamily):
 
     def _weights(self, sigmas: Tensor) -> Tensor | None:
         """(batch,) weights of the samples' losses."""
-        if self.weighting_scheme == "sigma_sqrt":
-            return sigmas**-2.0
-        if self.weighting_scheme == "cosmap":
-            return 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
+        if self.weighting_scheme in ("sigma_sqrt", "cosmap"):
+            return compute_loss_weighting_for_sd3(str(self.weighting_scheme), sigmas)
         return None
 
 
