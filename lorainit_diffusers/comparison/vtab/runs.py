@@ -99,9 +99,9 @@ def run(task: ClassificationTask, options: ClassifierTrainingOptions, accelerato
     """Initialise, train and evaluate a fresh base: metrics and costs.
 
     Args:
-        task: with a base that nothing has been done to.
-        options: of the run.
-        accelerator: of the run.
+        task: With a base that nothing has been done to.
+        options: Of the run.
+        accelerator: Of the run.
     """
     started = time.perf_counter()
     family = task.family
