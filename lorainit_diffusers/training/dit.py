@@ -14,10 +14,14 @@ training step is says the file of the family in `lorainit_diffusers/families`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lorainit_diffusers.training.cli import run_script
+from lorainit_diffusers.training.options.family import settled_family
+from lorainit_diffusers.training.options.fields import given
 from lorainit_diffusers.training.options.parser import parse_options
 from lorainit_diffusers.training.options.text_to_image import TransformerOptions, resolve_text_to_image
 
@@ -31,8 +35,14 @@ def parse_args(argv: Sequence[str] | None = None) -> TransformerOptions:
     Raises:
         ValueError: Naming the option, its value and the remedy.
     """
-    options = parse_options(TransformerOptions, argv, __doc__, family=lambda values: values["family"])
-    return resolve_text_to_image(options)
+    options = parse_options(TransformerOptions, argv, __doc__, family=_family)
+    # what is found is kept: the files of a run say what its base is
+    return resolve_text_to_image(replace(options, family=options.family_name))
+
+
+def _family(values: Mapping[str, Any]) -> str:
+    """The short name of the base's family."""
+    return settled_family(values["family"], given(values["pretrained_model_name_or_path"]), values["revision"])
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

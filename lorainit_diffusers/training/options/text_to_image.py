@@ -15,6 +15,7 @@ from lorainit_diffusers.training.options.checks import (
     require_package,
 )
 from lorainit_diffusers.training.options.data import DatasetOptions, ImageDataOptions, PriorOptions
+from lorainit_diffusers.training.options.family import AUTO, settled_family
 from lorainit_diffusers.training.options.fields import Options, given, option
 from lorainit_diffusers.training.options.initialisation import TextEncoderOptions, TextEncoderRateOptions
 from lorainit_diffusers.training.options.model import (
@@ -74,7 +75,9 @@ class FamilyOptions(Options):
 
     _argument_group_name = "family"
 
-    family: str = option("sd3", "what the base is (default sd3)", choices=TRANSFORMER_FAMILIES)
+    family: str = option(
+        AUTO, "what the base is (default: what its model_index.json says)", choices=(AUTO, *TRANSFORMER_FAMILIES)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +88,8 @@ class TransformerOptions(FamilyOptions, TextToImageOptions, FlowOptions, Quantiz
 
     @property
     def family_name(self) -> str:
-        """What `--family` says."""
-        return self.family
+        """What `--family` says, or where it leaves that open the base."""
+        return settled_family(self.family, given(self.pretrained_model_name_or_path), self.revision)
 
 
 AnyOptions = TypeVar("AnyOptions", bound=TextToImageOptions)
