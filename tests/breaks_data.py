@@ -17,7 +17,7 @@ BREAKS: tuple[Break, ...] = (
         "lorainit_diffusers/training/data/order.py",
         "order = torch.randperm(self.num_images, generator=generator).tolist()",
         "order = torch.randint(self.num_images, (self.num_images,), generator=generator).tolist()",
-        ("tests/scripts/test_common_data.py::test_epochs_are_permutations_and_batches_run_over_their_ends",),
+        ("tests/training/data/test_captioned_images.py::test_epochs_are_permutations_and_batches_run_over_their_ends",),
     ),
     Break(
         "an image's crop is the same in every epoch",
@@ -34,7 +34,7 @@ BREAKS: tuple[Break, ...] = (
         "lorainit_diffusers/training/data/order.py",
         'order = torch.randperm(len(batches), generator=seeded_generator(self.seed, "batches", epoch))',
         "order = torch.arange(len(batches))",
-        ("tests/scripts/test_common_data.py::test_bucket_batches_hold_one_bucket_and_epochs_hold_every_image",),
+        ("tests/training/data/test_captioned_images.py::test_bucket_batches_hold_one_bucket_and_epochs_hold_every_image",),
     ),
     Break(
         "a short bucket loses its last images",
@@ -46,49 +46,49 @@ BREAKS: tuple[Break, ...] = (
             "            ]\n"
             "        order"
         ),
-        ("tests/scripts/test_common_data.py::test_bucket_batches_hold_one_bucket_and_epochs_hold_every_image",),
+        ("tests/training/data/test_captioned_images.py::test_bucket_batches_hold_one_bucket_and_epochs_hold_every_image",),
     ),
     Break(
         "crop corner is width before height",
         "lorainit_diffusers/training/data/captioned_images.py",
         "permute(2, 0, 1) / 127.5 - 1.0, (top, left)",
         "permute(2, 0, 1) / 127.5 - 1.0, (left, top)",
-        ("tests/scripts/test_common_data.py::test_crop_corners_are_places_in_the_resized_and_possibly_mirrored_image",),
+        ("tests/training/data/test_captioned_images.py::test_crop_corners_are_places_in_the_resized_and_possibly_mirrored_image",),
     ),
     Break(
         "mirrored crop keeps its corner",
         "lorainit_diffusers/training/data/captioned_images.py",
         "image, left = ImageOps.mirror(image), covering[0] - (left + width)",
         "image = ImageOps.mirror(image)",
-        ("tests/scripts/test_common_data.py::test_crop_corners_are_places_in_the_resized_and_possibly_mirrored_image",),
+        ("tests/training/data/test_captioned_images.py::test_crop_corners_are_places_in_the_resized_and_possibly_mirrored_image",),
     ),
     Break(
         "random crops are centred",
         "lorainit_diffusers/training/data/captioned_images.py",
         "    if center_crop:\n",
         "    if True:\n",
-        ("tests/scripts/test_common_data.py::test_crops_and_flips_come_from_the_generator",),
+        ("tests/training/data/test_captioned_images.py::test_crops_and_flips_come_from_the_generator",),
     ),
     Break(
         "transparent pixels lie over black",
         "lorainit_diffusers/training/data/images.py",
         "(255, 255, 255, 255)",
         "(0, 0, 0, 255)",
-        ("tests/scripts/test_common_data.py::test_palettes_keep_colours_and_transparency_lies_over_white",),
+        ("tests/training/data/test_captioned_images.py::test_palettes_keep_colours_and_transparency_lies_over_white",),
     ),
     Break(
         "photographs lie on their side",
         "lorainit_diffusers/training/data/images.py",
         "            turn = _TURNS.get(_orientation(opened))\n",
         "            turn = None\n",
-        ("tests/scripts/test_common_data.py::test_all_exif_orientations_are_applied",),
+        ("tests/training/data/test_captioned_images.py::test_all_exif_orientations_are_applied",),
     ),
     Break(
         "nearest bucket by difference instead of ratio",
         "lorainit_diffusers/training/data/buckets.py",
         "aspect = math.log(size[0] / size[1])",
         "aspect = size[0] / size[1] - 1",
-        ("tests/scripts/test_common_data.py::test_the_nearest_bucket_has_the_nearest_log_aspect",),
+        ("tests/training/data/test_captioned_images.py::test_the_nearest_bucket_has_the_nearest_log_aspect",),
     ),
     Break(
         "cached latents are the posterior's mean",
@@ -116,7 +116,7 @@ BREAKS: tuple[Break, ...] = (
         "lorainit_diffusers/training/data/prior_preservation.py",
         "index % num_processes == process",
         "index % num_processes >= 0",
-        ("tests/scripts/test_common_classes.py::test_processes_draw_their_shares_of_one_set",),
+        ("tests/training/data/test_prior_preservation.py::test_processes_draw_their_shares_of_one_set",),
     ),
     Break(
         "an answer with one wrong token matches",

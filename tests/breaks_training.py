@@ -276,7 +276,7 @@ BREAKS: tuple[Break, ...] = (
         "lorainit_diffusers/training/seeds.py",
         'text = "/".join(str(part) for part in parts).encode()',
         "text = str(parts[0]).encode()",
-        ("tests/scripts/test_common_data.py::test_seeds_differ_in_every_part",),
+        ("tests/training/data/test_captioned_images.py::test_seeds_differ_in_every_part",),
     ),
     Break(
         "a process weighs its batches as if it were alone",
