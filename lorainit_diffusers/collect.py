@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any, Literal, cast
@@ -416,13 +417,33 @@ def _unreached(layers: Mapping[str, nn.Linear], statistics: Mapping[str, Statist
     return {name for name in layers if name not in statistics or statistics[name].num_rows == 0}
 
 
-def _is_distributed() -> bool:
+# Whether other processes are left out; see `this_process_alone`.
+_alone: ContextVar[bool] = ContextVar("_alone", default=False)
+
+
+@contextmanager
+def this_process_alone() -> Generator[None, None, None]:
+    """What is collected inside the block is of this process, though others of a launch may be collecting, too."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def is_distributed() -> bool:
+    """Whether a collection is one of several processes together."""
     distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return (
+        not _alone.get()
+        and distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
 
 
 def _minimum_over_processes(value: float) -> float:
-    if not _is_distributed():
+    if not is_distributed():
         return value
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     smallest = torch.tensor(value, dtype=torch.float64, device=device)
@@ -432,7 +453,7 @@ def _minimum_over_processes(value: float) -> float:
 
 def _all_reduce(statistics: Iterable[Statistic]) -> None:
     distributed = torch.distributed
-    if not _is_distributed():
+    if not is_distributed():
         return
 
     def sum_across_processes(tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorainit_diffusers import adapters
 from lorainit_diffusers.budget import GB, MemoryBudget, sketch_columns
-from lorainit_diffusers.collect import Collection, PassOptions, collect, known_length
+from lorainit_diffusers.collect import Collection, PassOptions, collect, is_distributed, known_length
 from lorainit_diffusers.methods import METHODS, Initializer
 from lorainit_diffusers.methods.declared import needs_reference, reference_options, zero_delta_options
 from lorainit_diffusers.methods.guard import check_weights
@@ -249,8 +249,7 @@ def _collect(
         return Collection()
     step = training_step(target.family, data.loss_fn, target.location, mask_padding=options.mask_padding)
     # Every process draws its own noise and timesteps; the factors, which must agree, are seeded by layer instead.
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    pass_seed = derive_seed(options.seed, "collect", torch.distributed.get_rank() if distributed else 0)
+    pass_seed = derive_seed(options.seed, "collect", torch.distributed.get_rank() if is_distributed() else 0)
     pass_options = PassOptions(
         method.observes,
         num_batches=options.num_batches,

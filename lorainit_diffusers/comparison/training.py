@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lorainit_diffusers import adapters
+from lorainit_diffusers.collect import this_process_alone
 from lorainit_diffusers.comparison.grid import PROGRESS_NAME, RESULT_NAME, Grid, Part, PlannedRun
 from lorainit_diffusers.comparison.options import ComparisonOptions, HeadRatioOptions
 from lorainit_diffusers.comparison.tasks import ComparedTask, make_task
@@ -95,7 +96,8 @@ def train_runs(
         task = task or make_task(options, device)
         heads = head_state_dict(task.family.heads) if heads is None else heads
         load_heads(task.family.heads, heads)
-        start = initialise(task, missing[0], options)
+        with this_process_alone():
+            start = initialise(task, missing[0], options)
         for run in missing:
             adapters.load_adapter_state_dict(
                 dict(task.family.adapted),
