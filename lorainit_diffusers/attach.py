@@ -328,7 +328,7 @@ class Attached:
         """Data parallelism holds the parameters by shape and dtype, which must be what the initialisation sets."""
         if not any(hasattr(model, "require_backward_grad_sync") for model in self._models):
             return
-        if self._options.get("variable_rank"):
+        if self.on_solved is None and self._options.get("variable_rank"):  # a run that ends with the pass may
             raise ValueError(
                 "variable ranks change the shapes of parameters that data parallelism has already wrapped: collect in "
                 "a run of one process, write its init file, and start from that"
