@@ -15,6 +15,8 @@ import train_dit_lora
 import train_sd_lora
 from diffusers import DiffusionPipeline
 from dit_fixtures import write_random_flux, write_random_sd3
+from flow_fixtures import TOKENS
+from flow_fixtures import write_base as write_flow_base
 from PIL import Image
 from pixart_fixtures import write_random_dit, write_random_pixart
 from script_fixtures import FAST, read_json, run_main, weights
@@ -22,6 +24,7 @@ from sd_fixtures import write_images
 from torch import Tensor
 
 from lorainit_diffusers import load_lora
+from lorainit_diffusers.families import family_class
 from lorainit_diffusers.training import samples
 from lorainit_diffusers.training.options.fields import option_facts
 from lorainit_diffusers.training.options.text_to_image import StableDiffusionOptions, TransformerOptions
@@ -295,3 +298,30 @@ def test_quantized_base(run: Run) -> None:
     pytest.importorskip("bitsandbytes")
     out = run("flux", quantization="nf4", init="cntlora", mixed_precision="bf16")
     assert any(name.startswith("transformer.") for name in weights(out))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_embeddings_that_a_run_has_kept_are_those_of_the_next(run: Run, tmp_path: Path) -> None:
+    kept: dict[str, Any] = {"pre_compute_text_embeddings": True, "embeddings_cache_dir": tmp_path / "kept"}
+    plain = weights(run("flux", "plain", pre_compute_text_embeddings=True))
+    for name in ("first", "second"):
+        found = weights(run("flux", name, **kept))
+        assert found.keys() == plain.keys()
+        for key, values in plain.items():
+            torch.testing.assert_close(found[key], values)
+    with pytest.raises(ValueError, match="keeps what --pre_compute_text_embeddings makes: give both or none"):
+        run("flux", "third", embeddings_cache_dir=tmp_path / "kept")
+
+
+@pytest.mark.parametrize("kind", ["flux2-klein", "qwen_image", "z_image", "sana", "wan"])
+@pytest.mark.usefixtures("no_pictures")
+def test_the_newer_families_train_without_being_named(kind: str, image_dir: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        **{"pretrained_model_name_or_path": write_flow_base(tmp_path / "base", kind), "train_data_dir": image_dir},
+        **{"output_dir": tmp_path / "out", "resolution": 32, "max_sequence_length": TOKENS[kind], "init": "eva"},
+        **{"pre_compute_text_embeddings": True, "cache_latents": True},
+    }
+    out = run_main(train_dit_lora, {**options, **FAST})
+    assert {name.split(".")[0] for name in weights(out)} == {"transformer"}
+    pipeline = family_class(kind.partition("-")[0]).PIPELINES[-1].__name__
+    assert pipeline.removesuffix("KleinPipeline") in (out / "README.md").read_text(encoding="utf-8")

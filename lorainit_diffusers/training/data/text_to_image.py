@@ -6,7 +6,7 @@ import atexit
 import functools
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.data.buckets import parse_buckets
 from lorainit_diffusers.training.data.captioned_images import CaptionedImages, caption_columns, fixed_batches
 from lorainit_diffusers.training.data.captions import is_metadata
+from lorainit_diffusers.training.data.embeddings_cache import EmbeddingsCache
 from lorainit_diffusers.training.data.files import list_folder
 from lorainit_diffusers.training.data.folders import read_image_folder
 from lorainit_diffusers.training.data.grouping import hold_out_pictures
@@ -33,6 +34,7 @@ from lorainit_diffusers.training.data.prior_preservation import generate_class_i
 from lorainit_diffusers.training.data.splits import find_image_splits
 from lorainit_diffusers.training.options.data import DatasetOptions
 from lorainit_diffusers.training.options.text_to_image import ImageTaskOptions, TextToImageOptions
+from lorainit_diffusers.training.resume import base_identity
 from lorainit_diffusers.training.run import Run
 from lorainit_diffusers.training.samples import sample
 from lorainit_diffusers.training.seeds import derive_seed
@@ -159,6 +161,18 @@ def _dry_run_folder() -> Path:
     return folder
 
 
+def _encoding(options: TextToImageOptions, family: TextToImageFamily) -> Callable[[list[str]], Mapping[str, Tensor]]:
+    """What makes a batch's columns of captions: token ids, or embeddings where they are made once."""
+    if not options.pre_compute_text_embeddings:
+        return family.caption_inputs
+    if options.embeddings_cache_dir is None:
+        return family.embed_captions
+    base = base_identity(
+        str(options.pretrained_model_name_or_path), revision=options.revision, cache_dir=options.cache_dir
+    )
+    return EmbeddingsCache(options.embeddings_cache_dir, family, base)
+
+
 class TrainingData:
     """The image sets of a run, encoded as far as the options say, and its batches.
 
@@ -190,10 +204,9 @@ class TrainingData:
             random_flip: bool = options.random_flip,
             sizes: Sequence[tuple[int, int]] | None = None,
         ) -> CaptionedImages:
-            encode = family.embed_captions if options.pre_compute_text_embeddings else family.caption_inputs
             images = CaptionedImages(
                 chosen,
-                caption_columns(chosen, encode),
+                caption_columns(chosen, _encoding(options, family)),
                 options.resolution,
                 center_crop,
                 random_flip,

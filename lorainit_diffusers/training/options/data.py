@@ -61,6 +61,9 @@ class ImageDataOptions(Options):
     )
     cache_latents: bool = option(False, "encode the images once; implies --center_crop")
     pre_compute_text_embeddings: bool = option(False, "encode the captions once")
+    embeddings_cache_dir: Annotated[str | None, MayChange("embeddings are those of the captions either way")] = option(
+        None, "with pre_compute_text_embeddings: keep the embeddings in this folder, for later runs"
+    )
     dataloader_num_workers: Annotated[
         int, Range(0, 1024, integer=True), MayChange("batch k is a function of the seed and k")
     ] = option(0, "processes that decode images (default 0: the main one)")

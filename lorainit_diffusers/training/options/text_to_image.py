@@ -140,6 +140,11 @@ def check_text_to_image(options: TextToImageOptions) -> None:
         raise ValueError("--cache_latents keeps one encoding of each image: leave out --random_flip")
     if options.pre_compute_text_embeddings and options.train_text_encoder:
         raise ValueError("--pre_compute_text_embeddings keeps the embeddings of now: leave out --train_text_encoder")
+    if options.embeddings_cache_dir is not None and not options.pre_compute_text_embeddings:
+        raise ValueError(
+            f"--embeddings_cache_dir {options.embeddings_cache_dir} keeps what --pre_compute_text_embeddings makes: "
+            "give both or none"
+        )
     _check_prior_preservation(options)
     rate = options.text_encoder_lr
     if options.optimizer == "prodigy" and options.train_text_encoder and rate not in (0, options.learning_rate):
