@@ -183,8 +183,8 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "limit 1 deletes the only checkpoint first",
         "lorainit_diffusers/training/optimization.py",
-        "checkpoints.prune_checkpoints(output_dir, max(limit - 1, 1))",
-        "checkpoints.prune_checkpoints(output_dir, limit - 1)",
+        "checkpoints.prune_checkpoints(output_dir, max(limit - 1, 1), step=step)",
+        "checkpoints.prune_checkpoints(output_dir, limit - 1, step=step)",
         ("tests/scripts/test_loop_independence.py::test_there_is_a_usable_checkpoint_at_every_moment",),
     ),
     Break(

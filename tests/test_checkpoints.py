@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def test_restored_run_continues_bit_for_bit(tmp_path: Path) -> None:
 def test_files_are_safetensors_and_json_only(tmp_path: Path) -> None:
     save(tmp_path / "checkpoint-3")
     names = {path.name for path in (tmp_path / "checkpoint-3").iterdir()}
-    assert names == {"adapters.safetensors", "optimizer.safetensors", "state.json"}
+    assert names == {"adapters.safetensors", "optimizer.safetensors", "state.json", "checksums.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
     save(tmp_path / "checkpoint-3", step=4)
     assert load_training_state(tmp_path / "checkpoint-3").step == 4
@@ -108,11 +109,101 @@ def test_find_checkpoint(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, "checkpoint-7")
 
 
-def test_damaged_checkpoint_names_the_missing_file(tmp_path: Path) -> None:
+def save_with_best(directory: Path, step: int) -> None:
+    """A checkpoint whose folder has a copy of `best/`."""
+    model, optimizer, scheduler = make_run()
+
+    def write_more(folder: Path) -> None:
+        (folder / "best").mkdir()
+        (folder / "best" / "best.json").write_text('{"step": 1, "value": 0.5}', encoding="utf-8")
+
+    save_training_state(
+        directory,
+        tensors=model.state_dict(),
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        step=step,
+        write_more=write_more,
+    )
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip_a_bit(path: Path) -> None:
+    """Of the last value of a safetensors file, or of the text: the length stays, and both formats still read."""
+    data = bytearray(path.read_bytes())
+    data[-2 if path.suffix == ".json" else -1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def empty(path: Path) -> None:
+    path.write_text("{}" if path.suffix == ".json" else "", encoding="utf-8")
+
+
+FILES = ("adapters.safetensors", "optimizer.safetensors", "state.json", "best/best.json")
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (cut_off, r"{} has \d+ bytes, but \d+ were written"),
+    (flip_a_bit, "{} has other bytes than were written"),
+    (empty, r"{} has \d+ bytes, but \d+ were written"),
+    (Path.unlink, "it has no {}"),
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("damage", "said"), DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_by_latest_and_refused_by_name(
+    tmp_path: Path, name: str, damage: Callable[[Path], object], said: str
+) -> None:
+    for step in (1, 2, 3):
+        save_with_best(tmp_path / f"checkpoint-{step}", step)
+    damage(tmp_path / "checkpoint-3" / name)
+    lines: list[str] = []
+    assert find_checkpoint(tmp_path, "latest", say=lines.append).name == "checkpoint-2"
+    assert len(lines) == 1
+    assert re.search(rf"checkpoint-3 in .* is damaged \({said.format(name)}\)", lines[0])
+    named = find_checkpoint(tmp_path, "checkpoint-3")
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"checkpoint-3.*{said.format(name)}; restore it"):
+        load_training_state(named)
+
+
+def test_where_every_checkpoint_is_damaged_each_is_named(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path / f"checkpoint-{step}", step)
+        cut_off(tmp_path / f"checkpoint-{step}" / "adapters.safetensors")
+    with pytest.raises(ValueError, match=r"no checkpoint .* is whole \(checkpoint-2: adapters.*checkpoint-1: adapters"):
+        find_checkpoint(tmp_path, "latest")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [cut_off, empty, Path.unlink])
+def test_a_checkpoint_without_checksums_is_resumed_unless_its_formats_say_no(
+    tmp_path: Path, name: str, damage: Callable[[Path], object]
+) -> None:
+    for step in (1, 2):
+        save_with_best(tmp_path / f"checkpoint-{step}", step)
+        (tmp_path / f"checkpoint-{step}" / "checksums.json").unlink()
+    assert load_training_state(find_checkpoint(tmp_path, "latest")).step == 2
+    damage(tmp_path / "checkpoint-2" / name)
+    if (damage, name) != (Path.unlink, "best/best.json"):  # nothing says that it was there
+        assert load_training_state(find_checkpoint(tmp_path, "latest")).step == 1
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"state.json": 3}', '{"state.json": {"bytes": "x", "sha256": ""}}'])
+def test_damaged_checksums_are_damage(tmp_path: Path, text: str) -> None:
     save(tmp_path / "checkpoint-1", step=1)
-    (tmp_path / "checkpoint-1" / "optimizer.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no optimizer\.safetensors"):
+    (tmp_path / "checkpoint-1" / "checksums.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"checksums\.json cannot be read"):
         load_training_state(tmp_path / "checkpoint-1")
+
+
+def test_checkpoints_beyond_the_step_make_room_first(tmp_path: Path) -> None:
+    """They are damaged, or the run was sent back behind them."""
+    for step in (2, 3, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert [path.name for path in prune_checkpoints(tmp_path, 1, step=3)] == ["checkpoint-9", "checkpoint-2"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
 
 
 def test_another_parameter_layout_is_refused(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ A checkpoint is a folder `checkpoint-<step>`:
     adapters.safetensors   the adapters, with the initial factors of offset initialisations
     optimizer.safetensors  the optimiser's tensors, keyed `<parameter index>.<name>`, with `/` between nested names
     state.json             step, optimiser groups and scalars, learning-rate scheduler, the caller's own values
+    checksums.json         length and SHA-256 of every other file, written last
 
 Floats survive JSON exactly (Python writes the shortest text that reads back as the same double), so a restored run
 continues bit for bit. The folder is written under a temporary name and then renamed: an interrupted save leaves no
-half checkpoint behind.
+half checkpoint behind. One that a disk or a copy has damaged since is told by its checksums: `latest` passes over it,
+and one that is named is refused.
 """
 
 from __future__ import annotations
@@ -32,10 +34,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lorainit_diffusers.files import announce, save_tensors, write_text
 from lorainit_diffusers.finite import check_finite
+from lorainit_diffusers.training.checksums import find_damage, sync, write_checksums
 
 ADAPTERS_NAME = "adapters.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"
+_REMEDY = (
+    "restore it from a copy, name another checkpoint, or give --resume_from_checkpoint latest, "
+    "which takes the newest whole one"
+)
 _FILES = (ADAPTERS_NAME, OPTIMIZER_NAME, STATE_NAME)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Endings of the hidden folders that stand beside a checkpoint while it is written, replaced or deleted.
@@ -137,9 +144,11 @@ def save_training_state(
     write_text(temporary / STATE_NAME, text)
     if write_more is not None:
         write_more(temporary)
+    write_checksums(temporary)
     for path in temporary.rglob("*"):
         announce(directory / path.relative_to(temporary))
     swap_in(temporary, directory)
+    sync(directory.parent)
     return directory
 
 
@@ -190,16 +199,30 @@ def recover_checkpoints(output_dir: str | os.PathLike[str]) -> None:
             shutil.rmtree(path)
 
 
-def load_training_state(directory: str | os.PathLike[str]) -> TrainingState:
+def damage_of(directory: str | os.PathLike[str]) -> str | None:
+    """What is wrong with a checkpoint, naming the file; `None` for one that can be resumed."""
+    directory = Path(directory)
+    missing = next((name for name in _FILES if not (directory / name).is_file()), None)
+    return f"it has no {missing}" if missing is not None else find_damage(directory)
+
+
+def load_training_state(directory: str | os.PathLike[str], *, checked: bool = False) -> TrainingState:
     """Read a checkpoint folder; tensors come on the CPU.
+
+    Args:
+        directory: The folder.
+        checked: `damage_of` has found nothing wrong with it.
 
     Raises:
         FileNotFoundError: When the folder or one of its files is missing.
+        ValueError: When one of its files is not as it was written.
     """
     directory = Path(directory)
-    for name in _FILES:
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{str(directory)!r} is not a training checkpoint: it has no {name}")
+    damage = None if checked else damage_of(directory)
+    if damage is not None and damage.startswith("it has no "):
+        raise FileNotFoundError(f"{str(directory)!r} is not a whole training checkpoint: {damage}; {_REMEDY}")
+    if damage is not None:
+        raise ValueError(f"the checkpoint {str(directory)!r} is damaged: {damage}; {_REMEDY}")
     document = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {
         int(index): dict(scalars) for index, scalars in document["optimizer"]["scalars"].items()
@@ -232,15 +255,20 @@ def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def find_checkpoint(output_dir: str | os.PathLike[str], name: str) -> Path:
+def find_checkpoint(
+    output_dir: str | os.PathLike[str], name: str, *, say: Callable[[str], object] | None = None
+) -> Path:
     """The checkpoint that `--resume_from_checkpoint` means.
 
     Args:
         output_dir: Where the run writes.
-        name: `latest` (the newest that has all its files), the name of a checkpoint in `output_dir`, or a path.
+        name: `latest` (the newest whose files are those that were written), the name of a checkpoint in `output_dir`,
+            or a path.
+        say: Is told of each checkpoint that `latest` passes over: its name, and what is wrong with it.
 
     Raises:
         FileNotFoundError: When there is none.
+        ValueError: When `latest` finds damaged ones only; names each with what is wrong.
     """
     known = list_checkpoints(output_dir)
     if name == "latest":
@@ -249,10 +277,20 @@ def find_checkpoint(output_dir: str | os.PathLike[str], name: str) -> Path:
                 f"--resume_from_checkpoint latest: there is no checkpoint in {os.fspath(output_dir)!r}; "
                 "leave the flag out to start anew"
             )
-        whole = [path for path in known if all((path / file).is_file() for file in _FILES)]
-        return (whole or known)[-1]
+        damaged: list[str] = []
+        for path in reversed(known):
+            damage = damage_of(path)
+            if damage is None:
+                return path
+            damaged.append(f"{path.name}: {damage}")
+            if say is not None and path != known[0]:
+                say(f"{path.name} in {os.fspath(output_dir)!r} is damaged ({damage}); the one before is tried")
+        raise ValueError(
+            f"--resume_from_checkpoint latest: no checkpoint in {os.fspath(output_dir)!r} is whole "
+            f"({'; '.join(damaged)}); restore one from a copy, or start anew with --overwrite_output_dir"
+        )
     for path in (Path(output_dir) / name, Path(name)):
-        if (path / STATE_NAME).is_file():
+        if (path / STATE_NAME).is_file() or (path.is_dir() and _CHECKPOINT.fullmatch(path.name)):
             return path
     has = ", ".join(path.name for path in known) or "none"
     raise FileNotFoundError(
@@ -260,11 +298,19 @@ def find_checkpoint(output_dir: str | os.PathLike[str], name: str) -> Path:
     )
 
 
-def prune_checkpoints(output_dir: str | os.PathLike[str], keep: int) -> list[Path]:
-    """Delete the oldest checkpoints until at most `keep` are left, and return the deleted ones.
+def prune_checkpoints(output_dir: str | os.PathLike[str], keep: int, *, step: int | None = None) -> list[Path]:
+    """Delete checkpoints until at most `keep` are left, and return the deleted ones.
+
+    Those beyond `step` go first: a run that goes on from an earlier checkpoint, because the later ones are damaged or
+    because the user named it, must not lose its own ones to them. Then the oldest go.
 
     Call it with one less than the limit *before* saving, so that the disk never holds more than the limit; but keep
     one, so that a run that is killed meanwhile can be resumed.
+
+    Args:
+        output_dir: Of the run.
+        keep: So many stay.
+        step: Where the run is; the newest checkpoint counts as its own when left out.
 
     Raises:
         ValueError: When `keep` is negative.
@@ -272,6 +318,9 @@ def prune_checkpoints(output_dir: str | os.PathLike[str], keep: int) -> list[Pat
     if keep < 0:
         raise ValueError(f"cannot keep {keep} checkpoints; the limit must be at least 1")
     known = list_checkpoints(output_dir)
+    if step is not None:
+        beyond = [path for path in known if _step_of(path) > step]
+        known = beyond + [path for path in known if path not in beyond]
     surplus = known[: max(0, len(known) - keep)]
     for path in surplus:
         hidden = path.with_name(f".{path.name}{_DELETED}")  # a kill leaves no checkpoint that lacks half its files
@@ -279,6 +328,10 @@ def prune_checkpoints(output_dir: str | os.PathLike[str], keep: int) -> list[Pat
         path.rename(hidden)
         shutil.rmtree(hidden)
     return surplus
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _split(values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -186,10 +186,11 @@ def last_good_named(output_dir: str | Path) -> Generator[None, None, None]:
     try:
         yield
     except ValueError as error:
-        known = checkpoints.list_checkpoints(output_dir)
-        if not known:
-            raise
-        last = f"the last good state is {known[-1].name} (--resume_from_checkpoint latest)"
+        try:
+            last = checkpoints.find_checkpoint(output_dir, "latest").name
+        except (ValueError, FileNotFoundError):
+            raise error from None
+        last = f"the last good state is {last} (--resume_from_checkpoint latest)"
         raise ValueError(f"{error}; {last}") from error
 
 

@@ -211,7 +211,7 @@ class Optimization:
 
         output_dir, limit = self.run.output_dir, self.run.options.checkpoints_total_limit
         if limit is not None:
-            checkpoints.prune_checkpoints(output_dir, max(limit - 1, 1))
+            checkpoints.prune_checkpoints(output_dir, max(limit - 1, 1), step=step)
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         checkpoints.save_training_state(
             output_dir / f"checkpoint-{step}",
@@ -230,7 +230,7 @@ class Optimization:
             write_more=write_averaged,
         )
         if limit is not None:
-            checkpoints.prune_checkpoints(output_dir, limit)
+            checkpoints.prune_checkpoints(output_dir, limit, step=step)
 
 
 def head_state_dict(heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -216,8 +216,11 @@ def begin_output(output_dir: str | Path, *, anew: bool, logging_dir: str | None 
 def find_state(options: RunOptions, output_dir: Path) -> TrainingState | None:
     """The checkpoint to continue from; `latest` starts anew where a run was killed before its first one.
 
+    Damaged checkpoints are passed over under `latest`, with a line each.
+
     Raises:
-        FileNotFoundError: When the checkpoint that is named does not exist.
+        FileNotFoundError: When the checkpoint that is named does not exist, or lacks a file.
+        ValueError: When it is damaged, or `latest` finds damaged ones only.
     """
     name = options.resume_from_checkpoint
     if name is None:
@@ -225,7 +228,9 @@ def find_state(options: RunOptions, output_dir: Path) -> TrainingState | None:
     if name == "latest" and not list_checkpoints(output_dir):
         print(f"--resume_from_checkpoint latest: no checkpoint in {str(output_dir)!r} yet, so the run starts anew")
         return None
-    return load_training_state(find_checkpoint(output_dir, name))
+    # every process looks, before they join, and one of them speaks
+    found = find_checkpoint(output_dir, name, say=print if os.environ.get("RANK", "0") == "0" else None)
+    return load_training_state(found, checked=name == "latest")
 
 
 def check_resumed_options(run: Run[Any]) -> None:

@@ -30,7 +30,7 @@ from sd_fixtures import ROOT
 from vlm_fixtures import write_base, write_questions
 
 from lorainit_diffusers.training import hub, task
-from lorainit_diffusers.training.checkpoints import list_checkpoints
+from lorainit_diffusers.training.checkpoints import find_checkpoint, list_checkpoints, load_training_state
 from lorainit_diffusers.training.classification.options import ClassifierTrainingOptions
 from lorainit_diffusers.training.classification.report import ClassPages
 from lorainit_diffusers.training.log import RunLog
@@ -331,12 +331,43 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(run: Run, finished: Path,
         for name in ("label_smoothing", "lora_alpha", "hub_private", "overwrite_output_dir"):
             del state["extra"]["arguments"][name]
         path.write_text(json.dumps(state), encoding="utf-8")
+        path.with_name("checksums.json").unlink()
     for name, value in (("label_smoothing", 0.3), ("lora_alpha", 64.0)):
         with pytest.raises(ValueError, match=rf"--{name} is {value}, but the checkpoint was written with (0\.0|2)"):
             run(**{name: value}, max_train_steps=6, resume_from_checkpoint="latest")
     run(max_train_steps=6, resume_from_checkpoint="latest")
     assert (output / MARK / RUN_NAME).is_file()
     assert next(line for line in steps_and_stages(output) if ("stage", "end") in line)[0] == ("step", 6)
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    run: Run, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: int | None
+) -> None:
+    whole = run("whole", max_train_steps=6)
+    output = shutil.copytree(finished, tmp_path / "out")
+    weights = output / "checkpoint-4" / "adapters.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    before = contents(output)
+    with pytest.raises(ValueError, match=r"checkpoint-4' is damaged: adapters\.safetensors has .* latest"):
+        run(max_train_steps=6, resume_from_checkpoint="checkpoint-4")
+    assert contents(output) == before
+    capsys.readouterr()
+    more = {"checkpoints_total_limit": limit, "checkpointing_steps": 3}
+    run(max_train_steps=6, resume_from_checkpoint="latest", **(more if limit else {}))
+    said = capsys.readouterr().out
+    assert said.count("damaged") == 1
+    assert "checkpoint-4 in " in said
+    assert "resuming at step 2 of 6 from checkpoint-2" in said
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, output))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    best = [(folder / "best" / "adapter_model.safetensors").read_bytes() for folder in (whole, output)]
+    assert best[0] == best[1]
+    assert steps_and_stages(output) == steps_and_stages(whole)
+    assert [path.name for path in list_checkpoints(output)] == [
+        f"checkpoint-{n}" for n in ([6] if limit else [2, 4, 6])
+    ]
+    assert load_training_state(find_checkpoint(output, "latest")).step == 6
 
 
 # ------------------------------------------------------------------------------------- kills during the final export
