@@ -43,11 +43,15 @@ def family_class(name: str) -> type[TextToImageFamily]:
 
     Raises:
         ValueError: for an unknown name (lists the known ones).
+        ImportError: For a family of pipelines that the installed diffusers does not have.
     """
     if name not in TEXT_TO_IMAGE_FAMILIES:
         raise ValueError(f"unknown family {name!r}; known: {', '.join(TEXT_TO_IMAGE_FAMILIES)}")
     module, kind = TEXT_TO_IMAGE_FAMILIES[name]
-    return getattr(importlib.import_module(f"lorainit_diffusers.families.{module}"), kind)
+    try:
+        return getattr(importlib.import_module(f"lorainit_diffusers.families.{module}"), kind)
+    except ImportError as error:
+        raise ImportError(f"the family {name!r} needs a newer version of diffusers or transformers: {error}") from error
 
 
 __all__ = ["FAMILIES", "TEXT_TO_IMAGE_FAMILIES", "ModelFamily", "StepRecord", "UniformDraws", "family_class"]
