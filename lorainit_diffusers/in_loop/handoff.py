@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -89,10 +89,3 @@ class Handoff(Generic[Value, Result]):
             self._thread.join()
             if self._error is not None:
                 raise self._error
-
-
-def in_turns(work: Callable[[Callable[[], Any]], Result]) -> Handoff[Any, Result]:
-    """A started `Handoff`."""
-    handoff: Handoff[Any, Result] = Handoff(work)
-    handoff.start()
-    return handoff
