@@ -22,6 +22,7 @@ from lorainit_diffusers.training.log import RunLog
 from lorainit_diffusers.training.optimization import Optimization
 from lorainit_diffusers.training.run import Run
 from lorainit_diffusers.training.seeds import derive_seed, seeded_generator
+from lorainit_diffusers.training.signals import StoppedError, StopRequest
 from lorainit_diffusers.training.weighting import micro_batch_shares
 
 
@@ -206,6 +207,8 @@ def train_steps(
 ) -> None:
     """The training loop: every step that is left, with its line in the log, validations and checkpoints.
 
+    A signal that asks the run to stop (`signals`) is heard at the end of a step, in all processes at the same one.
+
     Args:
         run: The run.
         family: The base.
@@ -214,26 +217,38 @@ def train_steps(
         log: Gets a line a step.
         validate: Called with the number of a step, with the averaged weights in the model where there are any.
         save: Called in the main process with the number of a step, to write a checkpoint.
+
+    Raises:
+        StoppedError: After a signal, when the checkpoint is written.
     """
     options, last = run.options, run.options.max_train_steps
     for module in family.adapted.values():
         module.train()
     progress = progress_bar(desc="training", initial=run.first_step, total=last, shown=run.is_main)
-    for step in range(run.first_step + 1, last + 1):
-        step_started = time.perf_counter()
-        with last_good_named(run.output_dir):
-            done = take_step(options, family, batches, run.accelerator, optimization, step)
-        step_s = round(time.perf_counter() - step_started, 4)
-        # a norm that is not finite is no number of JSON
-        of_gradients = {"grad_norm": done.grad_norm} if done.used else {"skipped": True}
-        log.write({"step": step, "loss": done.loss, "lr": done.learning_rate, **of_gradients, "step_s": step_s})
-        progress.set_postfix(loss=f"{done.loss:.3f}", refresh=False)
-        progress.update()
-        if step % options.validation_steps == 0 or step == last:
-            with optimization.average.applied():
-                validate(step)
-        if step % options.checkpointing_steps == 0 and run.is_main:
-            save(step)
+    with StopRequest() as request:
+        for step in range(run.first_step + 1, last + 1):
+            step_started = time.perf_counter()
+            with last_good_named(run.output_dir):
+                done = take_step(options, family, batches, run.accelerator, optimization, step)
+            step_s = round(time.perf_counter() - step_started, 4)
+            # a norm that is not finite is no number of JSON
+            of_gradients = {"grad_norm": done.grad_norm} if done.used else {"skipped": True}
+            log.write({"step": step, "loss": done.loss, "lr": done.learning_rate, **of_gradients, "step_s": step_s})
+            progress.set_postfix(loss=f"{done.loss:.3f}", refresh=False)
+            progress.update()
+            if step % options.validation_steps == 0 or step == last:
+                with optimization.average.applied():
+                    validate(step)
+            saved = step % options.checkpointing_steps == 0
+            if saved and run.is_main:
+                save(step)
+            if number := request.heard(run.accelerator):
+                if run.is_main and not saved:
+                    save(step)
+                progress.close()
+                run.accelerator.wait_for_everyone()
+                run.accelerator.end_training()
+                raise StoppedError(number, step=step, steps=last)
     progress.close()
     run.accelerator.wait_for_everyone()
 

@@ -7,7 +7,8 @@ it, and in nothing here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +24,7 @@ from lorainit_diffusers.training.options.checks import TrainOptions, build_metho
 from lorainit_diffusers.training.output_dir import owning
 from lorainit_diffusers.training.outputs import check_export, open_best, report_discarded_energy
 from lorainit_diffusers.training.run import Run, announce_resume, claim_output_dir, find_state, start_run
+from lorainit_diffusers.training.signals import StoppedError, stopping_at_once
 from lorainit_diffusers.training.start import start_adapters
 
 SomeOptions = TypeVar("SomeOptions", bound=TrainOptions)
@@ -110,6 +112,7 @@ class Training(Protocol):
         ...
 
 
+@stopping_at_once()
 @owning
 def train(
     options: SomeOptions,
@@ -130,6 +133,7 @@ def train(
 
     Raises:
         ValueError, FileNotFoundError: For what the user can mend, in one line.
+        StoppedError: After a signal that asks the run to stop.
     """
     started = time.perf_counter()
 
@@ -159,10 +163,10 @@ def train(
         return run.output_dir
 
     # ---- train
-    best = _train(training, optimization, config, log, init_report)
+    best, save = _train(training, optimization, config, log, init_report)
 
     # ---- evaluate and save
-    with optimization.average.applied():
+    with _last_step_kept(run, save), optimization.average.applied():
         training.evaluate("end", log)
         if run.is_main:
             config["total_s"] = round(time.perf_counter() - started, 1)
@@ -204,8 +208,12 @@ def _train(
     config: Mapping[str, Any],
     log: RunLog,
     init_report: Mapping[str, Any],
-) -> BestFolder | None:
-    """All steps, with validations and checkpoints; the folder of the best one, in the main process, if it is kept."""
+) -> tuple[BestFolder | None, Callable[[int], None]]:
+    """All steps, with validations and checkpoints.
+
+    Returns:
+        The folder of the best one, in the main process, if it is kept; and what writes the checkpoint of a step.
+    """
     run, family = training.run, training.family
     if run.options.gradient_checkpointing:  # only now: recomputation would count the collection's activations twice
         enable_gradient_checkpointing(family)
@@ -233,7 +241,23 @@ def _train(
         validate(0)
     batches = training.training_batches(run.first_step, run.options.max_train_steps)
     train_steps(run, family, batches, optimization, log, validate=validate, save=save)
-    return best
+    return best, save
+
+
+@contextmanager
+def _last_step_kept(run: Run[Any], save: Callable[[int], None]) -> Generator[None, None, None]:
+    """Write the checkpoint of the last step when a signal ends the block, which comes after that step.
+
+    Raises:
+        StoppedError: The one from inside, which says so.
+    """
+    try:
+        yield
+    except StoppedError as stopped:
+        last = run.options.max_train_steps
+        if run.is_main and not (run.output_dir / f"checkpoint-{last}").is_dir():
+            save(last)
+        raise StoppedError(stopped.number, step=last, steps=last) from None
 
 
 def _write_untrained(
