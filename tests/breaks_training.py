@@ -155,8 +155,8 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "validations see the weights of the moment",
         "lorainit_diffusers/training/loop.py",
-        "            with optimization.average.applied():\n                validate(step)\n",
-        "            validate(step)\n",
+        "                with optimization.average.applied():\n                    validate(step)\n",
+        "                validate(step)\n",
         ("tests/scripts/test_loop_reference.py::test_stable_diffusion",),
     ),
     Break(
