@@ -175,7 +175,7 @@ def model_state_preserved(modules: Mapping[str, nn.Module]) -> Generator[None, N
 
 
 @contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
+def eval_mode(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
     """Evaluation mode without gradients inside the block; afterwards the modules' modes are what they were."""
     modes = [(module, module.training) for module in modules]
     try:

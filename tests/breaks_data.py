@@ -34,7 +34,9 @@ BREAKS: tuple[Break, ...] = (
         "lorainit_diffusers/training/data/order.py",
         'order = torch.randperm(len(batches), generator=seeded_generator(self.seed, "batches", epoch))',
         "order = torch.arange(len(batches))",
-        ("tests/training/data/test_captioned_images.py::test_bucket_batches_hold_one_bucket_and_epochs_hold_every_image",),
+        (
+            "tests/training/data/test_captioned_images.py::test_bucket_batches_hold_one_bucket_and_epochs_hold_every_image",
+        ),
     ),
     Break(
         "a short bucket loses its last images",
@@ -46,21 +48,27 @@ BREAKS: tuple[Break, ...] = (
             "            ]\n"
             "        order"
         ),
-        ("tests/training/data/test_captioned_images.py::test_bucket_batches_hold_one_bucket_and_epochs_hold_every_image",),
+        (
+            "tests/training/data/test_captioned_images.py::test_bucket_batches_hold_one_bucket_and_epochs_hold_every_image",
+        ),
     ),
     Break(
         "crop corner is width before height",
         "lorainit_diffusers/training/data/captioned_images.py",
         "permute(2, 0, 1) / 127.5 - 1.0, (top, left)",
         "permute(2, 0, 1) / 127.5 - 1.0, (left, top)",
-        ("tests/training/data/test_captioned_images.py::test_crop_corners_are_places_in_the_resized_and_possibly_mirrored_image",),
+        (
+            "tests/training/data/test_captioned_images.py::test_crop_corners_are_places_in_the_resized_and_possibly_mirrored_image",
+        ),
     ),
     Break(
         "mirrored crop keeps its corner",
         "lorainit_diffusers/training/data/captioned_images.py",
         "image, left = ImageOps.mirror(image), covering[0] - (left + width)",
         "image = ImageOps.mirror(image)",
-        ("tests/training/data/test_captioned_images.py::test_crop_corners_are_places_in_the_resized_and_possibly_mirrored_image",),
+        (
+            "tests/training/data/test_captioned_images.py::test_crop_corners_are_places_in_the_resized_and_possibly_mirrored_image",
+        ),
     ),
     Break(
         "random crops are centred",

@@ -7,7 +7,7 @@ import torch
 from core_fixtures import tiny_attention
 from torch import Tensor, nn
 
-from lorainit_diffusers.hooks import evaluating, model_state_preserved, observe_inputs, observe_weight_gradients
+from lorainit_diffusers.hooks import eval_mode, model_state_preserved, observe_inputs, observe_weight_gradients
 
 
 def num_hooks(module: nn.Module) -> int:
@@ -161,7 +161,7 @@ def test_evaluating_has_no_dropout_and_no_gradients_and_gives_the_modes_back():
         seen.append((on.training, torch.is_grad_enabled()))
         raise RuntimeError("inside")
 
-    with pytest.raises(RuntimeError, match="inside"), evaluating([on, off]):
+    with pytest.raises(RuntimeError, match="inside"), eval_mode([on, off]):
         fail()
     assert seen == [(False, False)]
     assert on.training

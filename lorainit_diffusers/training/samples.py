@@ -13,7 +13,7 @@ from PIL import Image
 from lorainit_diffusers.evaluation import sample_grid
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
 from lorainit_diffusers.files import replacing
-from lorainit_diffusers.hooks import evaluating
+from lorainit_diffusers.hooks import eval_mode
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.data.images import ImageRecord
 from lorainit_diffusers.training.options.text_to_image import TextToImageOptions
@@ -70,7 +70,7 @@ class Pictures:
         path = self.directory / f"{name}.png"
         if not self.draws or (path.exists() and wrote(path)):
             return
-        with evaluating(self.family.adapted.values()):
+        with eval_mode(self.family.adapted.values()):
             images = draw_samples(self.options, self.family, list(self.prompts.values()))
         save_sample_row(self.directory, name, images)
         for tracker in self.trackers:

@@ -128,7 +128,7 @@ class TextToImageTraining:
 
     def init_batches(self) -> Mapping[str, Any]:
         """The batches that `initialize` takes, by its keywords."""
-        return self.data.for_initialisation()
+        return self.data.for_initialization()
 
     def training_batches(self, first_step: int, last_step: int) -> Iterator[Any]:
         """This process's batches of the micro-steps after the first step, up to those of the last."""

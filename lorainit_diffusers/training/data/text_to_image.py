@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lorainit_diffusers.evaluation import fixed_noise_loss
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
-from lorainit_diffusers.hooks import evaluating
+from lorainit_diffusers.hooks import eval_mode
 from lorainit_diffusers.initialize import needs_reference
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.data.buckets import parse_buckets
@@ -254,7 +254,7 @@ class TrainingData:
             order = BucketOrder(images.bucket_of_image, batch_size, seed, numbers)
         return iter(DataLoader(images, batch_sampler=order, num_workers=self.options.dataloader_num_workers))
 
-    def for_initialisation(self) -> dict[str, Any]:
+    def for_initialization(self) -> dict[str, Any]:
         """The batches that `initialize` takes: those of training, or instance and class images apart.
 
         They are apart where the class images stand for the pre-training data (CNTLoRA's measured constraint).
@@ -273,7 +273,7 @@ class TrainingData:
         """Loss on the held-out images under fixed noise; `None` where there are none."""
         if self.heldout is None:
             return None
-        with evaluating(self.family.adapted.values()):
+        with eval_mode(self.family.adapted.values()):
             bar = progress_bar(total=len(self.heldout), desc="validating", leave=False, shown=self.progress)
             with bar:
                 batches = _counted(fixed_batches(self.heldout), bar)
