@@ -169,8 +169,8 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "evaluation and export without the average",
         "lorainit_diffusers/training/train.py",
-        '    with optimization.average.applied():\n        training.evaluate("end"',
-        '    if True:\n        training.evaluate("end"',
+        '    with _last_step_kept(run, save), optimization.average.applied():\n        training.evaluate("end"',
+        '    with _last_step_kept(run, save):\n        training.evaluate("end"',
         ("tests/scripts/test_loop_reference.py::test_stable_diffusion",),
     ),
     Break(
