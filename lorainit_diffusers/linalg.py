@@ -27,11 +27,17 @@ MAX_EXACT_SIZE = 384
 # Columns that an operator is applied to at once: fewer leave vector units idle, more converge no faster.
 BLOCK_SIZE = 16
 # Largest sine of the angle between the subspace found and the true one, as bounded by residual / gap.
-ANGLE_TOLERANCE = 3e-4
+ANGLE_TOLERANCE = 7e-4
 # Two neighbouring eigenvalues closer than this share of the smaller are not told apart: data do not determine that.
 SMALLEST_GAP = 1e-3
 # What is left of the trace of an operator is estimated with that many random columns.
 TRACE_COLUMNS = 16
+# Residuals below that many units of rounding, of the geometric mean of a value and the largest, may be rounding.
+ROUNDING = 16
+# Blocks that the float64 space may hold before the full decomposition takes over.
+MAX_REFINEMENTS = 8
+# Rows of a float32 matrix that are widened to float64 at once.
+CHUNK_ROWS = 256
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -89,6 +95,33 @@ def eigh_descending(matrix: Tensor) -> Eigen:
     return Eigen(values.flip(0).clamp_min(0), vectors.flip(1))
 
 
+def search_dtypes(device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """In which precisions a Krylov space is searched and refined: float32, and float64 where the device has it."""
+    return torch.float32, torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
+# Thin factors are multiplied from the left, transposed: of a (size, n) block that is tall and thin, BLAS libraries make
+# up to twice as much when it is the first factor of the product, and stored by columns.
+
+
+def times(matrix: Tensor, block: Tensor) -> Tensor:
+    """``matrix @ block`` in the block's dtype; a float32 matrix is widened a few rows at a time, never as a whole."""
+    rows = block.mT.contiguous()
+    if matrix.dtype == block.dtype:
+        return (rows @ matrix.mT).mT
+    return torch.cat([rows @ part.to(rows.dtype).mT for part in matrix.split(CHUNK_ROWS)], 1).mT
+
+
+def transposed_times(matrix: Tensor, block: Tensor) -> Tensor:
+    """``matrix.mT @ block`` in the block's dtype, as :func:`times`."""
+    if matrix.dtype == block.dtype:
+        return (block.mT.contiguous() @ matrix).mT
+    product = block.new_zeros(block.shape[1], matrix.shape[1])
+    for part, columns in zip(matrix.split(CHUNK_ROWS), block.split(CHUNK_ROWS), strict=True):
+        product.addmm_(columns.mT, part.to(block.dtype))
+    return product.mT
+
+
 def is_exact(size: int, count: int) -> bool:
     """Whether the leading ``count`` eigenpairs of a matrix of this size are taken from its full decomposition."""
     return size <= MAX_EXACT_SIZE or 6 * (count + BLOCK_SIZE) >= size
@@ -109,26 +142,37 @@ class Leading(NamedTuple):
 
 
 def leading_eigenpairs(
+    operator: Operator, size: int, count: int, *, device: torch.device, start: Tensor | None = None
+) -> Leading:
+    """The leading eigenpairs of a symmetric positive semi-definite operator, whatever its spectrum.
+
+    Those of :func:`krylov_or_small`; of the full decomposition where a Krylov space would have to be as dear.
+    Arguments as there.
+    """
+    return krylov_or_small(operator, size, count, device=device, start=start) or _full(operator, size, count, device)
+
+
+def krylov_or_small(
     operator: Operator,
     size: int,
     count: int,
     *,
-    like: Tensor,
+    device: torch.device,
     start: Tensor | None = None,
     with_trace: bool = False,
-) -> Leading:
-    """The leading eigenpairs of a symmetric positive semi-definite operator, whatever its spectrum.
+    max_columns: int | None = None,
+) -> Leading | None:
+    """Those of :func:`krylov_eigenpairs`, or of the full decomposition where :func:`is_exact` says so."""
+    if is_exact(size, count):
+        return _full(operator, size, count, device)
+    return krylov_eigenpairs(
+        operator, size, count, device=device, start=start, with_trace=with_trace, max_columns=max_columns
+    )
 
-    Those of :func:`krylov_eigenpairs`; of the full decomposition where :func:`is_exact` says so, or where the Krylov
-    space would have to be as dear. Arguments as there.
-    """
-    if not is_exact(size, count):
-        found = krylov_eigenpairs(operator, size, count, like=like, start=start, with_trace=with_trace)
-        if found is not None:
-            return found
-    dense = operator(torch.eye(size, dtype=like.dtype, device=like.device))
-    values, vectors = eigh_descending(dense)
-    return Leading(values[:count].to(like), vectors[:, :count].to(like), float(values.sum()))
+
+def _full(operator: Operator, size: int, count: int, device: torch.device) -> Leading:
+    values, vectors = eigh_descending(operator(torch.eye(size, dtype=exact_dtype(device), device=device)))
+    return Leading(values[:count], vectors[:, :count], float(values.sum()))
 
 
 def krylov_eigenpairs(
@@ -136,7 +180,7 @@ def krylov_eigenpairs(
     size: int,
     count: int,
     *,
-    like: Tensor,
+    device: torch.device,
     start: Tensor | None = None,
     with_trace: bool = False,
     max_columns: int | None = None,
@@ -144,110 +188,142 @@ def krylov_eigenpairs(
     """The leading eigenpairs of a symmetric positive semi-definite operator, from a block Krylov space.
 
     The subspace is within a sine of :data:`ANGLE_TOLERANCE` of the true one, where the eigenvalue below it is smaller
-    by more than :data:`SMALLEST_GAP` (Davis & Kahan 1970: the sine is at most residual / gap), or as near as the
-    rounding of the operator's own products lets it come. Where the two eigenvalues are closer, the subspace is not
-    determined; what is found then holds as much of the trace to the same tolerance.
+    by more than :data:`SMALLEST_GAP` (Davis & Kahan 1970: the sine is at most residual / gap). Where the two are
+    closer, the subspace is not determined; what is found then holds as much of the trace to the same tolerance.
+
+    The space is searched in float32, as far as its rounding allows. Where the device has a float64, a second space
+    that starts with the vectors found then says in float64 how good they are, and makes good what is missing: one
+    product with a few columns, mostly.
 
     Args:
         operator: (size, n) columns -> (size, n) products, in the columns' dtype.
         size: of the matrix.
-        count: how many eigenpairs, at most ``size``.
-        like: a tensor with the dtype and device of the operator's products.
-        start: (size, n) columns thought to be near the leading eigenvectors, up to 16; random ones join them.
+        count: how many eigenpairs, fewer than ``size``.
+        device: of the operator's products.
+        start: (size, n) columns thought to be near the leading eigenvectors, fewer than 16; random ones join them.
         with_trace: also estimate the trace (Hutchinson's estimator on what the Krylov space does not hold; its
             standard error is below sqrt(2 / (16 size)) of the trace for a flat spectrum, 1 % at width 1280, and less
             for others). Otherwise it is that of the Krylov space.
-        max_columns: how large the space may grow; a third of ``size`` by default, where it costs as much as the full
+        max_columns: how large the space may grow; by default half of ``size``, where it costs as much as the full
             decomposition.
 
     Returns:
-        ``None`` where a space of that size is not enough.
+        In the precision of :func:`search_dtypes`' last; ``None`` where a space of that size is not enough.
     """
     generator = torch.Generator().manual_seed(0)
+    low, high = search_dtypes(device)
 
     def draw(num_columns: int) -> Tensor:
-        return torch.randn(size, num_columns, generator=generator).to(like)
+        return torch.randn(size, num_columns, generator=generator).to(device=device, dtype=low)
 
     block = draw(BLOCK_SIZE)
     if start is not None:
         # One power step: the nearer a column is to an eigenvector far ahead of the others, the less of their digits
         # its rounding takes.
-        block = torch.cat([operator(start[:, :BLOCK_SIZE].to(like)), block], 1)
-    space = _KrylovSpace(operator, size, like)
-    limit = max_columns or size // 3
-    noise = 64 * torch.finfo(like.dtype).eps
-    checks: list[tuple[int, float]] = []  # columns, residual / what it may be
-    next_check = count + 2 * BLOCK_SIZE
-    while True:
-        space.grow(block)
-        if space.num_columns >= next_check:
-            values, vectors, residual = space.leading(count)
-            first, last, below = (float(values[index]) for index in (0, count - 1, count))
-            allowed = max(ANGLE_TOLERANCE * max(last - below, SMALLEST_GAP * last), torch.finfo(like.dtype).tiny)
-            checks.append((space.num_columns, residual / allowed))
-            # Rounding sets a floor, at or below this; where it lies shows in a residual that falls no more.
-            at_floor = residual <= noise * (first * last) ** 0.5
-            if residual <= allowed or (at_floor and len(checks) > 1 and checks[-1][1] > 0.5 * checks[-2][1]):
-                trace = space.trace
-                if with_trace:
-                    trace += _rest_of_trace(operator, space.basis, draw(TRACE_COLUMNS).sign())
-                return Leading(values[:count].to(like), _polish(vectors), trace)
-            next_check = _next_check(checks)
-            if space.num_columns >= limit or (
-                len(checks) > 3 and next_check > 1.5 * limit and residual > noise * first
-            ):
-                return None
-            next_check = min(next_check, limit)
-        block = space.next_block
+        block[:, : start.shape[1]] = operator(start.to(block))
+    limit = max_columns or size // 2
+    space = _KrylovSpace(operator, block)
+    found = space.search(count, limit, first_check=count + 2 * BLOCK_SIZE)
+    if found is None:
+        return None
+    trace = space.trace
+    if with_trace:
+        trace += _rest_of_trace(operator, space.basis, draw(TRACE_COLUMNS).sign())
+    if high != low:
+        # With neighbours, which the wanted ones may still have to be told apart from.
+        space = _KrylovSpace(operator, found.vectors[:, : count + BLOCK_SIZE].to(high))
+        found = space.search(count, min(limit, MAX_REFINEMENTS * (count + BLOCK_SIZE)), first_check=0)
+        if found is None:
+            return None
+    return Leading(found.values[:count], _polish(found.vectors[:, :count]), trace)
 
 
 class _KrylovSpace:
-    """A growing orthonormal basis Q, its image K Q, and Q' K Q."""
+    """A growing orthonormal basis Q, its image K Q, and Q' K Q.
 
-    def __init__(self, operator: Operator, size: int, like: Tensor) -> None:
+    Args:
+        operator: products with K.
+        block: (size, n) columns to start with, in the precision to work in.
+    """
+
+    def __init__(self, operator: Operator, block: Tensor) -> None:
         self._operator = operator
-        self._basis = like.new_empty(size, 8 * BLOCK_SIZE)
-        self._image = torch.empty_like(self._basis)
-        self._inner = torch.zeros(0, 0, dtype=exact_dtype(like.device), device=like.device)
+        self._rows = block.new_empty(8 * BLOCK_SIZE, len(block))  # Q' and (K Q)': vectors are stored one by one
+        self._image_rows = torch.empty_like(self._rows)
+        self._inner = block.new_zeros(0, 0, dtype=search_dtypes(block.device)[1])
         self.num_columns = 0
-        self.next_block = like.new_empty(size, 0)
+        self._next_block = block
 
     @property
     def basis(self) -> Tensor:
         """(size, num_columns) Q."""
-        return self._basis[:, : self.num_columns]
+        return self._rows[: self.num_columns].mT
 
     @property
     def trace(self) -> float:
         """tr(Q' K Q)."""
         return float(self._inner.diagonal().sum())
 
-    def grow(self, block: Tensor) -> None:
-        """Add the directions of these columns to the space; their image suggests the next ones."""
-        block = _orthonormal_beside(self.basis, block)
+    def search(self, count: int, limit: int, first_check: int) -> Eigen | None:
+        """Grow until the first ``count`` eigenpairs are right, or as right as rounding lets them be.
+
+        Args:
+            count: how many are wanted.
+            limit: of the number of columns.
+            first_check: at how many columns to look at them for the first time.
+
+        Returns:
+            All Ritz pairs (with vectors of the first ``count`` + 16 only); ``None`` where the limit is not enough.
+        """
+        checks: list[tuple[int, float]] = []  # columns, bound of the angle / what it may be
+        next_check = max(first_check, count + 1)
+        rounding = ROUNDING * torch.finfo(self._rows.dtype).eps / ANGLE_TOLERANCE
+        while True:
+            self._grow()
+            if self.num_columns < next_check:
+                continue
+            found, residuals = self._leading(count)
+            values, below = found.values[:count], found.values[count]
+            # Of each Ritz vector, the part outside the wanted subspace is at most residual / gap.
+            gaps = torch.maximum(values - below, SMALLEST_GAP * values).clamp_min(torch.finfo(values.dtype).tiny)
+            excess = float((residuals / gaps).norm()) / ANGLE_TOLERANCE
+            checks.append((self.num_columns, excess))
+            if excess <= 1:
+                return found
+            # What rounding makes of it, mostly from vectors ahead of the others.
+            floor = rounding * float(((values[0] * values).sqrt() / gaps).norm())
+            if excess <= floor and len(checks) > 1 and excess > 0.5 * checks[-2][1]:
+                return found
+            next_check = _next_check(checks)
+            if self.num_columns >= limit or (len(checks) > 3 and next_check > 1.5 * limit):
+                return None
+            next_check = min(next_check, limit)
+
+    def _grow(self) -> None:
+        """Add the directions of the next block to the space; their image suggests those after them."""
+        block = _orthonormal_beside(self.basis, self._next_block)
         product = self._operator(block)
         start, end = self.num_columns, self.num_columns + block.shape[1]
-        if end > self._basis.shape[1]:  # twice as much room, so that growing copies every column twice at most
-            self._basis = torch.cat([self._basis, torch.empty_like(self._basis)], 1)
-            self._image = torch.cat([self._image, torch.empty_like(self._image)], 1)
-        self._basis[:, start:end], self._image[:, start:end] = block, product
+        while end > len(self._rows):  # twice as much room, so that growing copies every vector twice at most
+            self._rows = torch.cat([self._rows, torch.empty_like(self._rows)])
+            self._image_rows = torch.cat([self._image_rows, torch.empty_like(self._image_rows)])
+        self._rows[start:end], self._image_rows[start:end] = block.mT, product.mT
         self.num_columns = end
         coupling = self.basis.mT @ product
         inner = self._inner.new_zeros(end, end)
         inner[:start, :start] = self._inner
         inner[:, start:], inner[start:, :] = coupling, coupling.mT
         self._inner = inner
-        self.next_block = product - self.basis @ coupling
+        self._next_block = product - self.basis @ coupling
 
-    def leading(self, count: int) -> tuple[Tensor, Tensor, float]:
-        """All eigenvalues of Q' K Q; of the first ``count``, the vectors in full and the norm of their residuals."""
-        values, rotation = eigh_descending(self._inner)
-        wanted = rotation[:, :count].to(self._basis)
-        vectors = self.basis @ wanted
-        image = self._image[:, : self.num_columns] @ wanted
+    def _leading(self, count: int) -> tuple[Eigen, Tensor]:
+        """The Ritz pairs, with vectors of the first ``count`` + 16; (count,) norms of the residuals of the first ones."""
+        values, vectors = torch.linalg.eigh((self._inner + self._inner.mT) / 2)
+        values, rotation = values.flip(0).clamp_min(0), vectors.flip(1)[:, : count + BLOCK_SIZE].to(self._rows)
+        image = self._image_rows[: self.num_columns].mT @ rotation[:, :count]
         # Residuals are orthogonal to Q but for rounding, of which the largest eigenvector would show the most.
         residual = image - self.basis @ (self.basis.mT @ image)
-        return values, vectors, float(residual.norm())
+        return Eigen(values, self.basis @ rotation), torch.linalg.vector_norm(residual, dim=0).to(values)
 
 
 def _next_check(checks: list[tuple[int, float]]) -> int:
@@ -259,7 +335,7 @@ def _next_check(checks: list[tuple[int, float]]) -> int:
     fall = math.log(before / excess) / (columns - before_columns)  # of the logarithm, a column
     needed = math.log(excess) / max(fall, 1e-9)
     # The first steps are the slowest, so what they foretell is not believed in full.
-    patience = 4 * BLOCK_SIZE if len(checks) < 4 else math.inf
+    patience = 3 * BLOCK_SIZE
     return columns + max(BLOCK_SIZE, math.ceil(min(needed, patience)))
 
 
@@ -293,13 +369,13 @@ def _rest_of_trace(operator: Operator, basis: Tensor, signs: Tensor) -> float:
     return float((signs * operator(signs)).sum()) / signs.shape[1]
 
 
-def krylov_svd(
+def operator_svd(
     operator: Operator,
     transposed: Operator,
     shape: tuple[int, int],
     rank: int,
     *,
-    like: Tensor,
+    device: torch.device,
     start: Tensor | None = None,
     with_norm: bool = False,
 ) -> tuple[SVD, float] | None:
@@ -310,22 +386,22 @@ def krylov_svd(
         transposed: (rows, n) -> (columns, n), products with M'.
         shape: (rows, columns) of M.
         rank: how many triplets, at most ``min(shape)``.
-        like: a tensor with the dtype and device of the products.
+        device: of the products.
         start: (rows, n) columns thought to be near the leading left singular vectors.
         with_norm: also estimate ``||M||_F^2``, see :func:`krylov_eigenpairs`.
 
     Returns:
         The triplets, and ``||M||_F^2`` (that of the Krylov space, unless asked for); ``None`` where the spectrum is so
-        flat, or so steep, that only a full decomposition is right.
+        flat that only a full decomposition is right.
     """
-    leading = krylov_eigenpairs(
+    leading = krylov_or_small(
         lambda block: operator(transposed(block)),
         shape[0],
         rank,
-        like=like,
+        device=device,
         start=start,
         with_trace=with_norm,
-        max_columns=min(shape) // 3,
+        max_columns=min(shape) // 2,
     )
     if leading is None:
         return None
@@ -335,10 +411,9 @@ def krylov_svd(
 
 def _finish(image: Tensor, left: Tensor) -> SVD:
     """Triplets of ``left @ image`` for orthonormal columns ``left``: (rows, k) and image = left' M, (k, columns)."""
-    dtype = exact_dtype(image.device)
-    basis, triangle = torch.linalg.qr(image.mT.to(dtype))
+    basis, triangle = torch.linalg.qr(image.mT)
     inner = torch.linalg.svd(triangle.mT, full_matrices=False)
-    return SVD(left @ inner.U.to(left), inner.S.to(left), (inner.Vh @ basis.mT).to(left))
+    return SVD(left @ inner.U, inner.S, inner.Vh @ basis.mT)
 
 
 def top_svd(matrix: Tensor, rank: int) -> SVD:
@@ -349,27 +424,30 @@ def top_svd(matrix: Tensor, rank: int) -> SVD:
         rank: how many triplets, at most ``min(matrix.shape)``.
 
     Returns:
-        In float64 where the products are (see :func:`solve_dtype`), else in float32.
+        In float64 on devices that have it.
     """
     rows, columns = matrix.shape
     if rows > columns:
         left, values, right = top_svd(matrix.mT, rank)
         return SVD(right.mT, values, left.mT)
     if not is_exact(rows, rank):
-        matrix = matrix.to(solve_dtype(max(rows, columns), matrix.device))
-        found = krylov_svd(
-            lambda block: matrix @ block, lambda block: matrix.mT @ block, (rows, columns), rank, like=matrix
+        low = matrix.to(search_dtypes(matrix.device)[0])
+        found = operator_svd(
+            lambda block: times(matrix if block.dtype == matrix.dtype else low, block),
+            lambda block: transposed_times(matrix if block.dtype == matrix.dtype else low, block),
+            (rows, columns),
+            rank,
+            device=matrix.device,
         )
         if found is not None:
             return found[0]
-    dtype = solve_dtype(max(rows, columns), matrix.device)
     matrix = matrix.to(exact_dtype(matrix.device))
     squared, left = eigh_descending(matrix @ matrix.mT)
     values, left = squared[:rank].sqrt(), left[:, :rank]
     # Orthonormalising instead of dividing by the singular values also completes the basis where they vanish.
     right, triangular = torch.linalg.qr(matrix.mT @ left)
     signs = torch.where(triangular.diagonal() < 0, -1.0, 1.0).to(right)
-    return SVD(left.to(dtype), values.to(dtype), (right * signs).mT.to(dtype))
+    return SVD(left, values, (right * signs).mT)
 
 
 def product_svd(left: Tensor, right: Tensor) -> SVD:

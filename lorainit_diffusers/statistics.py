@@ -27,15 +27,28 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.eigenbasis import Eigenbasis
-from lorainit_diffusers.linalg import Eigen, eigh_descending, leading_eigenpairs, solve_dtype
-from lorainit_diffusers.ridged import CholeskyRidged, RidgedMoment, ThinRidged
+from lorainit_diffusers.linalg import (
+    Eigen,
+    eigh_descending,
+    exact_dtype,
+    leading_eigenpairs,
+    search_dtypes,
+    solve_dtype,
+    times,
+    transposed_times,
+)
+from lorainit_diffusers.ridged import CholeskyRidged, FewRowsRidged, RidgedMoment, ThinRidged
 
 # Updates that are summed in float32 before they are added to a float64 scatter.
 UPDATES_PER_FLUSH = 8
 # Below this width, one product is as fast as those of its lower triangle.
 MIN_TRIANGLE_WIDTH = 256
-# Rows of a float32 scatter that are widened to float64 at once.
-CHUNK_ROWS = 512
+# Rows are kept as they are up to this share of the width: they take less memory than a scatter, and say more.
+MAX_FEW = 0.5
+# Below this share of the largest, an eigenvalue of few rows is rounding.
+SMALLEST_VALUE = 1e-11
+# Up to this width a Cholesky factor in float64 costs less than refining what one in float32 gives.
+MAX_FLOAT64_FACTOR = 768
 
 SumAcrossProcesses = Callable[[Tensor], None]
 
@@ -107,15 +120,15 @@ class InputStatistic(Statistic, Protocol):
         ...
 
     def times(self, block: Tensor) -> Tensor:
-        """The second moment X'X/n times (features, n) columns, in the dtype of :meth:`like`."""
+        """The second moment X'X/n times (features, n) float32 or float64 columns, in their precision."""
+        ...
+
+    def output_power(self, matrix: Tensor) -> float:
+        """E||``matrix`` x||^2 over the rows x; the matrix is (n, features)."""
         ...
 
     def ridged(self, share: float) -> RidgedMoment:
         """The second moment plus ``share`` > 0 of its mean eigenvalue (of 1, where all rows were zero)."""
-        ...
-
-    def like(self) -> Tensor:
-        """An empty tensor with the dtype and device in which products with the moment are taken."""
         ...
 
 
@@ -270,12 +283,25 @@ class SecondMoment(_MeanAndCount):
     def __init__(self, features: int) -> None:
         super().__init__(features)
         self._scatter: Tensor | None = None
+        # While they are few, the rows themselves say more in less: centred, as they enter the scatter.
+        self._few: list[Tensor] | None = []
         # Products of the latest updates, float32: a pass over a float64 scatter costs as much as a small product.
         # Where the scatter itself is float32 (large layers), this is the same tensor; on a device of its own there is
         # none.
         self._recent: Tensor | None = None
         self._num_recent = 0
         self._lower_only = False  # what lies above the diagonal blocks is out of date
+        # What float32 products are taken with: the rows while they are few, or a copy of a float64 scatter.
+        self._narrow: Tensor | None = None
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._narrow = None
+
+    @property
+    def max_few(self) -> int:
+        """How many rows are kept as they are before they become a scatter."""
+        return int(MAX_FEW * self._features)
 
     def _flush(self) -> None:
         """Move what the latest updates added into the scatter."""
@@ -286,6 +312,10 @@ class SecondMoment(_MeanAndCount):
 
     def _settle(self) -> None:
         """Make the scatter whole: everything added, and both halves of it."""
+        if self._few is not None:
+            few, self._few = self._few, None
+            for centred in few:
+                self._add(centred)
         self._flush()
         if self._scatter is not None and self._lower_only:
             lower = self._scatter.tril(-1)
@@ -293,6 +323,8 @@ class SecondMoment(_MeanAndCount):
             self._lower_only = False
 
     def _squares(self) -> Tensor:
+        if self._few is not None:
+            return torch.stack([centred.square().sum(0) for centred in self._few]).sum(0)
         scatter = self._scatter
         assert scatter is not None
         squares = scatter.diagonal()
@@ -315,42 +347,61 @@ class SecondMoment(_MeanAndCount):
             centred = rows.new_empty(len(rows) + 1, self._features)
             torch.sub(rows, batch_mean, out=centred[:-1])
             torch.mul(step.to(rows.device), weight**0.5, out=centred[-1])
-            if self._scatter is None:
-                self._scatter = torch.zeros(self._features, self._features, dtype=step.dtype, device=step.device)
-            if self._device is not None:
-                self._settle()
-                self._scatter += (centred.mT @ centred).to(self._device)
-                return
-            if self._recent is None:
-                self._recent = (
-                    self._scatter
-                    if self._scatter.dtype == centred.dtype
-                    else torch.zeros_like(self._scatter, dtype=centred.dtype)
-                )
-            self._lower_only |= _add_product(self._recent, centred)
-            self._num_recent += 1
-            if self._num_recent == UPDATES_PER_FLUSH:
-                self._flush()
+            if self._few is not None and sum(map(len, self._few)) + len(centred) > self.max_few:
+                few, self._few = self._few, None
+                for earlier in few:
+                    self._add(earlier.to(rows.device))
+            if self._few is None:
+                self._add(centred)
+            elif len(rows) > 1:
+                self._few.append(centred.to(self._device or rows.device))
+            else:  # one row is its own mean
+                self._few.append(centred[1:].to(self._device or rows.device))
+
+    def _add(self, centred: Tensor) -> None:
+        """Add the product of float32 rows that are centred."""
+        assert self._mean is not None
+        if self._scatter is None:
+            self._scatter = torch.zeros(
+                self._features, self._features, dtype=self._mean.dtype, device=self._mean.device
+            )
+        if self._device is not None:
+            self._settle()
+            self._scatter += (centred.mT @ centred).to(self._device)
+            return
+        if self._recent is None:
+            self._recent = (
+                self._scatter
+                if self._scatter.dtype == centred.dtype
+                else torch.zeros_like(self._scatter, dtype=centred.dtype)
+            )
+        self._lower_only |= _add_product(self._recent, centred)
+        self._num_recent += 1
+        if self._num_recent == UPDATES_PER_FLUSH:
+            self._flush()
 
     def merge(self, other: SecondMoment) -> None:
         """Add everything that ``other`` has seen."""
-        self._settle()
-        other._settle()
-        if other._mean is None or other._scatter is None:
+        if other._mean is None:
             return
-        if self._mean is None or self._scatter is None:
+        if self._mean is None:
             self.load_state_dict(other.state_dict())
             return
+        scatter = other._require_scatter()
+        self._settle()
+        assert self._scatter is not None
         self._forget()
         total = self._num_rows + other._num_rows
         step = other._mean - self._mean
-        self._scatter += other._scatter + torch.outer(step, step) * (self._num_rows * other._num_rows / total)
+        self._scatter += scatter + torch.outer(step, step) * (self._num_rows * other._num_rows / total)
         self._mean = self._mean + step * (other._num_rows / total)
         self._num_rows = total
 
     def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
         """Join with the other processes' statistics (exact: each scatter is moved to the global mean, then summed)."""
         self._forget()
+        self.mean()  # raises when empty
+        self._settle()
         scatter = self._require_scatter()
         offset, num_rows = self._reduce_mean(sum_across_processes)
         scatter.addr_(offset, offset * num_rows)
@@ -366,12 +417,28 @@ class SecondMoment(_MeanAndCount):
 
     def trace(self, *, centered: bool) -> float:
         """Total variance (centred) or mean squared norm of a row (uncentred)."""
-        variance = self._require_scatter().diagonal().sum() / self._num_rows
-        return float(variance if centered else variance + self.mean().square().sum())
+        mean = self.mean()  # raises when empty
+        self._flush()
+        variance = self._squares().to(mean).sum() / self._num_rows
+        return float(variance if centered else variance + mean.square().sum())
+
+    def few_rows(self, *, centered: bool) -> Tensor | None:
+        """(k, features) float32 Y with Y' Y the covariance or second moment; ``None`` where the rows became a scatter.
+
+        Up to signs and rotations, which Y' Y does not show, these are the rows seen, over the root of their number.
+        """
+        mean = self.mean()  # raises when empty
+        if self._few is None:
+            return None
+        rows = torch.cat(self._few) / self._num_rows**0.5
+        return rows if centered else torch.cat([mean.to(rows)[None], rows])
 
     def _decompose(self, centered: bool) -> Eigen:
-        """All eigenpairs."""
-        return eigh_descending(self.covariance() if centered else self.second_moment())
+        """All eigenpairs; of few rows, those of the eigenvalues that are not zero."""
+        rows = self.few_rows(centered=centered)
+        if rows is None:
+            return eigh_descending(self.covariance() if centered else self.second_moment())
+        return _eigh_of_few(rows)
 
     def eigenbasis(self, *, centered: bool) -> Eigenbasis:
         """All eigenpairs, in the precision in which products with the layer's weight are taken."""
@@ -383,33 +450,58 @@ class SecondMoment(_MeanAndCount):
         """The leading ``count`` eigenpairs, as :func:`leading_eigenpairs` finds them; kept like :meth:`eigh`."""
         known = self._leading.get(centered)
         if known is None or len(known.values) < count:
-            covariance = self._covariance_times if centered else self.times
+            rows = self.few_rows(centered=centered)
+            if rows is not None:
+                operator = _gram_times(rows)
+            else:
+                operator = self._covariance_times if centered else self.times
             start = None if centered else self.mean()[:, None]  # far ahead of every direction of the variance
-            found = leading_eigenpairs(covariance, self._features, count, like=self.like(), start=start)
+            found = leading_eigenpairs(operator, self._features, count, device=self.mean().device, start=start)
             known = self._leading[centered] = Eigen(found.values, found.vectors)
         return Eigen(known.values[:count], known.vectors[:, :count])
 
+    @property
+    def _uncentred(self) -> Tensor | None:
+        """Few rows whose products are the second moment; made once."""
+        if self._narrow is None and self._few is not None:
+            self._narrow = self.few_rows(centered=False)
+        return None if self._few is None else self._narrow
+
     def times(self, block: Tensor) -> Tensor:
         """The second moment X'X/n times (features, n) columns."""
-        mean = self.mean()
-        # The mean apart: beside it in one matrix, its size would cost the other directions their last digits.
-        return self._covariance_times(block) + torch.outer(mean, mean @ block)
+        rows = self._uncentred
+        if rows is not None:
+            return _gram_times(rows)(block)
+        return _moment_times(self._scatter_like(block), self.mean(), self._num_rows)(block)
 
     def _covariance_times(self, block: Tensor) -> Tensor:
-        return (self._require_scatter() @ block) / self._num_rows
+        return transposed_times(self._scatter_like(block), block) / self._num_rows  # it is symmetric
 
-    def _times_in_float64(self, block: Tensor) -> Tensor:
-        """As :meth:`times`, in float64, without a float64 copy of the whole scatter."""
-        product = torch.cat([part.double() @ block for part in self._require_scatter().split(CHUNK_ROWS)])
-        mean = self.mean().double()
-        return product / self._num_rows + torch.outer(mean, mean @ block)
+    def _scatter_like(self, block: Tensor) -> Tensor:
+        """The scatter for products with these columns: a float32 copy of a float64 one is made once."""
+        scatter = self._require_scatter()
+        if block.dtype == scatter.dtype or scatter.dtype == torch.float32:
+            return scatter
+        if self._narrow is None:
+            self._narrow = scatter.to(block.dtype)
+        return self._narrow
+
+    def output_power(self, matrix: Tensor) -> float:
+        """E||``matrix`` x||^2 over the rows x."""
+        rows = self._uncentred
+        if rows is not None:
+            return float((rows.to(matrix) @ matrix.mT).double().square().sum())
+        return float((matrix * self.times(matrix.mT).mT).double().sum())
 
     def _add_ridge(self, ridge: float) -> RidgedMoment:
-        return CholeskyRidged(self.second_moment(), ridge, self._times_in_float64)
-
-    def like(self) -> Tensor:
-        """An empty tensor with the dtype and device in which products with the moment are taken."""
-        return self._require_scatter().new_empty(0)
+        rows = self._uncentred
+        if rows is None:
+            moment = self.second_moment()
+            if self._features <= MAX_FLOAT64_FACTOR:
+                moment = moment.to(exact_dtype(moment.device))
+            return CholeskyRidged(moment, ridge, _moment_times(self._require_scatter(), self.mean(), self._num_rows))
+        wide = rows.to(search_dtypes(rows.device)[1])
+        return FewRowsRidged(rows, wide @ wide.mT, ridge, lambda: _eigh_of_few(rows))
 
     def num_bytes(self, device: torch.device) -> int:
         """Memory of the accumulators: the scatter, its mean and, beside a float64 scatter, the float32 buffer."""
@@ -419,12 +511,15 @@ class SecondMoment(_MeanAndCount):
 
     def move(self, device: torch.device) -> None:
         """Keep the accumulators on this device from now on; products are still taken where the rows are."""
-        self._settle()
+        if self._few is None:
+            self._settle()
         self._device, self._recent = device, None
-        if self._mean is None or self._scatter is None or self._scatter.device == device:
+        if self._mean is None or self._mean.device == device:
             return
         self._forget()
-        self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+        self._mean = self._mean.to(device)
+        self._scatter = None if self._scatter is None else self._scatter.to(device)
+        self._few = None if self._few is None else [centred.to(device) for centred in self._few]
 
     def sketched(self, num_columns: int) -> SketchedSecondMoment:
         """The sketch of the rows seen so far: what it would be had they been sketched from the start.
@@ -444,13 +539,12 @@ class SecondMoment(_MeanAndCount):
 
     def state_dict(self) -> dict[str, Tensor]:
         """``num_rows``, ``mean`` (features,) and ``scatter`` (features, features); empty before the first row."""
-        self._settle()
-        if self._mean is None or self._scatter is None:
+        if self._mean is None:
             return {}
         return {
             "num_rows": torch.tensor(self._num_rows),
             "mean": self._mean.clone(),
-            "scatter": self._scatter.clone(),
+            "scatter": self._require_scatter().clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -460,12 +554,44 @@ class SecondMoment(_MeanAndCount):
         self._mean = state["mean"].clone() if state else None
         self._scatter = state["scatter"].clone() if state else None
         self._recent, self._num_recent, self._lower_only = None, 0, False
+        self._few = None if state else []
 
     def _require_scatter(self) -> Tensor:
-        self.mean()  # raises when empty
+        """The scatter, both halves; of few rows a new one, since reading it must not change what comes after."""
+        mean = self.mean()  # raises when empty
+        if self._few is not None:
+            whole = SecondMoment(self._features)
+            whole._mean, whole._few = mean, self._few
+            whole._settle()
+            assert whole._scatter is not None
+            return whole._scatter
         self._settle()
         assert self._scatter is not None
         return self._scatter
+
+
+def _moment_times(scatter: Tensor, mean: Tensor, num_rows: int) -> Callable[[Tensor], Tensor]:
+    """Products with the second moment. Holds the tensors and not the statistic, which may hold it."""
+
+    def apply(block: Tensor) -> Tensor:
+        # The mean apart: beside it in one matrix, its size would cost the other directions their last digits.
+        return transposed_times(scatter, block) / num_rows + torch.outer(mean.to(block), mean.to(block) @ block)
+
+    return apply
+
+
+def _gram_times(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """Products with ``rows' rows``."""
+    return lambda block: transposed_times(rows, times(rows, block))
+
+
+def _eigh_of_few(rows: Tensor) -> Eigen:
+    """The eigenpairs of ``rows' rows`` whose values are not zero, from the small matrix ``rows rows'``."""
+    rows = rows.to(search_dtypes(rows.device)[1])
+    values, left = torch.linalg.eigh(rows @ rows.mT)
+    keep = values > max(SMALLEST_VALUE, 64 * torch.finfo(values.dtype).eps) * values[-1]
+    values, left = values[keep].flip(0), left[:, keep].flip(1)
+    return Eigen(values, rows.mT @ (left / values.sqrt()))
 
 
 def _add_product(target: Tensor, rows: Tensor) -> bool:
@@ -635,8 +761,8 @@ class SketchedSecondMoment(_MeanAndCount):
         if centered not in self._complete:
             values, vectors = self.eigh(centered=centered)
             rest = (self.trace(centered=centered) - float(values.sum())) / max(self._features - self.num_columns, 1)
-            like = self.like()
-            self._complete[centered] = Eigen(values.to(like), vectors.to(like)), max(rest, 0.0)
+            dtype = solve_dtype(self._features, values.device)
+            self._complete[centered] = Eigen(values.to(dtype), vectors.to(dtype)), max(rest, 0.0)
         return self._complete[centered]
 
     def leading(self, count: int, *, centered: bool) -> Eigen:
@@ -647,16 +773,16 @@ class SketchedSecondMoment(_MeanAndCount):
     def times(self, block: Tensor) -> Tensor:
         """The completed second moment times (features, n) columns."""
         (values, vectors), rest = self._completed(centered=False)
+        values, vectors = values.to(block), vectors.to(block)
         return rest * block + vectors @ ((values - rest)[:, None] * (vectors.mT @ block))
+
+    def output_power(self, matrix: Tensor) -> float:
+        """E||``matrix`` x||^2 over the rows x, of the completed moment."""
+        return float((matrix * self.times(matrix.mT).mT).double().sum())
 
     def _add_ridge(self, ridge: float) -> RidgedMoment:
         (values, vectors), rest = self._completed(centered=False)
         return ThinRidged(values, vectors, rest, ridge)
-
-    def like(self) -> Tensor:
-        """An empty tensor with the dtype and device in which products with the moment are taken."""
-        sketch, _ = self._require_sketch()
-        return sketch.new_empty(0, dtype=solve_dtype(self._features, sketch.device))
 
     def _decompose(self, centered: bool) -> Eigen:
         """The leading ``num_columns`` eigenpairs of the Nyström approximation."""

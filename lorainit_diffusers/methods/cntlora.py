@@ -30,7 +30,16 @@ import torch
 from torch import Tensor
 
 from lorainit_diffusers.eigenbasis import Eigenbasis
-from lorainit_diffusers.linalg import SVD, is_exact, krylov_eigenpairs, product_svd, top_svd
+from lorainit_diffusers.linalg import (
+    SVD,
+    Leading,
+    Operator,
+    krylov_or_small,
+    product_svd,
+    times,
+    top_svd,
+    transposed_times,
+)
 from lorainit_diffusers.methods.base import (
     LoraFactors,
     Observed,
@@ -44,7 +53,7 @@ from lorainit_diffusers.methods.base import (
 )
 from lorainit_diffusers.methods.declared import Declared
 from lorainit_diffusers.ranges import Range
-from lorainit_diffusers.ridged import RidgedMoment
+from lorainit_diffusers.ridged import FewRowsRidged, RidgedMoment
 from lorainit_diffusers.statistics import InputsAndReference, InputStatistic, SecondMoment
 
 # Directions that the fine-tuning data never excites would otherwise dominate the inverse.
@@ -138,17 +147,12 @@ class CNTLoRA(Declared):
                 )
             statistic, reference = statistic.inputs, statistic.reference
         inputs = input_statistic(statistic)
-        if self._takes_operators(weight, max_rank):
+        if self.constraint == "decorrelation" and self.ridge >= EIGENVALUE_FLOOR:
             truncated = self._decorrelated(weight, inputs, max_rank)
             # A direction that D does not have has no row in U' D; the eigenbasis completes it.
             if truncated is not None and truncated.singular[-1] > SMALLEST_SINGULAR_VALUE * truncated.singular[0]:
                 return self._factored(truncated, inputs, scaling)
         return self._solve_in_eigenbasis(weight, inputs, reference, max_rank, scaling)
-
-    def _takes_operators(self, weight: Tensor, max_rank: int) -> bool:
-        """Whether D can do without an eigenbasis, and is large enough for that to be faster."""
-        free = self.constraint == "decorrelation" and self.ridge >= EIGENVALUE_FLOOR
-        return free and not is_exact(min(weight.shape), max_rank)
 
     def _decorrelated(self, weight: Tensor, inputs: InputStatistic, max_rank: int) -> _Truncated | None:
         """D = -W0 S S_l^(-1) = -W0 (I - ridge S_l^(-1)), truncated; without an eigenbasis.
@@ -157,33 +161,45 @@ class CNTLoRA(Declared):
         D_r = U U' D: products with S and solves with its Cholesky factor are all that this needs. ``None`` where the
         spectrum is so flat that a full decomposition is cheaper.
         """
-        weight = weight.to(inputs.like())
-        transposed, ridged = weight.mT, inputs.ridged(self.ridge)
-        ridge = ridged.ridge
-
-        def shrunk(block: Tensor) -> Tensor:
-            """S S_l^(-1), which is symmetric."""
-            return block - ridge * ridged.solve(block)
-
-        def squared(block: Tensor) -> Tensor:
-            block = transposed @ block
-            if self.truncation == "weight":
-                return weight @ shrunk(shrunk(block))
-            return weight @ (inputs.times(block) - ridge * shrunk(block))
-
-        leading = krylov_eigenpairs(
+        ridged = inputs.ridged(self.ridge)
+        few = isinstance(ridged, FewRowsRidged)
+        squared = self._squared_few(weight, ridged) if few else self._squared(weight, inputs, ridged)
+        leading = krylov_or_small(
             squared,
             weight.shape[0],
             max_rank,
-            like=weight,
+            device=weight.device,
             start=weight @ inputs.mean().to(weight)[:, None],  # the mean's output is far ahead of all others
             with_trace=True,
-            max_columns=min(weight.shape) // 3,
+            max_columns=min(weight.shape) // 2,
         )
         if leading is None:
             return None
-        rows = -shrunk(transposed @ leading.vectors).mT
-        return _Truncated(leading.vectors, leading.values.sqrt(), rows, leading.trace, inputs, ridged)
+        rows = -ridged.shrink(transposed_times(weight, leading.vectors)).mT
+        coloured = self.truncation == "weight" and self.gauge != "balanced"
+        return _Truncated(leading, rows, inputs, ridged, coloured=coloured)
+
+    def _squared(self, weight: Tensor, inputs: InputStatistic, ridged: RidgedMoment) -> Operator:
+        """D S_l D' (``truncation="weight"``: D D'), as an operator."""
+
+        def apply(block: Tensor) -> Tensor:
+            block = transposed_times(weight, block)
+            shrunk = ridged.shrink(block)
+            if self.truncation == "weight":
+                return times(weight, ridged.shrink(shrunk))
+            return times(weight, inputs.times(block) - ridged.ridge * shrunk)
+
+        return apply
+
+    def _squared_few(self, weight: Tensor, ridged: FewRowsRidged) -> Operator:
+        """The same where S = Y' Y for few rows Y: with Z = Y W0', D S_l D' = Z' (Y S_l^(-1) Y') Z."""
+        outputs = ridged.rows @ weight.mT  # Z
+
+        def apply(block: Tensor) -> Tensor:
+            block = ridged.shrink_rows(times(outputs, block))
+            return transposed_times(outputs, block if self.truncation == "activation" else ridged.solve_rows(block))
+
+        return apply
 
     def _factored(self, truncated: _Truncated, inputs: InputStatistic, scaling: float) -> Solution:
         """The split of D_r = U R into B A that ``gauge``, ``base`` and ``scale`` ask for."""
@@ -305,16 +321,16 @@ class _Truncated:
         singular: (max_rank,) singular values of D in the metric of the truncation, descending.
         rows: (max_rank, in_features) R = U' D.
         total: the sum of all squared singular values.
-        coloured_rows: (max_rank, in_features) R F, with F F' = S_l.
+        coloured_rows: (max_rank, in_features) R F with F F' = S_l, where ``coloured`` asks for them.
         rows_moment: (max_rank, max_rank) R S R'.
     """
 
     def __init__(
-        self, left: Tensor, singular: Tensor, rows: Tensor, total: float, inputs: InputStatistic, ridged: RidgedMoment
+        self, leading: Leading, rows: Tensor, inputs: InputStatistic, ridged: RidgedMoment, *, coloured: bool
     ) -> None:
-        self.left, self.singular, self.rows, self.total = left, singular, rows, total
-        self.coloured_rows = ridged.colour_transposed(rows.mT).mT
+        self.left, self.singular, self.rows, self.total = leading.vectors, leading.values.sqrt(), rows, leading.trace
         self.rows_moment = rows @ inputs.times(rows.mT)
+        self.coloured_rows = ridged.colour_transposed(rows.mT).mT if coloured else rows
 
 
 def _transport(squared: Tensor, scale: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.linalg import SVD, is_exact, krylov_svd, top_svd
+from lorainit_diffusers.linalg import operator_svd, times, top_svd, transposed_times
 from lorainit_diffusers.methods.base import (
     LoraFactors,
     Observed,
@@ -24,10 +24,15 @@ from lorainit_diffusers.methods.declared import Declared
 from lorainit_diffusers.ranges import Range
 from lorainit_diffusers.statistics import InputStatistic, SecondMoment, Statistic
 
+# Below this share of the largest, the squares of singular values of W0 S are rounding.
+SMALLEST_SINGULAR_VALUE = 1e-6
+
 
 @dataclass(frozen=True)
 class CorDA(Declared):
     """Top-r triplets of SVD(W0 S), with S^-1 multiplied back on the right; the adapter is offset.
+
+    With W0 S = U Sigma V', what is multiplied back is V' S^-1 = Sigma^-1 U' W0: no inverse is ever needed.
 
     Attributes:
         ridge: added to S before it is inverted, as a multiple of its mean eigenvalue. The authors' code raises a
@@ -63,40 +68,41 @@ class CorDA(Declared):
     ) -> Solution:
         """Scores are the shares of ||W0 S||_F^2."""
         inputs = input_statistic(statistic)
-        svd, right, total = self._decomposed(weight.to(inputs.like()), inputs, max_rank)
-        scores = svd.values.square() / (total if total > 0 else 1.0)
+        left, values, right, total = self._decomposed(weight, inputs, max_rank)
+        scores = values.square() / (total if total > 0 else 1.0)
 
         def factors(rank: int) -> LoraFactors:
-            root = (svd.values[:rank] / scaling).sqrt()
+            root = (values[:rank] / scaling).sqrt()
             lora_A = root[:, None] * right[:rank]
-            return LoraFactors(lora_A.float().contiguous(), (svd.left[:, :rank] * root).float().contiguous())
+            return LoraFactors(lora_A.float().contiguous(), (left[:, :rank] * root).float().contiguous())
 
         return Solution(scores, factors)
 
-    def _decomposed(self, weight: Tensor, inputs: InputStatistic, max_rank: int) -> tuple[SVD, Tensor, float]:
-        """The leading triplets of W0 S, their right vectors times S^-1, and ||W0 S||_F^2."""
-        if not is_exact(min(weight.shape), max_rank):
-            ridged = inputs.ridged(self.ridge)
+    def _decomposed(
+        self, weight: Tensor, inputs: InputStatistic, max_rank: int
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """U and Sigma of the leading triplets of W0 S = U Sigma V', V' S^-1, and ||W0 S||_F^2."""
+        ridge = self.ridge * (inputs.trace(centered=False) / inputs.features or 1.0)
 
-            def spread(block: Tensor) -> Tensor:
-                return inputs.times(block) + ridged.ridge * block
+        def spread(block: Tensor) -> Tensor:
+            return inputs.times(block) + ridge * block
 
-            # As an operator: the product W0 S itself would cost more than everything else here.
-            found = krylov_svd(
-                lambda block: weight @ spread(block),
-                lambda block: spread(weight.mT @ block),
-                (weight.shape[0], weight.shape[1]),
-                max_rank,
-                like=weight,
-                start=weight @ inputs.mean().to(weight)[:, None],  # the mean's output is far ahead of all others
-                with_norm=True,
-            )
-            if found is not None:
-                svd, total = found
-                return svd, ridged.solve_accurately(svd.right.mT).mT, total
+        # As an operator: the product W0 S itself would cost more than everything else here.
+        found = operator_svd(
+            lambda block: times(weight, spread(block)),
+            lambda block: spread(transposed_times(weight, block)),
+            (weight.shape[0], weight.shape[1]),
+            max_rank,
+            device=weight.device,
+            start=weight @ inputs.mean().to(weight)[:, None],  # the mean's output is far ahead of all others
+            with_norm=True,
+        )
+        if found is not None and found[0].values[-1] > SMALLEST_SINGULAR_VALUE * found[0].values[0]:
+            (left, values, _), total = found
+            return left, values, transposed_times(weight, left).mT / values[:, None], total
         # In S's eigenbasis the product with S and its inverse are row scalings.
         basis = inputs.eigenbasis(centered=False)
         spectrum = basis.values + self.ridge * one_if_zero(basis.values.mean())
-        weighted = basis.project(weight) * spectrum
-        svd = top_svd(weighted, max_rank)
-        return svd, basis.lift(svd.right / spectrum), float(weighted.square().sum())
+        weighted = basis.project(weight.to(spectrum)) * spectrum
+        left, values, right = (part.to(spectrum) for part in top_svd(weighted, max_rank))
+        return left, values, basis.lift(right / spectrum), float(weighted.square().sum())

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lorainit_diffusers.linalg import is_exact, krylov_svd, top_svd
+from lorainit_diffusers.linalg import operator_svd, times, top_svd, transposed_times
 from lorainit_diffusers.methods.base import (
     LoraFactors,
     Observed,
@@ -96,27 +96,22 @@ class GradientStep(Declared):
                 "this init needs inputs and gradients; run the collection pass with observes='inputs and gradients'"
             )
         inputs = statistic.inputs
-        weight = weight.to(inputs.like())
-        gradient = statistic.gradient.mean().to(weight)
+        gradient = statistic.gradient.mean()
         if self.directions == "inputs":
             worth, vectors = inputs.leading(max_rank, centered=True)
             basis, total = vectors.mT, inputs.trace(centered=True)
         elif self.directions == "gradient":
             svd = top_svd(gradient, max_rank)
-            basis, worth, total = svd.right.to(gradient), svd.values.square(), float(gradient.square().sum())
+            basis, worth, total = svd.right, svd.values.square(), float(gradient.double().square().sum())
         else:
             basis, worth, total = self._whitened(gradient, inputs, max_rank)
         scores = worth / max(total, torch.finfo(worth.dtype).tiny)
 
-        def output_norm(matrix: Tensor) -> Tensor:
-            """sqrt(E||matrix x||^2) over the collected rows."""
-            return (matrix * inputs.times(matrix.mT).mT).sum().clamp_min(0).sqrt()
-
         basis_moment = basis @ inputs.times(basis.mT)  # E[h h'] of the hidden activations h = basis x
-        base_norm = output_norm(weight) if self.step else None
+        base_norm = max(inputs.output_power(weight), 0.0) ** 0.5 if self.step else None
         kaiming_power = kaiming_input_power(inputs.trace(centered=False), weight.shape[1])
         zeros = zeros_of_output(weight)
-        descent = None if base_norm is None else -gradient @ basis.mT  # (out_features, max_rank)
+        descent = None if base_norm is None else -times(gradient, basis.mT)  # (out_features, max_rank)
 
         def factors(rank: int) -> LoraFactors:
             lora_A = basis[:rank]
@@ -139,22 +134,21 @@ class GradientStep(Declared):
     def _whitened(self, gradient: Tensor, inputs: InputStatistic, max_rank: int) -> tuple[Tensor, Tensor, float]:
         """A's rows V' S_l^(-1/2), squared singular values and squared norm of G S_l^(-1/2) = U Sigma V'."""
         ridged = inputs.ridged(self.ridge)
-        if not is_exact(min(gradient.shape), max_rank):
-            found = krylov_svd(
-                lambda block: gradient @ ridged.whiten_transposed(block),
-                lambda block: ridged.whiten(gradient.mT @ block),
-                (gradient.shape[0], gradient.shape[1]),
-                max_rank,
-                like=gradient,
-                with_norm=True,
-            )
-            if found is not None:
-                svd, total = found
-                return ridged.whiten_transposed(svd.right.mT).mT, svd.values.square(), total
+        found = operator_svd(
+            lambda block: times(gradient, ridged.whiten_transposed(block)),
+            lambda block: ridged.whiten(transposed_times(gradient, block)),
+            (gradient.shape[0], gradient.shape[1]),
+            max_rank,
+            device=gradient.device,
+            with_norm=True,
+        )
+        if found is not None:
+            svd, total = found
+            return ridged.whiten_transposed(svd.right.mT).mT, svd.values.square(), total
         whitened = ridged.whiten(gradient.mT).mT
         svd = top_svd(whitened, max_rank)
-        basis = ridged.whiten_transposed(svd.right.mT.to(gradient)).mT
-        return basis, svd.values.to(gradient).square(), float(whitened.square().sum())
+        basis = ridged.whiten_transposed(svd.right.mT).mT
+        return basis, svd.values.square(), float(whitened.double().square().sum())
 
 
 @dataclass(frozen=True)
