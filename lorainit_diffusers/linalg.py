@@ -23,7 +23,7 @@ from torch import Tensor
 # Up to this width, products in float64 cost no more than the forward passes that feed them.
 MAX_FLOAT64_SIZE = 768
 # Up to this width a full decomposition in float64 is as fast as any other.
-MAX_EXACT_SIZE = 384
+MAX_EXACT_SIZE = 256
 # Columns that an operator is applied to at once: fewer leave vector units idle, more converge no faster.
 BLOCK_SIZE = 16
 # Largest sine of the angle between the subspace found and the true one, as bounded by residual / gap.
@@ -33,7 +33,7 @@ SMALLEST_GAP = 1e-3
 # What is left of the trace of an operator is estimated with that many random columns.
 TRACE_COLUMNS = 16
 # Residuals below that many units of rounding, of the geometric mean of a value and the largest, may be rounding.
-ROUNDING = 16
+ROUNDING = 4
 # Blocks that the float64 space may hold before the full decomposition takes over.
 MAX_REFINEMENTS = 8
 # Rows of a float32 matrix that are widened to float64 at once.
@@ -142,17 +142,6 @@ class Leading(NamedTuple):
 
 
 def leading_eigenpairs(
-    operator: Operator, size: int, count: int, *, device: torch.device, start: Tensor | None = None
-) -> Leading:
-    """The leading eigenpairs of a symmetric positive semi-definite operator, whatever its spectrum.
-
-    Those of :func:`krylov_or_small`; of the full decomposition where a Krylov space would have to be as dear.
-    Arguments as there.
-    """
-    return krylov_or_small(operator, size, count, device=device, start=start) or _full(operator, size, count, device)
-
-
-def krylov_or_small(
     operator: Operator,
     size: int,
     count: int,
@@ -161,13 +150,27 @@ def krylov_or_small(
     start: Tensor | None = None,
     with_trace: bool = False,
     max_columns: int | None = None,
-) -> Leading | None:
-    """Those of :func:`krylov_eigenpairs`, or of the full decomposition where :func:`is_exact` says so."""
-    if is_exact(size, count):
-        return _full(operator, size, count, device)
-    return krylov_eigenpairs(
-        operator, size, count, device=device, start=start, with_trace=with_trace, max_columns=max_columns
-    )
+    delicate: bool = False,
+) -> Leading:
+    """The leading eigenpairs of a symmetric positive semi-definite operator, whatever its spectrum.
+
+    Those of :func:`krylov_eigenpairs`; of the full decomposition where :func:`is_exact` says so, or where the Krylov
+    space would have to be as dear. Arguments as there.
+    """
+    if not is_exact(size, count):
+        found = krylov_eigenpairs(
+            operator,
+            size,
+            count,
+            device=device,
+            start=start,
+            with_trace=with_trace,
+            max_columns=max_columns,
+            delicate=delicate,
+        )
+        if found is not None:
+            return found
+    return _full(operator, size, count, device)
 
 
 def _full(operator: Operator, size: int, count: int, device: torch.device) -> Leading:
@@ -184,6 +187,7 @@ def krylov_eigenpairs(
     start: Tensor | None = None,
     with_trace: bool = False,
     max_columns: int | None = None,
+    delicate: bool = False,
 ) -> Leading | None:
     """The leading eigenpairs of a symmetric positive semi-definite operator, from a block Krylov space.
 
@@ -191,9 +195,9 @@ def krylov_eigenpairs(
     by more than :data:`SMALLEST_GAP` (Davis & Kahan 1970: the sine is at most residual / gap). Where the two are
     closer, the subspace is not determined; what is found then holds as much of the trace to the same tolerance.
 
-    The space is searched in float32, as far as its rounding allows. Where the device has a float64, a second space
-    that starts with the vectors found then says in float64 how good they are, and makes good what is missing: one
-    product with a few columns, mostly.
+    The space is searched in float32, as far as its rounding allows. Where that may not be far enough, and the device
+    has a float64, a second space that starts with the vectors found says in float64 how good they are and makes good
+    what is missing: one or two products with a few columns, mostly.
 
     Args:
         operator: (size, n) columns -> (size, n) products, in the columns' dtype.
@@ -206,6 +210,8 @@ def krylov_eigenpairs(
             for others). Otherwise it is that of the Krylov space.
         max_columns: how large the space may grow; by default half of ``size``, where it costs as much as the full
             decomposition.
+        delicate: the operator's products lose more in float32 than those with a matrix do (it solves equations): make
+            sure of the result in float64 always.
 
     Returns:
         In the precision of :func:`search_dtypes`' last; ``None`` where a space of that size is not enough.
@@ -223,19 +229,30 @@ def krylov_eigenpairs(
         block[:, : start.shape[1]] = operator(start.to(block))
     limit = max_columns or size // 2
     space = _KrylovSpace(operator, block)
-    found = space.search(count, limit, first_check=count + 2 * BLOCK_SIZE)
-    if found is None:
+    searched = space.search(count, limit, first_check=count + 2 * BLOCK_SIZE)
+    if searched is None:
         return None
+    found, bound = searched
     trace = space.trace
     if with_trace:
         trace += _rest_of_trace(operator, space.basis, draw(TRACE_COLUMNS).sign())
-    if high != low:
+    if high != low and (delicate or bound > 1):
         # With neighbours, which the wanted ones may still have to be told apart from.
         space = _KrylovSpace(operator, found.vectors[:, : count + BLOCK_SIZE].to(high))
-        found = space.search(count, min(limit, MAX_REFINEMENTS * (count + BLOCK_SIZE)), first_check=0)
-        if found is None:
+        searched = space.search(count, min(limit, MAX_REFINEMENTS * (count + BLOCK_SIZE)), first_check=0)
+        if searched is None:
             return None
-    return Leading(found.values[:count], _polish(found.vectors[:, :count]), trace)
+        found, _ = searched
+    return Leading(found.values[:count].to(high), _polish(found.vectors[:, :count].to(high)), trace)
+
+
+def column_limit(rows: int, columns: int) -> int:
+    """How large a space for the left singular vectors of a (rows, columns) matrix may grow.
+
+    Half of the smaller side, where a full decomposition is as fast; of tall matrices up to what their rank needs, since
+    a full decomposition would be of the longer side.
+    """
+    return min(rows, columns) // 2 if rows <= 2 * columns else columns + 2 * BLOCK_SIZE
 
 
 class _KrylovSpace:
@@ -264,7 +281,7 @@ class _KrylovSpace:
         """tr(Q' K Q)."""
         return float(self._inner.diagonal().sum())
 
-    def search(self, count: int, limit: int, first_check: int) -> Eigen | None:
+    def search(self, count: int, limit: int, first_check: int) -> tuple[Eigen, float] | None:
         """Grow until the first ``count`` eigenpairs are right, or as right as rounding lets them be.
 
         Args:
@@ -273,7 +290,8 @@ class _KrylovSpace:
             first_check: at how many columns to look at them for the first time.
 
         Returns:
-            All Ritz pairs (with vectors of the first ``count`` + 16 only); ``None`` where the limit is not enough.
+            All Ritz pairs (with vectors of the first ``count`` + 16 only), and a bound of the angle with what rounding
+            may add, in units of :data:`ANGLE_TOLERANCE`; ``None`` where the limit is not enough.
         """
         checks: list[tuple[int, float]] = []  # columns, bound of the angle / what it may be
         next_check = max(first_check, count + 1)
@@ -288,16 +306,15 @@ class _KrylovSpace:
             gaps = torch.maximum(values - below, SMALLEST_GAP * values).clamp_min(torch.finfo(values.dtype).tiny)
             excess = float((residuals / gaps).norm()) / ANGLE_TOLERANCE
             checks.append((self.num_columns, excess))
-            if excess <= 1:
-                return found
-            # What rounding makes of it, mostly from vectors ahead of the others.
+            # What rounding makes of it, mostly by values far ahead of the others.
             floor = rounding * float(((values[0] * values).sqrt() / gaps).norm())
-            if excess <= floor and len(checks) > 1 and excess > 0.5 * checks[-2][1]:
-                return found
-            next_check = _next_check(checks)
-            if self.num_columns >= limit or (len(checks) > 3 and next_check > 1.5 * limit):
+            stuck = len(checks) > 1 and excess > 0.5 * checks[-2][1]
+            if excess <= 1 or (stuck and excess <= 4 * floor):
+                return found, excess + floor
+            forecast = _forecast(checks)
+            if self.num_columns >= limit or (len(checks) > 2 and forecast > 2 * limit):
                 return None
-            next_check = min(next_check, limit)
+            next_check = min(forecast, self.num_columns + 3 * BLOCK_SIZE, limit)
 
     def _grow(self) -> None:
         """Add the directions of the next block to the space; their image suggests those after them."""
@@ -317,7 +334,7 @@ class _KrylovSpace:
         self._next_block = product - self.basis @ coupling
 
     def _leading(self, count: int) -> tuple[Eigen, Tensor]:
-        """The Ritz pairs, with vectors of the first ``count`` + 16; (count,) norms of the residuals of the first ones."""
+        """The Ritz pairs, with vectors of the first ``count`` + 16; the residuals' norms of the first ``count``."""
         values, vectors = torch.linalg.eigh((self._inner + self._inner.mT) / 2)
         values, rotation = values.flip(0).clamp_min(0), vectors.flip(1)[:, : count + BLOCK_SIZE].to(self._rows)
         image = self._image_rows[: self.num_columns].mT @ rotation[:, :count]
@@ -326,17 +343,14 @@ class _KrylovSpace:
         return Eigen(values, self.basis @ rotation), torch.linalg.vector_norm(residual, dim=0).to(values)
 
 
-def _next_check(checks: list[tuple[int, float]]) -> int:
-    """Number of columns at which the residual will be small enough, to go by how it fell so far."""
+def _forecast(checks: list[tuple[int, float]]) -> int:
+    """Number of columns at which the excess will be 1, to go by how it fell so far; it falls faster later, mostly."""
     columns, excess = checks[-1]
     if len(checks) < 2:
         return columns + 2 * BLOCK_SIZE
     before_columns, before = checks[-2]
     fall = math.log(before / excess) / (columns - before_columns)  # of the logarithm, a column
-    needed = math.log(excess) / max(fall, 1e-9)
-    # The first steps are the slowest, so what they foretell is not believed in full.
-    patience = 3 * BLOCK_SIZE
-    return columns + max(BLOCK_SIZE, math.ceil(min(needed, patience)))
+    return columns + max(BLOCK_SIZE, math.ceil(math.log(excess) / max(fall, 1e-3)))
 
 
 def _orthonormal_beside(basis: Tensor, block: Tensor) -> Tensor:
@@ -378,7 +392,8 @@ def operator_svd(
     device: torch.device,
     start: Tensor | None = None,
     with_norm: bool = False,
-) -> tuple[SVD, float] | None:
+    delicate: bool = False,
+) -> tuple[SVD, float]:
     """The leading singular triplets of an operator M, through the leading eigenpairs of M M'.
 
     Args:
@@ -389,22 +404,21 @@ def operator_svd(
         device: of the products.
         start: (rows, n) columns thought to be near the leading left singular vectors.
         with_norm: also estimate ``||M||_F^2``, see :func:`krylov_eigenpairs`.
+        delicate: as there.
 
     Returns:
-        The triplets, and ``||M||_F^2`` (that of the Krylov space, unless asked for); ``None`` where the spectrum is so
-        flat that only a full decomposition is right.
+        The triplets, and ``||M||_F^2`` (that of the Krylov space, unless asked for).
     """
-    leading = krylov_or_small(
+    leading = leading_eigenpairs(
         lambda block: operator(transposed(block)),
         shape[0],
         rank,
         device=device,
         start=start,
         with_trace=with_norm,
-        max_columns=min(shape) // 2,
+        max_columns=column_limit(*shape),
+        delicate=delicate,
     )
-    if leading is None:
-        return None
     # M itself and not its square decides the values: they are then right to eps sigma_1 instead of sqrt(eps).
     return _finish(transposed(leading.vectors).mT, leading.vectors), leading.trace
 
@@ -432,15 +446,14 @@ def top_svd(matrix: Tensor, rank: int) -> SVD:
         return SVD(right.mT, values, left.mT)
     if not is_exact(rows, rank):
         low = matrix.to(search_dtypes(matrix.device)[0])
-        found = operator_svd(
-            lambda block: times(matrix if block.dtype == matrix.dtype else low, block),
-            lambda block: transposed_times(matrix if block.dtype == matrix.dtype else low, block),
-            (rows, columns),
+        found = krylov_eigenpairs(
+            lambda block: _gram_times(matrix if block.dtype == matrix.dtype else low, block),
+            rows,
             rank,
             device=matrix.device,
         )
         if found is not None:
-            return found[0]
+            return _finish(transposed_times(matrix, found.vectors).mT, found.vectors)
     matrix = matrix.to(exact_dtype(matrix.device))
     squared, left = eigh_descending(matrix @ matrix.mT)
     values, left = squared[:rank].sqrt(), left[:, :rank]
@@ -448,6 +461,10 @@ def top_svd(matrix: Tensor, rank: int) -> SVD:
     right, triangular = torch.linalg.qr(matrix.mT @ left)
     signs = torch.where(triangular.diagonal() < 0, -1.0, 1.0).to(right)
     return SVD(left, values, (right * signs).mT)
+
+
+def _gram_times(matrix: Tensor, block: Tensor) -> Tensor:
+    return times(matrix, transposed_times(matrix, block))
 
 
 def product_svd(left: Tensor, right: Tensor) -> SVD:

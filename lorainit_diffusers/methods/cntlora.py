@@ -34,7 +34,8 @@ from lorainit_diffusers.linalg import (
     SVD,
     Leading,
     Operator,
-    krylov_or_small,
+    column_limit,
+    leading_eigenpairs,
     product_svd,
     times,
     top_svd,
@@ -150,31 +151,29 @@ class CNTLoRA(Declared):
         if self.constraint == "decorrelation" and self.ridge >= EIGENVALUE_FLOOR:
             truncated = self._decorrelated(weight, inputs, max_rank)
             # A direction that D does not have has no row in U' D; the eigenbasis completes it.
-            if truncated is not None and truncated.singular[-1] > SMALLEST_SINGULAR_VALUE * truncated.singular[0]:
+            if truncated.singular[-1] > SMALLEST_SINGULAR_VALUE * truncated.singular[0]:
                 return self._factored(truncated, inputs, scaling)
         return self._solve_in_eigenbasis(weight, inputs, reference, max_rank, scaling)
 
-    def _decorrelated(self, weight: Tensor, inputs: InputStatistic, max_rank: int) -> _Truncated | None:
+    def _decorrelated(self, weight: Tensor, inputs: InputStatistic, max_rank: int) -> _Truncated:
         """D = -W0 S S_l^(-1) = -W0 (I - ridge S_l^(-1)), truncated; without an eigenbasis.
 
         The left singular vectors U of D S_l^(1/2) are those of D S_l D' = W0 (S - ridge + ridge^2 S_l^(-1)) W0', and
-        D_r = U U' D: products with S and solves with its Cholesky factor are all that this needs. ``None`` where the
-        spectrum is so flat that a full decomposition is cheaper.
+        D_r = U U' D: products with S and solves with its Cholesky factor are all that this needs.
         """
         ridged = inputs.ridged(self.ridge)
         few = isinstance(ridged, FewRowsRidged)
         squared = self._squared_few(weight, ridged) if few else self._squared(weight, inputs, ridged)
-        leading = krylov_or_small(
+        leading = leading_eigenpairs(
             squared,
             weight.shape[0],
             max_rank,
             device=weight.device,
             start=weight @ inputs.mean().to(weight)[:, None],  # the mean's output is far ahead of all others
             with_trace=True,
-            max_columns=min(weight.shape) // 2,
+            max_columns=column_limit(*weight.shape),
+            delicate=True,
         )
-        if leading is None:
-            return None
         rows = -ridged.shrink(transposed_times(weight, leading.vectors)).mT
         coloured = self.truncation == "weight" and self.gauge != "balanced"
         return _Truncated(leading, rows, inputs, ridged, coloured=coloured)

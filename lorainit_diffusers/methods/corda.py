@@ -88,7 +88,7 @@ class CorDA(Declared):
             return inputs.times(block) + ridge * block
 
         # As an operator: the product W0 S itself would cost more than everything else here.
-        found = operator_svd(
+        (left, values, _), total = operator_svd(
             lambda block: times(weight, spread(block)),
             lambda block: spread(transposed_times(weight, block)),
             (weight.shape[0], weight.shape[1]),
@@ -97,8 +97,7 @@ class CorDA(Declared):
             start=weight @ inputs.mean().to(weight)[:, None],  # the mean's output is far ahead of all others
             with_norm=True,
         )
-        if found is not None and found[0].values[-1] > SMALLEST_SINGULAR_VALUE * found[0].values[0]:
-            (left, values, _), total = found
+        if values[-1] > SMALLEST_SINGULAR_VALUE * values[0]:
             return left, values, transposed_times(weight, left).mT / values[:, None], total
         # In S's eigenbasis the product with S and its inverse are row scalings.
         basis = inputs.eigenbasis(centered=False)

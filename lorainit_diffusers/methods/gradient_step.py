@@ -134,21 +134,16 @@ class GradientStep(Declared):
     def _whitened(self, gradient: Tensor, inputs: InputStatistic, max_rank: int) -> tuple[Tensor, Tensor, float]:
         """A's rows V' S_l^(-1/2), squared singular values and squared norm of G S_l^(-1/2) = U Sigma V'."""
         ridged = inputs.ridged(self.ridge)
-        found = operator_svd(
+        svd, total = operator_svd(
             lambda block: times(gradient, ridged.whiten_transposed(block)),
             lambda block: ridged.whiten(transposed_times(gradient, block)),
             (gradient.shape[0], gradient.shape[1]),
             max_rank,
             device=gradient.device,
             with_norm=True,
+            delicate=True,
         )
-        if found is not None:
-            svd, total = found
-            return ridged.whiten_transposed(svd.right.mT).mT, svd.values.square(), total
-        whitened = ridged.whiten(gradient.mT).mT
-        svd = top_svd(whitened, max_rank)
-        basis = ridged.whiten_transposed(svd.right.mT).mT
-        return basis, svd.values.square(), float(whitened.double().square().sum())
+        return ridged.whiten_transposed(svd.right.mT).mT, svd.values.square(), total
 
 
 @dataclass(frozen=True)
