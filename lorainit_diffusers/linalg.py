@@ -312,7 +312,7 @@ class _KrylovSpace:
             if excess <= 1 or (stuck and excess <= 4 * floor):
                 return found, excess + floor
             forecast = _forecast(checks)
-            if self.num_columns >= limit or (len(checks) > 2 and forecast > 2 * limit):
+            if self.num_columns >= limit or (self.num_columns > limit // 2 and forecast > 2 * limit):
                 return None
             next_check = min(forecast, self.num_columns + 3 * BLOCK_SIZE, limit)
 
