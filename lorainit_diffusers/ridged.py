@@ -68,7 +68,7 @@ class CholeskyRidged:
         return block - self.ridge * self.solve(block)
 
     def solve(self, block: Tensor) -> Tensor:
-        """S_l^(-1) ``block``; of float64 columns to the last digit, also where the factor is float32."""
+        """S_l^(-1) ``block``; of float64 columns with more digits than a float32 factor has."""
         if block.dtype == torch.float32 or torch.float64 in self._factors:
             return torch.cholesky_solve(block, self._factor(block))
         # Refined with residuals in float64 (Wilkinson 1963).

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorainit_diffusers import budget as budget_module
 from lorainit_diffusers.budget import MemoryBudget, free_bytes, sketch_columns
-from lorainit_diffusers.statistics import GradientMean, SecondMoment, SketchedSecondMoment
+from lorainit_diffusers.statistics import GradientMean, SecondMoment, SketchedSecondMoment, Statistic
 
 CPU = torch.device("cpu")
 COLUMNS = 8
@@ -116,16 +116,29 @@ def test_shared_statistics_count_once_and_stay_shared_in_every_table():
     assert followers["a"].num_rows == 9
 
 
+def taken_bytes(statistic: Statistic) -> int:
+    tensors = [value for value in vars(statistic).values() if isinstance(value, Tensor)]
+    tensors += getattr(statistic, "_few", None) or []
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
 def test_the_bytes_that_a_statistic_claims_are_those_that_it_takes():
     for width, device in itertools.product((24, 800), (None, CPU)):  # float64 and float32 accumulators
         for statistic in (SecondMoment(width), SketchedSecondMoment(width, COLUMNS), GradientMean((7, width))):
             if device is not None:
                 statistic.move(device)
             claimed = statistic.num_bytes(CPU)
-            for _ in range(2):
-                statistic.update(torch.randn(7, width))
-            tensors = [value for value in vars(statistic).values() if isinstance(value, Tensor)]
-            assert claimed == sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+            for num_rows in (7, 7) if isinstance(statistic, GradientMean) else (7, width):
+                statistic.update(torch.randn(num_rows, width))
+            assert claimed == taken_bytes(statistic)
+
+
+def test_few_rows_take_at_most_what_their_scatter_would():
+    for width in (24, 800):
+        statistic = SecondMoment(width)
+        for _ in range(width // 2):  # one row is kept as one row, however many batches bring it
+            statistic.update(torch.randn(1, width))
+            assert taken_bytes(statistic) <= statistic.num_bytes(CPU) / 2 + 8 * width
 
 
 def test_the_projection_is_one_for_all_sketches_of_a_size():

@@ -9,12 +9,17 @@ import pytest
 import torch
 from core_fixtures import largest_principal_angle, relative_error
 
+from lorainit_diffusers import linalg
 from lorainit_diffusers.linalg import (
+    ANGLE_TOLERANCE,
+    CHUNK_ROWS,
     MAX_EXACT_SIZE,
+    column_limit,
     eigh_descending,
     is_exact,
     krylov_eigenpairs,
     leading_eigenpairs,
+    operator_svd,
     product_svd,
     times,
     top_svd,
@@ -206,3 +211,101 @@ def test_the_svd_of_a_product_is_that_of_the_matrix(true_rank):
     assert_orthonormal(found.left.mT, 1e-12)
     assert_orthonormal(found.right, 1e-12)
     assert float((found.left * found.values @ found.right - left @ right).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("num_rows", [5, CHUNK_ROWS, 2 * CHUNK_ROWS + 3])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_products_are_in_the_precision_of_the_columns(num_rows, dtypes):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(num_rows, 7, generator=generator, dtype=dtypes[0])
+    for dtype, tolerance in ((dtypes[0], 1e-6), (dtypes[1], 1e-12 if dtypes[1] == torch.float64 else 1e-6)):
+        block = torch.randn(7, 3, generator=generator, dtype=dtype)
+        back = torch.randn(num_rows, 3, generator=generator, dtype=dtype)
+        assert times(matrix, block).dtype == transposed_times(matrix, back).dtype == dtype
+        assert relative_error(times(matrix, block), matrix.double() @ block.double()) < tolerance
+        assert relative_error(transposed_times(matrix, back), matrix.double().mT @ back.double()) < tolerance
+
+
+def counted(matrix: torch.Tensor, noise: float = 0.0) -> tuple[linalg.Operator, list[torch.dtype]]:
+    """Products with a matrix, those in float32 off by a fixed error; and in which precisions they were asked for."""
+    dtypes: list[torch.dtype] = []
+    error = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    wrong = matrix + noise * (error + error.mT) / len(matrix) ** 0.5
+
+    def operator(block: torch.Tensor) -> torch.Tensor:
+        dtypes.append(block.dtype)
+        return times(wrong if block.dtype == torch.float32 else matrix, block)
+
+    return operator, dtypes
+
+
+def angle_to_the_leading(found: linalg.Leading, matrix: torch.Tensor) -> float:
+    vectors = torch.linalg.eigh(matrix).eigenvectors[:, -found.vectors.shape[1] :]
+    return largest_principal_angle(found.vectors.mT, vectors.mT)
+
+
+def test_float64_is_asked_where_float32_cannot_be_sure_and_nowhere_else():
+    easy, hard = psd_matrix("steep"), psd_matrix("a mean far ahead") + 3e3 * torch.ones(SIZE, SIZE) / SIZE
+    for matrix, delicate, asked in ((easy, False, False), (easy, True, True), (hard, False, True)):
+        operator, dtypes = counted(matrix)
+        found = krylov_eigenpairs(operator, SIZE, 8, device=CPU, delicate=delicate)
+        assert found is not None
+        assert (torch.float64 in dtypes) == asked
+        assert angle_to_the_leading(found, matrix) < ANGLE_TOLERANCE
+
+
+def test_what_poor_float32_products_miss_is_made_good_in_float64():
+    matrix = psd_matrix("steep")
+    operator, dtypes = counted(matrix, noise=1e-4)
+    found = krylov_eigenpairs(operator, SIZE, 8, device=CPU, delicate=True)
+    assert found is not None
+    assert angle_to_the_leading(found, matrix) < ANGLE_TOLERANCE
+    trusting = krylov_eigenpairs(operator, SIZE, 8, device=CPU)
+    assert trusting is not None
+    assert angle_to_the_leading(trusting, matrix) > ANGLE_TOLERANCE  # so there was something to make good
+    assert dtypes.count(torch.float64) > 1
+
+
+def test_a_spectrum_too_flat_for_a_krylov_space_is_decomposed_in_full(monkeypatch):
+    matrix = psd_matrix("flat")
+    monkeypatch.setattr(linalg, "krylov_eigenpairs", lambda *_args, **_keywords: None)
+    found = leading_eigenpairs(partial(times, matrix), SIZE, 8, device=CPU)
+    assert angle_to_the_leading(found, matrix) < 1e-9
+    assert found.trace == pytest.approx(float(matrix.trace()), rel=1e-9)
+    assert relative_error(top_svd(matrix, 8).values, torch.linalg.svdvals(matrix)[:8]) < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(300, 500), (700, 300), (900, 280), (40, 60)])
+@pytest.mark.parametrize("rank", [8, 40])
+def test_the_svd_of_an_operator_is_that_of_the_matrix(shape, rank):
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+    svd, squared_norm = operator_svd(
+        partial(times, matrix), partial(transposed_times, matrix), shape, rank, device=CPU, with_norm=True
+    )
+    reference = torch.linalg.svd(matrix.double(), full_matrices=False)
+    best = reference.U[:, :rank] * reference.S[:rank] @ reference.Vh[:rank]
+    assert relative_error(svd.left * svd.values @ svd.right, best) < 1e-3
+    assert squared_norm == pytest.approx(float(matrix.square().sum()), rel=0.03)
+
+
+def test_a_space_for_a_tall_matrix_may_hold_its_whole_rank():
+    assert column_limit(640, 640) == 320
+    assert column_limit(320, 640) == 160
+    assert column_limit(640, 320) == 160
+    assert column_limit(900, 280) >= 280
+
+
+def test_directions_do_not_depend_on_the_number_of_threads():
+    """Stated tolerance: that of the angle; rounding differs, and with it, rarely, the number of steps."""
+    matrix = torch.randn(700, 640, generator=torch.Generator().manual_seed(4))
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(top_svd(matrix, 8))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert largest_principal_angle(other.right, found[0].right) < ANGLE_TOLERANCE
+        assert largest_principal_angle(other.left.mT, found[0].left.mT) < ANGLE_TOLERANCE

@@ -7,6 +7,7 @@ import torch
 from core_fixtures import relative_error, rows_with_spectrum, second_moment_of
 from torch import Tensor
 
+from lorainit_diffusers.ridged import CholeskyRidged, FewRowsRidged
 from lorainit_diffusers.statistics import SecondMoment, SketchedSecondMoment
 
 WIDTH = 24
@@ -14,10 +15,11 @@ WIDTH = 24
 
 def moments(kind: str) -> tuple[SecondMoment | SketchedSecondMoment, Tensor]:
     """A statistic, and the dense second moment that it stands for."""
-    rows = rows_with_spectrum(200, [0.8**index for index in range(WIDTH)], mean=0.5)
+    num_rows = WIDTH // 3 if kind == "few rows" else 200
+    rows = rows_with_spectrum(num_rows, [0.8**index for index in range(WIDTH)], mean=0.5)
     exact = SecondMoment(WIDTH)
     exact.update(rows)
-    if kind == "exact":
+    if kind != "sketched":
         return exact, second_moment_of(rows)
     sketch = exact.sketched(10)
     values, vectors = sketch.eigh(centered=False)
@@ -26,21 +28,38 @@ def moments(kind: str) -> tuple[SecondMoment | SketchedSecondMoment, Tensor]:
     return sketch, dense
 
 
-@pytest.mark.parametrize("kind", ["exact", "sketched"])
-def test_solves_and_whitens_as_the_dense_matrix_does(kind):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-6)])
+@pytest.mark.parametrize("kind", ["exact", "few rows", "sketched"])
+def test_products_are_those_of_the_dense_matrix(kind, dtype, tolerance):
     statistic, dense = moments(kind)
     ridged = statistic.ridged(0.1)
+    assert isinstance(ridged, FewRowsRidged) == (kind == "few rows")
     assert ridged.ridge == pytest.approx(0.1 * float(dense.trace()) / WIDTH, rel=1e-6)
     full = dense + ridged.ridge * torch.eye(WIDTH, dtype=torch.float64)
     block = torch.randn(WIDTH, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert relative_error(statistic.times(block), dense @ block) < 1e-6
-    for solve in (ridged.solve, ridged.solve_accurately):
-        assert relative_error(solve(block), torch.linalg.solve(full, block)) < 1e-6
-    identity = torch.eye(WIDTH, dtype=torch.float64)
-    whitening = ridged.whiten(identity)
-    assert relative_error(whitening @ full @ whitening.mT, identity) < 1e-6
-    assert relative_error(ridged.whiten_transposed(identity), whitening.mT) < 1e-9
-    assert relative_error(ridged.colour_transposed(ridged.whiten_transposed(block)), block) < 1e-9
+    given = block.to(dtype)
+    assert statistic.times(given).dtype == ridged.shrink(given).dtype == ridged.whiten(given).dtype == dtype
+    assert relative_error(statistic.times(given), dense @ block) < tolerance
+    assert relative_error(ridged.shrink(given), dense @ torch.linalg.solve(full, block)) < tolerance
+    identity = torch.eye(WIDTH, dtype=dtype)
+    whitening = ridged.whiten(identity).double()
+    assert relative_error(whitening @ full @ whitening.mT, identity) < tolerance
+    assert relative_error(ridged.whiten_transposed(identity), whitening.mT) < tolerance
+    assert relative_error(ridged.colour_transposed(ridged.whiten_transposed(given)), block) < tolerance
+    assert statistic.output_power(block.mT) == pytest.approx(float((block.mT @ dense @ block).trace()), rel=1e-5)
+
+
+def test_of_few_rows_the_small_matrix_says_it_all():
+    statistic, dense = moments("few rows")
+    ridged = statistic.ridged(0.1)
+    assert isinstance(ridged, FewRowsRidged)
+    rows = ridged.rows.double()
+    assert relative_error(rows.mT @ rows, dense) < 1e-6
+    block = torch.randn(len(rows), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    full = dense + ridged.ridge * torch.eye(WIDTH, dtype=torch.float64)
+    assert relative_error(ridged.shrink_rows(block), rows @ torch.linalg.solve(full, rows.mT @ block)) < 1e-6
+    small = rows @ rows.mT + ridged.ridge * torch.eye(len(rows), dtype=torch.float64)
+    assert relative_error(ridged.solve_rows(block), torch.linalg.solve(small, block)) < 1e-6
 
 
 @pytest.mark.parametrize("centered", [True, False])
@@ -67,10 +86,11 @@ def test_float32_solves_are_refined():
     statistic = SecondMoment(width)
     statistic.update(rows)
     ridged = statistic.ridged(1e-3)
+    assert isinstance(ridged, CholeskyRidged)
     block = torch.randn(width, 2, generator=torch.Generator().manual_seed(0))
     assert ridged.solve(block).dtype == torch.float32
     state = {key: value.double() for key, value in statistic.state_dict().items()}
     moment = state["scatter"] / 1600 + torch.outer(state["mean"], state["mean"])
     exact = torch.linalg.solve(moment + ridged.ridge * torch.eye(width, dtype=torch.float64), block.double())
-    assert relative_error(ridged.solve_accurately(block), exact) < 1e-5
-    assert relative_error(ridged.solve_accurately(block), exact) < 0.1 * relative_error(ridged.solve(block), exact)
+    assert relative_error(ridged.solve(block.double()), exact) < 1e-5
+    assert relative_error(ridged.solve(block.double()), exact) < 0.1 * relative_error(ridged.solve(block), exact)

@@ -13,13 +13,13 @@ from core_fixtures import largest_principal_angle, relative_error, rows_with_spe
 from torch import Tensor
 
 from lorainit_diffusers.statistics import (
-    MIN_TRIANGLE_WIDTH,
     GradientMean,
     InputsAndReference,
     SecondMoment,
     SketchedSecondMoment,
     full_float32,
 )
+from lorainit_diffusers.statistics.second_moment import MIN_TRIANGLE_WIDTH
 
 TOLERANCE = 2e-6
 FEATURES = 24
@@ -591,3 +591,59 @@ def test_a_moment_of_any_width_is_whole_and_symmetric(width):
         covariance = statistic.covariance()
         assert torch.equal(covariance, covariance.mT) or statistic in (merged, moved)
         np.testing.assert_allclose(covariance.numpy(), expected, atol=2e-6)
+
+
+def test_few_rows_are_the_moment_that_their_scatter_is():
+    width = 40
+    rows = torch.randn(18, width, generator=torch.Generator().manual_seed(0)) * 2 + 3
+    for sizes in ([18], [1] * 18, [5, 12, 1]):
+        few = moment_of(list(rows.split(sizes)))
+        assert_exact(few, rows)
+        scatter = SecondMoment(width)
+        scatter.load_state_dict(few.state_dict())
+        assert scatter.few_rows(centered=True) is None
+        for centered, dense in ((True, few.covariance()), (False, few.second_moment())):
+            kept = few.few_rows(centered=centered)
+            assert kept is not None
+            assert len(kept) <= 18 + len(sizes) + (not centered)
+            assert relative_error(kept.double().mT @ kept.double(), dense) < TOLERANCE
+            values, vectors = few.eigh(centered=centered)
+            assert len(values) == (17 if centered else 18)  # those that are not zero
+            assert relative_error(vectors * values @ vectors.mT, dense) < TOLERANCE
+            assert relative_error(vectors.mT @ vectors, torch.eye(len(values), dtype=torch.float64)) < 1e-6
+            basis = few.eigenbasis(centered=centered)
+            lifted = basis.lift(torch.eye(width, dtype=torch.float64))
+            assert relative_error(lifted.mT * basis.values @ lifted, dense) < TOLERANCE
+            leading = few.leading(5, centered=centered)
+            assert relative_error(leading.values, scatter.leading(5, centered=centered).values) < TOLERANCE
+            # more directions than rows: the rest is orthonormal, and holds nothing
+            all_values, all_vectors = few.leading(25, centered=centered)
+            assert float(all_values[18:].abs().max()) < 1e-9 * float(all_values[0])
+            assert relative_error(all_vectors.mT @ all_vectors, torch.eye(25, dtype=torch.float64)) < 1e-9
+
+
+def test_rows_become_a_scatter_when_they_are_no_longer_few():
+    width = 40
+    rows = torch.randn(90, width, generator=torch.Generator().manual_seed(0)) + 3
+    statistic, num_few = SecondMoment(width), 0
+    for count in range(1, 91):
+        statistic.update(rows[count - 1 : count])
+        num_few += statistic.few_rows(centered=True) is not None
+        if count > 1:
+            assert_exact(statistic, rows[:count])
+    assert num_few == statistic.max_few == width // 2
+
+
+def test_few_rows_join_across_processes_and_merge():
+    rows = torch.randn(30, 64, generator=torch.Generator().manual_seed(0)) + 1
+    parts = [moment_of([rows[:8]]), moment_of([rows[8:30]])]
+    joined = moment_of([rows[:8]])
+    joined.merge(parts[1])
+    assert_exact(joined, rows)
+    assert_exact(parts[1], rows[8:30])  # which reading did not change
+    assert parts[1].few_rows(centered=True) is not None
+    few = [moment_of([rows[:8]]), parts[1]]
+    run_as_processes(2, lambda process, add: few[process].all_reduce(add))
+    for statistic in few:
+        assert_exact(statistic, rows)
+        assert statistic.few_rows(centered=True) is None

@@ -56,6 +56,38 @@ def test_cntlora_is_its_closed_form(solve, monkeypatch, shape, mean, truncation)
                 assert float(variances.max() / variances.min()) == pytest.approx(1.0, rel=1e-3)
 
 
+@pytest.mark.parametrize("num_rows", [20, 120, 230])
+@pytest.mark.parametrize("shape", [(480, 480), (300, 640), (1100, 480)], ids=str)
+@pytest.mark.parametrize("name", ["cntlora", "corda", "eva"])
+def test_of_few_rows_nothing_is_lost(solve, name, shape, num_rows):
+    """Fewer than half as many rows as features: they are kept as rows, and the moment is singular."""
+    weight, rows = draw_weight(*shape), inputs(shape[1], 3.0)[:num_rows]
+    moment, full = ridged(rows, 0.01 if name == "corda" else 0.1)
+    factors = solve(name, weight, rows, RANK).factors(RANK)
+    if name == "eva":
+        centred = rows.double() - rows.double().mean(0)
+        wanted = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -RANK:]
+        found = factors.lora_A.double()
+        assert relative_error(found.mT @ found, wanted @ wanted.mT) < 1e-3
+    elif name == "corda":
+        wanted = best_rank(weight.double() @ full, RANK) @ torch.linalg.inv(full)
+        assert relative_error(product(factors), wanted) < 1e-3
+    else:
+        factor = torch.linalg.cholesky(full)
+        change = -weight.double() @ moment @ torch.linalg.inv(full)
+        wanted = best_rank(change @ factor, RANK) @ torch.linalg.inv(factor)
+        assert relative_error(product(factors), wanted) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["cntlora", "corda"])
+def test_a_weight_of_less_than_the_rank_falls_back_to_the_eigenbasis(solve, name):
+    weight = draw_weight(480, 3) @ draw_weight(3, 480, seed=1)
+    factors = solve(name, weight, inputs(480, 1.0), RANK).factors(RANK)
+    moment, full = ridged(inputs(480, 1.0), 0.01 if name == "corda" else 0.1)
+    wanted = weight.double() if name == "corda" else -weight.double() @ moment @ torch.linalg.inv(full)
+    assert relative_error(product(factors), wanted) < 1e-3
+
+
 def test_cntlora_takes_the_eigenbasis_where_the_spectrum_is_too_flat(solve):
     weight, rows = draw_weight(480, 480), torch.randn(4000, 480, generator=torch.Generator().manual_seed(0))
     moment, full = ridged(rows, 0.1)
