@@ -91,6 +91,10 @@ class MemoryBudget:
         self._num_columns = num_columns
         self._statistics_device = None if device is None else torch.device(device)
         self._tables: list[dict[str, Any]] = []
+        # What is counted: by identity, the exact moments by their width, too. Nothing is counted anew for each layer.
+        self._held: dict[int, Statistic] = {}
+        self._exact: dict[int, dict[int, SecondMoment]] = {}
+        self._sketch_sizes: set[tuple[int, int]] = set()
 
     def start(self, device: torch.device, minimum_over_processes: Callable[[float], float]) -> None:
         """Settle the budget; rows will come from ``device``. A second pass keeps what the first has settled."""
@@ -105,6 +109,8 @@ class MemoryBudget:
         """Count the statistics of this table from now on, and replace those that are demoted in it."""
         if not any(known is table for known in self._tables):
             self._tables.append(table)
+            for statistic in table.values():
+                self._hold(statistic)
 
     def admit(self, name: str, statistic: Statistic, table: dict[str, Any]) -> None:
         """Put an empty statistic into the table, as a sketch if need be, after demoting others if need be.
@@ -116,9 +122,10 @@ class MemoryBudget:
             statistic.move(self._statistics_device)
         self.watch(table)
         table[name] = statistic
+        self._hold(statistic)
         self._demote()
-        while self._count() > self._limit:
-            widths = [moment.features for moment in self._exact() if moment.features > self._num_columns]
+        while self.used > self._limit:
+            widths = [width for width in self._exact if width > self._num_columns]
             if not widths:
                 raise ValueError(
                     f"the statistics need more than the {self._limit / GB:.3g} GB that they may take on {self.device}: "
@@ -128,7 +135,6 @@ class MemoryBudget:
                 )
             self.first_sketched_width = max(widths)
             self._demote()
-        self.used = self._count()
         self.peak = max(self.peak, self.used)
 
     def admit_gradients(self, table: dict[str, Any]) -> None:
@@ -151,38 +157,53 @@ class MemoryBudget:
             for statistic in table.values():
                 statistic.move(self._statistics_device)
         self.watch(table)
-        self.used = self._count()
         self.peak = max(self.peak, self.used)
 
     def release(self) -> None:
         """Forget the statistics, so that whoever solves with them can free them one by one."""
-        self._tables.clear()
+        for known in (self._tables, self._held, self._exact):
+            known.clear()
 
     @property
     def _limit(self) -> float:
         return math.inf if self.num_bytes is None else self.num_bytes
 
-    def _held(self) -> dict[int, Statistic]:
-        """Every statistic once, however many layers share it."""
-        return {id(statistic): statistic for table in self._tables for statistic in table.values()}
+    def _hold(self, statistic: Statistic) -> None:
+        """Count this statistic, once, however many layers share it."""
+        if id(statistic) in self._held:
+            return
+        self._held[id(statistic)] = statistic
+        self.used += statistic.num_bytes(self.device or torch.device("cpu"))
+        if isinstance(statistic, SecondMoment):
+            self._exact.setdefault(statistic.features, {})[id(statistic)] = statistic
+        elif isinstance(statistic, SketchedSecondMoment):
+            size = (statistic.features, statistic.num_columns)
+            if size not in self._sketch_sizes:  # which share a projection
+                self._sketch_sizes.add(size)
+                self.used += statistic.projection_bytes
 
-    def _exact(self) -> list[SecondMoment]:
-        return [statistic for statistic in self._held().values() if isinstance(statistic, SecondMoment)]
-
-    def _count(self) -> int:
-        device = self.device or torch.device("cpu")
-        held = self._held().values()
-        sketches = [statistic for statistic in held if isinstance(statistic, SketchedSecondMoment)]
-        projections = {(sketch.features, sketch.num_columns): sketch.projection_bytes for sketch in sketches}
-        return sum(statistic.num_bytes(device) for statistic in held) + sum(projections.values())
+    def _drop(self, moment: SecondMoment) -> None:
+        del self._held[id(moment)]
+        of_this_width = self._exact[moment.features]
+        del of_this_width[id(moment)]
+        if not of_this_width:
+            del self._exact[moment.features]
+        self.used -= moment.num_bytes(self.device or torch.device("cpu"))
 
     def _demote(self) -> None:
         """Replace what is exact and too wide, one at a time, so that each makes room for the next."""
-        width = self.first_sketched_width
-        while width is not None:
-            moment = next((moment for moment in self._exact() if moment.features >= width), None)
-            if moment is None:
-                return
+        limit = self.first_sketched_width
+        if limit is None or not any(width >= limit for width in self._exact):
+            return
+        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for table in self._tables:
+            for name, statistic in table.items():
+                places.setdefault(id(statistic), []).append((table, name))
+        wide = [width for width in self._exact if width >= limit]
+        for width, identity in [(width, identity) for width in wide for identity in self._exact[width]]:
+            moment = self._exact[width][identity]
             sketch = moment.sketched(self._num_columns)
-            for table in self._tables:
-                table.update({name: sketch for name, statistic in table.items() if statistic is moment})
+            self._drop(moment)
+            self._hold(sketch)
+            for table, name in places[identity]:
+                table[name] = sketch

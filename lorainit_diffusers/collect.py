@@ -24,7 +24,7 @@ from lorainit_diffusers.budget import MemoryBudget
 from lorainit_diffusers.hooks import model_state_preserved, observe_inputs, observe_weight_gradients
 from lorainit_diffusers.methods.base import Observed
 from lorainit_diffusers.progress import progress_bar
-from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, InputsAndReference, Statistic
+from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, InputsAndReference, Statistic, all_reduce
 from lorainit_diffusers.training_step import TrainingStep
 
 # (name, layer) -> an empty statistic for it.
@@ -464,5 +464,4 @@ def _all_reduce(statistics: Iterable[Statistic]) -> None:
         else:
             distributed.all_reduce(tensor)
 
-    for statistic in {id(statistic): statistic for statistic in statistics}.values():
-        statistic.all_reduce(sum_across_processes)
+    all_reduce({id(statistic): statistic for statistic in statistics}.values(), sum_across_processes)

@@ -141,6 +141,23 @@ def test_few_rows_take_at_most_what_their_scatter_would():
             assert taken_bytes(statistic) <= statistic.num_bytes(CPU) / 2 + 8 * width
 
 
+def test_counting_costs_the_same_for_every_layer(monkeypatch):
+    counted: list[int] = []
+    num_bytes = SecondMoment.num_bytes
+    monkeypatch.setattr(SecondMoment, "num_bytes", lambda self, device: counted.append(1) or num_bytes(self, device))
+    for limit in (1e12, 400 * 24 * (COLUMNS + 2) * 8 + 1e5):  # all exact; all sketched in the end
+        counted.clear()
+        budget, table = MemoryBudget(limit, num_columns=COLUMNS), {}
+        budget.start(CPU, lambda value: value)
+        for index in range(400):
+            budget.admit(f"layer{index}", SecondMoment(24), table)
+        assert len(counted) <= 2 * 400
+        assert all(isinstance(part, SecondMoment) for part in table.values()) == (limit == 1e12)
+        sketches = [part for part in table.values() if isinstance(part, SketchedSecondMoment)]
+        projection = sketches[0].projection_bytes if sketches else 0
+        assert budget.used == sum(part.num_bytes(CPU) for part in table.values()) + projection
+
+
 def test_the_projection_is_one_for_all_sketches_of_a_size():
     first, second = SketchedSecondMoment(48, COLUMNS), SketchedSecondMoment(48, COLUMNS)
     like = torch.empty(0, dtype=torch.float64)

@@ -6,6 +6,8 @@ order and the number of processes (products are float32, sums float64 on a CPU).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,10 @@ from lorainit_diffusers.statistics import (
     InputsAndReference,
     SecondMoment,
     SketchedSecondMoment,
+    Statistic,
+    all_reduce,
     full_float32,
+    processes,
 )
 from lorainit_diffusers.statistics.second_moment import MIN_TRIANGLE_WIDTH
 
@@ -119,7 +124,7 @@ def test_all_reduce_equals_the_batch_result_on_every_process(rows, num_processes
     statistics = [moment_of([part]) for part in parts]
     for statistic in statistics:
         statistic.eigh(centered=True)  # a decomposition cached before the reduction must not survive it
-    run_as_processes(num_processes, lambda process, add: statistics[process].all_reduce(add))
+    run_as_processes(num_processes, lambda process, add: all_reduce([statistics[process]], add))
     for statistic in statistics:
         assert_exact(statistic, rows)
         expected = np.linalg.eigvalsh(oracle(rows)["covariance"])[::-1]
@@ -129,7 +134,7 @@ def test_all_reduce_equals_the_batch_result_on_every_process(rows, num_processes
 
 def test_a_reduced_statistic_can_go_on(rows):
     statistics = [moment_of([rows[:100]]), moment_of([rows[100:300]])]
-    run_as_processes(2, lambda process, add: statistics[process].all_reduce(add))
+    run_as_processes(2, lambda process, add: all_reduce([statistics[process]], add))
     statistics[1].update(rows[300:])
     assert_exact(statistics[1], rows)
 
@@ -243,7 +248,7 @@ def test_sketches_all_reduce_to_the_whole(rows, num_processes):
     statistics = [SketchedSecondMoment(FEATURES, 10) for _ in parts]
     for statistic, part in zip(statistics, parts, strict=True):
         statistic.update(part)
-    run_as_processes(num_processes, lambda process, add: statistics[process].all_reduce(add))
+    run_as_processes(num_processes, lambda process, add: all_reduce([statistics[process]], add))
     for statistic in statistics:
         assert statistic.num_rows == 400
         assert relative_error(statistic.state_dict()["sketch"], whole.state_dict()["sketch"]) < TOLERANCE
@@ -510,7 +515,7 @@ def test_weighted_gradients_in_any_split_and_from_disk():
     again.merge(parts[1])
     assert relative_error(again.mean(), expected) < 1e-6
     assert again.num_rows == 4
-    run_as_processes(2, lambda process, add: parts[process].all_reduce(add))
+    run_as_processes(2, lambda process, add: all_reduce([parts[process]], add))
     assert all(relative_error(part.mean(), expected) < 1e-6 for part in parts)
 
 
@@ -520,7 +525,7 @@ def test_gradients_all_reduce_to_the_mean_of_all(num_processes):
     statistics = [GradientMean((6, FEATURES)) for _ in range(num_processes)]
     for index, gradient in enumerate(gradients):
         statistics[max(0, index - 9 + num_processes)].update(gradient)  # the first process has the most
-    run_as_processes(num_processes, lambda process, add: statistics[process].all_reduce(add))
+    run_as_processes(num_processes, lambda process, add: all_reduce([statistics[process]], add))
     for statistic in statistics:
         assert statistic.num_rows == 9
         assert relative_error(statistic.mean(), gradients.double().mean(0)) < 1e-6
@@ -643,7 +648,49 @@ def test_few_rows_join_across_processes_and_merge():
     assert_exact(parts[1], rows[8:30])  # which reading did not change
     assert parts[1].few_rows(centered=True) is not None
     few = [moment_of([rows[:8]]), parts[1]]
-    run_as_processes(2, lambda process, add: few[process].all_reduce(add))
+    run_as_processes(2, lambda process, add: all_reduce([few[process]], add))
     for statistic in few:
         assert_exact(statistic, rows)
         assert statistic.few_rows(centered=True) is None
+
+
+def test_many_statistics_are_joined_in_few_sums(monkeypatch):
+    """As many sums as precisions and rounds, or as buffers are filled; never one a layer."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(60, 12, generator=generator) + 1 for _ in range(20)]
+    gradients = torch.randn(2, 20, 3, 12, generator=generator)
+
+    def filled(process: int) -> list[Statistic]:
+        parts: list[Statistic] = []
+        for index, own in enumerate(rows):
+            moment = SecondMoment(12) if index % 2 else SketchedSecondMoment(12, 6)
+            moment.update(own[:25] if process == 0 else own[25:])
+            gradient = GradientMean((3, 12))
+            gradient.update(gradients[process, index])
+            parts += [moment, gradient]
+        return parts
+
+    for buffer_bytes, at_most in ((2**20, 8), (2000, 60), (1, 200)):
+        monkeypatch.setattr(processes, "BUFFER_BYTES", buffer_bytes)
+        joined, calls = [filled(0), filled(1)], [0, 0]
+
+        def work(process: int, add: Callable[[Tensor], None], joined=joined, calls=calls) -> None:
+            def counting(tensor: Tensor) -> None:
+                calls[process] += 1
+                add(tensor)
+
+            all_reduce(joined[process], counting)
+
+        run_as_processes(2, work)
+        assert calls[0] == calls[1] <= at_most
+        for parts in joined:
+            for index, own in enumerate(rows):
+                moment, gradient = parts[2 * index], parts[2 * index + 1]
+                if isinstance(moment, SecondMoment):
+                    assert_exact(moment, own)
+                else:
+                    whole = SketchedSecondMoment(12, 6)
+                    whole.update(own)
+                    assert relative_error(moment.state_dict()["sketch"], whole.state_dict()["sketch"]) < TOLERANCE
+                assert isinstance(gradient, GradientMean)
+                assert relative_error(gradient.mean(), gradients[:, index].mean(0)) < TOLERANCE

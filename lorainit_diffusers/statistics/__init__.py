@@ -1,6 +1,6 @@
 """Streaming statistics of what a linear layer sees: what the initialisations are computed from.
 
-Each statistic is fed row batches with :meth:`update`, joined across processes with :meth:`all_reduce` (or
+Each statistic is fed row batches with :meth:`update`, joined across processes with :func:`all_reduce` (or
 :meth:`merge`), and read when the pass is over. All are additive: any split of the rows into batches, any order and any
 number of processes give the same result up to rounding in the accumulator.
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 from lorainit_diffusers.statistics.base import InputStatistic, Statistic, SumAcrossProcesses, full_float32
 from lorainit_diffusers.statistics.gradient import GradientMean
 from lorainit_diffusers.statistics.pairs import InputsAndGradient, InputsAndReference
+from lorainit_diffusers.statistics.processes import all_reduce
 from lorainit_diffusers.statistics.second_moment import SecondMoment
 from lorainit_diffusers.statistics.sketch import SketchedSecondMoment
 
@@ -31,5 +32,6 @@ __all__ = [
     "SketchedSecondMoment",
     "Statistic",
     "SumAcrossProcesses",
+    "all_reduce",
     "full_float32",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -34,8 +34,8 @@ class Statistic(Protocol):
         """Add rows: (n, features), any floating dtype."""
         ...
 
-    def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
-        """Join with the other processes' statistics; the argument sums a tensor over processes in place."""
+    def sums(self) -> Iterator[list[Tensor]]:
+        """Join with the other processes' statistics: round by round, tensors that are then summed over them in place."""
         ...
 
     def num_bytes(self, device: torch.device) -> int:
@@ -223,13 +223,12 @@ class MeanAndCount(ABC):
         self._num_rows = total
         return batch_mean, step, weight
 
-    def _reduce_mean(self, sum_across_processes: SumAcrossProcesses) -> tuple[Tensor, int]:
-        """Make count and mean global; returns (own mean minus global mean, own count)."""
+    def _mean_sums(self) -> Generator[list[Tensor], None, tuple[Tensor, int]]:
+        """The round that makes count and mean global; returns (own mean minus global mean, own count)."""
         mean, num_rows = self.mean(), self._num_rows
         total = torch.tensor(float(num_rows), dtype=torch.float64, device=mean.device)
         weighted = mean * num_rows
-        sum_across_processes(total)
-        sum_across_processes(weighted)
+        yield [total, weighted]
         self._num_rows = int(total.item())
         self._mean = weighted / self._num_rows
         return mean - self._mean, num_rows

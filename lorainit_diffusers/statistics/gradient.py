@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
-
-from lorainit_diffusers.statistics.base import SumAcrossProcesses
 
 
 class GradientMean:
@@ -74,13 +72,12 @@ class GradientMean:
         self._device = device
         self._sum = None if self._sum is None else self._sum.to(device)
 
-    def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
+    def sums(self) -> Iterator[list[Tensor]]:
         """Join with the other processes' gradients."""
         self.mean()  # raises when empty
         assert self._sum is not None
         counts = torch.tensor([self._num_batches, self._total_weight], dtype=torch.float64, device=self._sum.device)
-        sum_across_processes(counts)
-        sum_across_processes(self._sum)
+        yield [counts, self._sum]
         self._num_batches, self._total_weight = int(counts[0]), float(counts[1])
 
     def state_dict(self) -> dict[str, Tensor]:

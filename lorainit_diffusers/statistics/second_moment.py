@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from lorainit_diffusers.linalg import (
     transposed_times,
 )
 from lorainit_diffusers.ridged import CholeskyRidged, FewRowsRidged, RidgedMoment
-from lorainit_diffusers.statistics.base import MeanAndCount, SumAcrossProcesses, full_float32
+from lorainit_diffusers.statistics.base import MeanAndCount, full_float32
 from lorainit_diffusers.statistics.sketch import SketchedSecondMoment
 
 # Updates that are summed in float32 before they are added to a float64 scatter.
@@ -159,15 +159,15 @@ class SecondMoment(MeanAndCount):
         self._mean = self._mean + step * (other._num_rows / total)
         self._num_rows = total
 
-    def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
+    def sums(self) -> Iterator[list[Tensor]]:
         """Join with the other processes' statistics (exact: each scatter is moved to the global mean, then summed)."""
         self._forget()
         self.mean()  # raises when empty
         self._settle()
         scatter = self._require_scatter()
-        offset, num_rows = self._reduce_mean(sum_across_processes)
+        offset, num_rows = yield from self._mean_sums()
         scatter.addr_(offset, offset * num_rows)
-        sum_across_processes(scatter)
+        yield [scatter]
 
     def second_moment(self) -> Tensor:
         """(features, features) uncentred second moment X'X/n."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from weakref import WeakValueDictionary
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from lorainit_diffusers.eigenbasis import Eigenbasis
 from lorainit_diffusers.linalg import Eigen, solve_dtype
 from lorainit_diffusers.ridged import RidgedMoment, ThinRidged
-from lorainit_diffusers.statistics.base import MeanAndCount, SumAcrossProcesses, full_float32
+from lorainit_diffusers.statistics.base import MeanAndCount, full_float32
 
 # Sketches of one size share their projection, which is as large as a sketch itself; it is freed with the last of them.
 _PROJECTIONS: WeakValueDictionary[tuple[int, int, int, torch.device, torch.dtype], Tensor] = WeakValueDictionary()
@@ -123,15 +123,14 @@ class SketchedSecondMoment(MeanAndCount):
         self._mean = self._mean + step * (other._num_rows / total)
         self._num_rows = total
 
-    def all_reduce(self, sum_across_processes: SumAcrossProcesses) -> None:
+    def sums(self) -> Iterator[list[Tensor]]:
         """Join with the other processes' sketches."""
         self._forget()
         sketch, trace = self._require_sketch()
-        offset, num_rows = self._reduce_mean(sum_across_processes)
+        offset, num_rows = yield from self._mean_sums()
         sketch += torch.outer(offset * num_rows, offset @ self.projection_like(offset))
         self._trace = trace + num_rows * offset.square().sum()
-        sum_across_processes(sketch)
-        sum_across_processes(self._trace)
+        yield [sketch, self._trace]
 
     def trace(self, *, centered: bool) -> float:
         """Total variance (centred) or mean squared norm of a row (uncentred); exact, not sketched."""
