@@ -199,7 +199,7 @@ class MemoryBudget:
         for table in self._tables:
             for name, statistic in table.items():
                 places.setdefault(id(statistic), []).append((table, name))
-        wide = [width for width in self._exact if width >= limit]
+        wide = [features for features in self._exact if features >= limit]
         for width, identity in [(width, identity) for width in wide for identity in self._exact[width]]:
             moment = self._exact[width][identity]
             sketch = moment.sketched(self._num_columns)

@@ -35,7 +35,7 @@ class Statistic(Protocol):
         ...
 
     def sums(self) -> Iterator[list[Tensor]]:
-        """Join with the other processes' statistics: round by round, tensors that are then summed over them in place."""
+        """Join with the other processes' statistics: round by round, tensors that are then summed in place."""
         ...
 
     def num_bytes(self, device: torch.device) -> int:
