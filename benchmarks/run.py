@@ -5,10 +5,10 @@
     python benchmarks/run.py --parts overhead --num_batches 16 --side 64 --rank 16
 
 Parts: ``overhead`` runs the same batches through the bare model and through ``initialize``, one after the other in one
-process, and gives medians of their ratio; ``peft`` does so with PEFT's own EVA, CorDA and LoRA-GA; ``variance`` compares
-what the directions of both hold of the inputs' variance with the best in float64; ``growth`` varies batches, ranks,
-layers and the width of a single layer, one at a time. Times are CPU seconds of this process, which neighbours on the
-machine disturb less than they do a clock.
+process, and gives medians of their ratio; ``peft`` does so with PEFT's own EVA, CorDA and LoRA-GA; ``variance``
+compares what the directions of both hold of the inputs' variance with the best in float64; ``growth`` varies batches,
+ranks, layers and the width of a single layer, one at a time. Times are CPU seconds of this process, which neighbours on
+the machine disturb less than they do a clock.
 """
 
 from __future__ import annotations

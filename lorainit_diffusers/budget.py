@@ -199,9 +199,10 @@ class MemoryBudget:
         for table in self._tables:
             for name, statistic in table.items():
                 places.setdefault(id(statistic), []).append((table, name))
-        wide = [features for features in self._exact if features >= limit]
-        for width, identity in [(width, identity) for width in wide for identity in self._exact[width]]:
-            moment = self._exact[width][identity]
+        for identity, moment_width in [
+            (i, width) for width, alike in self._exact.items() if width >= limit for i in alike
+        ]:
+            moment = self._exact[moment_width][identity]
             sketch = moment.sketched(self._num_columns)
             self._drop(moment)
             self._hold(sketch)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorainit_diffusers.budget import MemoryBudget
+from lorainit_diffusers.early_stop import EarlyStop
 from lorainit_diffusers.hooks import model_state_preserved, observe_inputs, observe_weight_gradients
 from lorainit_diffusers.methods.base import Observed
 from lorainit_diffusers.progress import progress_bar
@@ -44,6 +45,7 @@ class Collection:
         num_passes: forward passes made on this process.
         forward_s: seconds in the loss (and backward), statistics not counted.
         statistics_s: seconds in the statistics.
+        early_stop: why the pass ended when it did, where that was asked for and something could be said.
     """
 
     statistics: dict[str, Observed] = field(default_factory=dict[str, Observed])
@@ -51,6 +53,7 @@ class Collection:
     num_passes: int = 0
     forward_s: float = 0.0
     statistics_s: float = 0.0
+    early_stop: str | None = None
 
     def with_reference(self, reference: Collection) -> Collection:
         """This pass and one over reference batches, both of second moments, as one: an ``InputsAndReference`` a layer.
@@ -107,6 +110,7 @@ class PassOptions:
         batch_name: what messages and the progress bar call a batch.
         progress: show a progress bar.
         allow_unreached: leave out layers that the loss never reaches, instead of refusing them.
+        early_stop: ends the pass before the last batch; ``None`` for all batches.
     """
 
     observes: Literal["inputs", "gradients", "inputs and gradients"]
@@ -116,6 +120,7 @@ class PassOptions:
     batch_name: str = "batch"
     progress: bool = True
     allow_unreached: bool = False
+    early_stop: EarlyStop | None = None
 
 
 def collect(
@@ -167,6 +172,8 @@ def collect(
             for batch in islice(batches, options.num_batches):
                 gathering.take(batch, leaves)
                 bar.update()
+                if gathering.has_seen_enough():
+                    break
     return gathering.finished()
 
 
@@ -300,6 +307,26 @@ class _Pass:
             finally:
                 self._in_backward = False
         return loss
+
+    def has_seen_enough(self) -> bool:
+        """Whether more batches would change nothing that is asked for, see :mod:`~lorainit_diffusers.early_stop`."""
+        stop, start = self._options.early_stop, time.perf_counter()
+        if stop is None or not stop.is_due(self._result.num_passes):
+            return False
+        is_over = stop.is_over(self._result.num_passes, self._observed)
+        self._result.statistics_s += time.perf_counter() - start
+        return is_over
+
+    def _observed(self, layer: str) -> Observed | None:
+        """What was observed of a layer so far; ``None`` where nothing was."""
+        inputs, gradient = self._inputs.get(self._result.leaders.get(layer, "")), self._gradients.get(layer)
+        if not self._observes_gradients:
+            return inputs
+        if gradient is None or gradient.num_rows == 0:
+            return None
+        if not self._observes_inputs:
+            return gradient
+        return None if inputs is None else InputsAndGradient(cast(Any, inputs), gradient)
 
     def finished(self) -> Collection:
         """What was gathered, by layer and over all processes.

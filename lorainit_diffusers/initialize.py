@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorainit_diffusers import adapters
 from lorainit_diffusers.budget import GB, MemoryBudget, sketch_columns
 from lorainit_diffusers.collect import Collection, PassOptions, collect, is_distributed, known_length
+from lorainit_diffusers.early_stop import EarlyStop, directions_of
 from lorainit_diffusers.methods import METHODS, Initializer
 from lorainit_diffusers.methods.declared import needs_reference, reference_options, zero_delta_options
 from lorainit_diffusers.methods.guard import check_weights
@@ -49,12 +50,17 @@ class CollectOptions:
         progress: Show a progress bar.
         allow_unreached: Layers that the loss never reaches start as PEFT starts them, instead of an error: for targets
             that somebody else has chosen, such as a text encoder's last layer, whose output SDXL does not read.
+        early_stop: End the pass when between half of the batches and all of them the directions of a few layers turned
+            by a sine of this at most, root mean square (0.1 is strict; see `early_stop.py`).
+            `num_batches` stays the cap. Every batch is used where several processes collect, or a reference is
+            compared with. `None`: every batch.
     """
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "num_batches": COUNT_OR_NONE,  # 0 is refused as no batches
         "seed": SEED,
         "memory_budget_gb": FINITE,  # `MemoryBudget` says what else
+        "early_stop": Range(0, 1, above=True),
     }
 
     num_batches: int | None = None
@@ -65,6 +71,7 @@ class CollectOptions:
     statistics_device: torch.device | str | None = None
     progress: bool = True
     allow_unreached: bool = False
+    early_stop: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -131,6 +138,7 @@ def initialize(
     statistics_device: torch.device | str | None = None,
     progress: bool = True,
     allow_unreached: bool = False,
+    early_stop: float | None = None,
 ) -> InitReport:
     """Initialise LoRA adapters from the fine-tuning data: `initialize(unet, "cntlora", batches, loss_fn)`.
 
@@ -167,6 +175,7 @@ def initialize(
         statistics_device: Where the statistics are kept. Default: where the model runs.
         progress: Show a progress bar.
         allow_unreached: Layers that the loss never reaches start as PEFT starts them, instead of an error.
+        early_stop: A sine; the pass ends when more batches turn the directions by no more than that.
 
     Returns:
         The report: ranks, scores and rows of every layer, and the cost.
@@ -180,7 +189,15 @@ def initialize(
     ranks = RankOptions(rank, alpha, variable_rank, rank_budget, parameter_budget, min_rank, max_rank)
     adapter = AdapterOptions(adapter_name, use_rslora, use_dora, lora_dropout)
     options = CollectOptions(
-        num_batches, seed, share_inputs, mask_padding, memory_budget_gb, statistics_device, progress, allow_unreached
+        num_batches,
+        seed,
+        share_inputs,
+        mask_padding,
+        memory_budget_gb,
+        statistics_device,
+        progress,
+        allow_unreached,
+        early_stop,
     )
     return _initialize(find_target(target, target_modules, adapter), name, method, data, ranks, options)
 
@@ -238,6 +255,7 @@ def _initialize(
         memory_budget_bytes=None if budget.num_bytes is None else int(budget.num_bytes),
         statistics_device=None if budget.device is None else str(budget.device),
         allocation=allocation,
+        early_stop=collection.early_stop,
     )
 
 
@@ -259,7 +277,9 @@ def _collect(
         allow_unreached=options.allow_unreached,
     )
 
-    def collect_over(batches: Iterable[Any], part: Literal["inputs", "reference"], batch_name: str) -> Collection:
+    def collect_over(
+        batches: Iterable[Any], part: Literal["inputs", "reference"], batch_name: str, stop: EarlyStop | None = None
+    ) -> Collection:
         def make_statistic(full_name: str, layer: nn.Linear) -> Any:
             statistic = method.statistic(layer.in_features, layer.out_features, plan.caps[full_name])
             return getattr(statistic, part) if isinstance(statistic, InputsAndReference) else statistic
@@ -268,12 +288,18 @@ def _collect(
         step.generator.manual_seed(pass_seed)
         # One stratum a batch: every sample position then walks through the whole timestep distribution once.
         strata = options.num_batches or known_length(batches) or DEFAULT_NUM_STRATA
-        named = replace(pass_options, batch_name=batch_name)
+        named = replace(pass_options, batch_name=batch_name, early_stop=stop)
         with step.stratified(strata):
             return collect(target.modules, target.layers, batches, step, make_statistic, named, budget)
 
+    stop: EarlyStop | None = None
+    alone = not distributed or torch.distributed.get_world_size() == 1
+    if options.early_stop is not None and alone and data.reference_batches is None:
+        directions = directions_of(method, target.layers, plan.caps)
+        stop = EarlyStop(options.early_stop, list(target.layers), directions)
     with adapters.adapters_disabled(target.modules):
-        collection = collect_over(data.batches, "inputs", "batch")
+        collection = collect_over(data.batches, "inputs", "batch", stop)
+        collection.early_stop = None if stop is None else stop.reason
         if data.reference_batches is not None:
             reference = collect_over(data.reference_batches, "reference", "reference batch")
             collection = collection.with_reference(reference)

@@ -120,6 +120,8 @@ class InitReport:
         memory_budget_bytes: What they could have taken; `None` without a pass.
         statistics_device: Where they were kept; `None` without a pass.
         allocation: What decided the ranks; `None` where all layers were given the same.
+        early_stop: Why the pass ended when it did, where it might have ended early; `num_passes` says how many
+            batches it used.
     """
 
     method: str
@@ -136,6 +138,7 @@ class InitReport:
     memory_budget_bytes: int | None = None
     statistics_device: str | None = None
     allocation: RankAllocation | None = None
+    early_stop: str | None = None
 
     @property
     def overhead(self) -> float | None:
@@ -150,8 +153,11 @@ class InitReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, derived totals included."""
+        fields = asdict(self)
+        if self.early_stop is None:  # where nobody asked for it, the file does not speak of it
+            del fields["early_stop"]
         return {
-            **asdict(self),
+            **fields,
             "totals": {
                 "num_layers": len(self.layers),
                 "sum_of_ranks": sum(layer.rank for layer in self.layers.values()),
@@ -190,6 +196,8 @@ class InitReport:
                 f"{self.statistics_s:.2f} s in the statistics; {self.solve_s:.2f} s to solve "
                 f"(together {self.overhead:.2f} of the model's time on top)"
             )
+        if self.early_stop is not None:
+            lines.append(f"early stop: {self.early_stop}")
         sketched = [layer.sketch_columns for layer in self.layers.values() if layer.sketch_columns is not None]
         if sketched:
             lines.append(
