@@ -1,4 +1,4 @@
-"""PEFT's own data-driven initialisations on the batches of ``run.py``."""
+"""PEFT's own data-driven initialisations on the batches of `run.py`."""
 
 from __future__ import annotations
 

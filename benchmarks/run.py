@@ -4,9 +4,9 @@
     python benchmarks/run.py --model tiny-sd                   # the bundled base, a few minutes
     python benchmarks/run.py --parts overhead --num_batches 16 --side 64 --rank 16
 
-Parts: ``overhead`` runs the same batches through the bare model and through ``initialize``, one after the other in one
-process, and gives medians of their ratio; ``peft`` does so with PEFT's own EVA, CorDA and LoRA-GA; ``variance``
-compares what the directions of both hold of the inputs' variance with the best in float64; ``growth`` varies batches,
+Parts: `overhead` runs the same batches through the bare model and through `initialize`, one after the other in one
+process, and gives medians of their ratio; `peft` does so with PEFT's own EVA, CorDA and LoRA-GA; `variance`
+compares what the directions of both hold of the inputs' variance with the best in float64; `growth` varies batches,
 ranks, layers and the width of a single layer, one at a time. Times are CPU seconds of this process, which neighbours on
 the machine disturb less than they do a clock.
 """
@@ -64,11 +64,11 @@ class Bench:
     """A UNet, its batches and its loss.
 
     Attributes:
-        unet: frozen, in evaluation mode.
+        unet: Frozen, in evaluation mode.
         latents: (num_batches, batch_size, channels, side, side).
         timesteps: (num_batches, batch_size).
         embeddings: (num_batches, batch_size, tokens, width).
-        rank: of all adapters.
+        rank: Of all adapters.
     """
 
     unet: UNet2DConditionModel
@@ -229,7 +229,7 @@ def median_row(rows: Sequence[Row]) -> Row:
 
 
 def overhead(bench: Bench, inits: Sequence[str], repeats: int) -> Iterator[Row]:
-    """Bare passes and initialisations in turn; ``ratio`` is the whole call over the bare passes beside it."""
+    """Bare passes and initialisations in turn; `ratio` is the whole call over the bare passes beside it."""
     for name in inits:
         backward = "gradients" in METHODS[name].observes
         rows: list[Row] = []
@@ -242,7 +242,7 @@ def overhead(bench: Bench, inits: Sequence[str], repeats: int) -> Iterator[Row]:
 
 
 def against_peft(bench: Bench, repeats: int, limit_s: float) -> Iterator[Row]:
-    """PEFT's initialisations and ours on the same batches in turn; ``ratio`` is PEFT's time over ours."""
+    """PEFT's initialisations and ours on the same batches in turn; `ratio` is PEFT's time over ours."""
     for name, run in peft_runs.RUNS.items():
         ours, theirs, note = [], [], ""
         for _ in range(repeats):
@@ -358,7 +358,7 @@ def hardware() -> str:
 
 
 def write(rows: Sequence[Row], title: str, directory: Path) -> None:
-    """``benchmark.csv`` and ``benchmark.md``; after every row, so that a run cut short has written what it has."""
+    """`benchmark.csv` and `benchmark.md`; after every row, so that a run cut short has written what it has."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "benchmark.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

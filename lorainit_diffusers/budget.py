@@ -1,7 +1,7 @@
 """How much memory statistics may take, and which of them are sketched so that they do.
 
 An exact second moment needs (features x features) numbers: 38 MB for a layer of width 3072 in float32, 604 MB for one
-of width 12288. :class:`MemoryBudget` keeps the exact ones while all statistics together fit. When the next one would
+of width 12288. `MemoryBudget` keeps the exact ones while all statistics together fit. When the next one would
 not, the widest width that is still exact is demoted: every moment of at least that width becomes a sketch, the ones
 already begun (which loses nothing against a sketch from the start: both are sums over the rows) as well as those to
 come. So no narrower layer is sketched before a wider one, and which widths end as sketches depends neither on the order
@@ -41,7 +41,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def sketch_columns(rank: int) -> int:
-    """Columns of a sketch that has to resolve ``rank`` directions: ``8 * rank + 64``.
+    """Columns of a sketch that has to resolve `rank` directions: `8 * rank + 64`.
 
     The error of a Nyström sketch falls with the eigenvalues beyond its columns (Tropp et al. 2017, theorem 4.1), so it
     needs a multiple of the rank, and the more the slower the spectrum decays. With this many, the leading 16 directions
@@ -60,21 +60,21 @@ class MemoryBudget:
     """The policy of one collection, its reference pass included.
 
     Args:
-        num_bytes: what all statistics of one process together may take; ``None`` for half of what is free when the
+        num_bytes: What all statistics of one process together may take; `None` for half of what is free when the
             collection starts, on the process that has least.
-        num_columns: of a sketch (:func:`sketch_columns`); a narrower layer is never sketched.
-        device: where accumulators live; ``None`` for where the rows are.
+        num_columns: Of a sketch (`sketch_columns`); a narrower layer is never sketched.
+        device: Where accumulators live; `None` for where the rows are.
 
     Attributes:
-        num_bytes: the budget; ``None`` until :meth:`start` has looked.
-        device: of the accumulators; ``None`` until then.
-        used: bytes of all accumulators, the projections that sketches share included. Copies of one layer's rows and
+        num_bytes: The budget; `None` until `start` has looked.
+        device: Of the accumulators; `None` until then.
+        used: Bytes of all accumulators, the projections that sketches share included. Copies of one layer's rows and
             the work space of its decomposition, which come and go, are not counted.
-        peak: the largest that ``used`` has been.
-        first_sketched_width: inputs of at least this width are sketched; ``None`` while all are exact.
+        peak: The largest that `used` has been.
+        first_sketched_width: Inputs of at least this width are sketched; `None` while all are exact.
 
     Raises:
-        ValueError: a budget that is not positive.
+        ValueError: A budget that is not positive.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class MemoryBudget:
         self._sketch_sizes: set[tuple[int, int]] = set()
 
     def start(self, device: torch.device, minimum_over_processes: Callable[[float], float]) -> None:
-        """Settle the budget; rows will come from ``device``. A second pass keeps what the first has settled."""
+        """Settle the budget; rows will come from `device`. A second pass keeps what the first has settled."""
         if self.device is not None:
             return
         self.device = self._statistics_device or device
@@ -116,7 +116,7 @@ class MemoryBudget:
         """Put an empty statistic into the table, as a sketch if need be, after demoting others if need be.
 
         Raises:
-            ValueError: it does not fit, sketched or not (names the layer, its width and what to do).
+            ValueError: It does not fit, sketched or not (names the layer, its width and what to do).
         """
         if self._statistics_device is not None:
             statistic.move(self._statistics_device)
@@ -141,7 +141,7 @@ class MemoryBudget:
         """Count the (empty) mean gradients of this table, which are never sketched.
 
         Raises:
-            ValueError: they alone do not fit (names the largest).
+            ValueError: They alone do not fit (names the largest).
         """
         assert self.device is not None
         device = self.device

@@ -1,6 +1,6 @@
 """The collection pass: the training loss with hooks attached.
 
-:func:`collect` runs a loss over a few batches and gathers one statistic a layer. It owns batches, shared inputs,
+`collect` runs a loss over a few batches and gathers one statistic a layer. It owns batches, shared inputs,
 evaluation mode, token masks, the check for non-finite values, timing and the reduction over processes; it knows
 neither models nor methods.
 """
@@ -40,12 +40,12 @@ class Collection:
     """What a collection pass gathered.
 
     Attributes:
-        statistics: layer -> statistic; layers fed by the same tensor hold the same object, or the same parts.
-        leaders: layer -> the first layer of its group of shared inputs (itself when it shares with none).
-        num_passes: forward passes made on this process.
-        forward_s: seconds in the loss (and backward), statistics not counted.
-        statistics_s: seconds in the statistics.
-        early_stop: why the pass ended when it did, where that was asked for and something could be said.
+        statistics: Layer -> statistic; layers fed by the same tensor hold the same object, or the same parts.
+        leaders: Layer -> the first layer of its group of shared inputs (itself when it shares with none).
+        num_passes: Forward passes made on this process.
+        forward_s: Seconds in the loss (and backward), statistics not counted.
+        statistics_s: Seconds in the statistics.
+        early_stop: Why the pass ended when it did, where that was asked for and something could be said.
     """
 
     statistics: dict[str, Observed] = field(default_factory=dict[str, Observed])
@@ -56,7 +56,7 @@ class Collection:
     early_stop: str | None = None
 
     def with_reference(self, reference: Collection) -> Collection:
-        """This pass and one over reference batches, both of second moments, as one: an ``InputsAndReference`` a layer.
+        """This pass and one over reference batches, both of second moments, as one: an `InputsAndReference` a layer.
 
         The groups of shared inputs are this pass's; the costs add up.
         """
@@ -84,7 +84,7 @@ class _SharedInputs:
         self.trace: dict[str, list[str]] = {}
 
     def leader(self, name: str, tensor: Tensor) -> str:
-        """The first layer that saw this tensor in this forward; notes it in ``trace``."""
+        """The first layer that saw this tensor in this forward; notes it in `trace`."""
         # Tensors made under inference_mode (cached prompt embeddings, say) keep no version.
         version = 0 if tensor.is_inference() else tensor._version
         signature = (version, tensor.data_ptr(), tensor.shape)
@@ -103,14 +103,14 @@ class PassOptions:
     """How one collection pass goes.
 
     Attributes:
-        observes: layer inputs (no backward pass), weight gradients (forward and backward), or both in one pass.
-        num_batches: cap on the batches; ``None`` means all of them, which must then be finite.
-        seed: of torch's global generators during the pass; they are as before after it.
-        share_inputs: one statistic for all layers that one tensor feeds.
-        batch_name: what messages and the progress bar call a batch.
-        progress: show a progress bar.
-        allow_unreached: leave out layers that the loss never reaches, instead of refusing them.
-        early_stop: ends the pass before the last batch; ``None`` for all batches.
+        observes: Layer inputs (no backward pass), weight gradients (forward and backward), or both in one pass.
+        num_batches: Cap on the batches; `None` means all of them, which must then be finite.
+        seed: Of torch's global generators during the pass; they are as before after it.
+        share_inputs: One statistic for all layers that one tensor feeds.
+        batch_name: What messages and the progress bar call a batch.
+        progress: Show a progress bar.
+        allow_unreached: Leave out layers that the loss never reaches, instead of refusing them.
+        early_stop: Ends the pass before the last batch; `None` for all batches.
     """
 
     observes: Literal["inputs", "gradients", "inputs and gradients"]
@@ -136,20 +136,20 @@ def collect(
     """Run the training loss over the batches and gather a statistic for every layer.
 
     The modules are in evaluation mode meanwhile (dropout off; no gradients for inputs). Training mode,
-    ``requires_grad``, hooks and the global random state are restored even when the forward raises.
+    `requires_grad`, hooks and the global random state are restored even when the forward raises.
 
     Args:
-        modules: component -> module; their mode is switched and restored.
-        layers: name -> linear layer inside them.
-        batches: what the loss takes; at most ``options.num_batches`` are drawn.
-        step: the training loss, and what is known about its steps; or the loss alone.
-        make_statistic: (name, layer) -> empty statistic; an ``InputsAndGradient`` where both are observed.
-        options: what is observed, over how many batches.
-        budget: of memory, which makes sketches of what does not fit; ``None`` for no limit.
-        **keywords: fields of the step and of the options one by one, such as ``observes="inputs"``.
+        modules: Component -> module; their mode is switched and restored.
+        layers: Name -> linear layer inside them.
+        batches: What the loss takes; at most `options.num_batches` are drawn.
+        step: The training loss, and what is known about its steps; or the loss alone.
+        make_statistic: (name, layer) -> empty statistic; an `InputsAndGradient` where both are observed.
+        options: What is observed, over how many batches.
+        budget: Of memory, which makes sketches of what does not fit; `None` for no limit.
+        **keywords: fields of the step and of the options one by one, such as `observes="inputs"`.
 
     Raises:
-        ValueError: no batches; statistics that do not fit into the budget in any form; non-finite activations or
+        ValueError: No batches; statistics that do not fit into the budget in any form; non-finite activations or
             gradients (names layer, batch and timesteps); a layer that the loss never reached; layers that share their
             input in one batch and not in another.
     """
@@ -183,7 +183,7 @@ def _grouped(
     """The step and the options, with these fields of theirs.
 
     Raises:
-        TypeError: a keyword that is a field of neither.
+        TypeError: A keyword that is a field of neither.
     """
     names = {item.name for item in fields(TrainingStep)}
     of_step = {key: value for key, value in keywords.items() if key in names}
@@ -270,7 +270,7 @@ class _Pass:
         """Run the loss of one batch, and see that what it added is sound.
 
         Raises:
-            ValueError: see :func:`collect`.
+            ValueError: See `collect`.
         """
         self._shared = _SharedInputs()
         result, before, start = self._result, self._result.statistics_s, time.perf_counter()
@@ -309,7 +309,7 @@ class _Pass:
         return loss
 
     def has_seen_enough(self) -> bool:
-        """Whether more batches would change nothing that is asked for, see :mod:`~lorainit_diffusers.early_stop`."""
+        """Whether more batches would change nothing that is asked for, see `early_stop`."""
         stop, start = self._options.early_stop, time.perf_counter()
         if stop is None or not stop.is_due(self._result.num_passes):
             return False
@@ -318,7 +318,7 @@ class _Pass:
         return is_over
 
     def _observed(self, layer: str) -> Observed | None:
-        """What was observed of a layer so far; ``None`` where nothing was."""
+        """What was observed of a layer so far; `None` where nothing was."""
         inputs, gradient = self._inputs.get(self._result.leaders.get(layer, "")), self._gradients.get(layer)
         if not self._observes_gradients:
             return inputs
@@ -332,7 +332,7 @@ class _Pass:
         """What was gathered, by layer and over all processes.
 
         Raises:
-            ValueError: no batch was taken, or the loss reached a layer in none of them.
+            ValueError: No batch was taken, or the loss reached a layer in none of them.
         """
         result, inputs, gradients, name = self._result, self._inputs, self._gradients, self._options.batch_name
         if result.num_passes == 0:
@@ -398,7 +398,7 @@ def _now(tensor: Tensor) -> float:
 
 
 def known_length(batches: Iterable[Any]) -> int | None:
-    """Number of batches, or ``None`` where it is not known (a loader over a stream has a ``len`` that raises)."""
+    """Number of batches, or `None` where it is not known (a loader over a stream has a `len` that raises)."""
     try:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:

@@ -51,12 +51,12 @@ class EarlyStop:
     """Watches the directions of a few layers while batches come in.
 
     Args:
-        limit: of the root mean sine between the directions at half of the batches and at all of them.
-        layers: to watch, by name.
-        directions: what the method makes of what was observed of a layer.
+        limit: Of the root mean sine between the directions at half of the batches and at all of them.
+        layers: To watch, by name.
+        directions: What the method makes of what was observed of a layer.
 
     Attributes:
-        reason: one sentence on why the pass ended, or did not end earlier; ``None`` before the first comparison.
+        reason: One sentence on why the pass ended, or did not end earlier; `None` before the first comparison.
     """
 
     def __init__(self, limit: float, layers: Sequence[str], directions: Directions) -> None:
@@ -72,8 +72,8 @@ class EarlyStop:
         """Whether the pass has seen enough after this many batches.
 
         Args:
-            num_batches: seen so far.
-            observed: layer -> what was observed of it so far.
+            num_batches: Seen so far.
+            observed: Layer -> what was observed of it so far.
         """
         if not self.is_due(num_batches):
             return False
@@ -105,9 +105,9 @@ def directions_of(method: Initializer, layers: Mapping[str, nn.Linear], ranks: M
     """The rows of A that a method gives a layer: whatever else it computes, they are what it has learned from the data.
 
     Args:
-        method: the initialisation.
-        layers: by name.
-        ranks: layer -> rank.
+        method: The initialisation.
+        layers: By name.
+        ranks: Layer -> rank.
     """
 
     def solve(name: str, observed: Observed) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 An initialisation needs the leading 8 to 128 directions of a matrix that has thousands. It is given as an operator (a
 function that multiplies it by a few columns), so products of weights, moments and Cholesky factors are never formed.
-:func:`leading_eigenpairs` builds an orthonormal basis of the block Krylov space {X, K X, K^2 X, ...} with full
+`leading_eigenpairs` builds an orthonormal basis of the block Krylov space {X, K X, K^2 X, ...} with full
 reorthogonalisation, takes the best eigenpairs that this space holds (Rayleigh-Ritz), and stops when their residuals say
 that the wanted subspace is right (Golub & Underwood 1977; Musco & Musco 2015, arXiv:1504.05477). Where the space would
 become a large part of the matrix, the matrix is decomposed in full, on CPU in float64.
@@ -55,7 +55,7 @@ class Eigen(NamedTuple):
 
 
 class SVD(NamedTuple):
-    """The leading singular triplets of a matrix, in descending order: ``left @ diag(values) @ right``.
+    """The leading singular triplets of a matrix, in descending order: `left @ diag(values) @ right`.
 
     Attributes:
         left: (rows, k) orthonormal columns.
@@ -79,7 +79,7 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 def eigh_descending(matrix: Tensor) -> Eigen:
-    """Eigendecomposition of a symmetric positive semi-definite matrix, in the precision of :func:`exact_dtype`.
+    """Eigendecomposition of a symmetric positive semi-definite matrix, in the precision of `exact_dtype`.
 
     float32 loses the directions whose eigenvalues are below 1e-6 of the largest, and a mean that dwarfs
     the variance makes that many of them.
@@ -105,7 +105,7 @@ def search_dtypes(device: torch.device) -> tuple[torch.dtype, torch.dtype]:
 
 
 def times(matrix: Tensor, block: Tensor) -> Tensor:
-    """``matrix @ block`` in the block's dtype; a float32 matrix is widened a few rows at a time, never as a whole."""
+    """`matrix @ block` in the block's dtype; a float32 matrix is widened a few rows at a time, never as a whole."""
     rows = block.mT.contiguous()
     if matrix.dtype == block.dtype:
         return (rows @ matrix.mT).mT
@@ -113,7 +113,7 @@ def times(matrix: Tensor, block: Tensor) -> Tensor:
 
 
 def transposed_times(matrix: Tensor, block: Tensor) -> Tensor:
-    """``matrix.mT @ block`` in the block's dtype, as :func:`times`."""
+    """`matrix.mT @ block` in the block's dtype, as `times`."""
     if matrix.dtype == block.dtype:
         return (block.mT.contiguous() @ matrix).mT
     product = block.new_zeros(block.shape[1], matrix.shape[1])
@@ -123,7 +123,7 @@ def transposed_times(matrix: Tensor, block: Tensor) -> Tensor:
 
 
 def is_exact(size: int, count: int) -> bool:
-    """Whether the leading ``count`` eigenpairs of a matrix of this size are taken from its full decomposition."""
+    """Whether the leading `count` eigenpairs of a matrix of this size are taken from its full decomposition."""
     return size <= MAX_EXACT_SIZE or 6 * (count + BLOCK_SIZE) >= size
 
 
@@ -133,7 +133,7 @@ class Leading(NamedTuple):
     Attributes:
         values: (k,) non-negative eigenvalues, descending.
         vectors: (size, k) orthonormal columns.
-        trace: the sum of all eigenvalues; estimated where the operator was not decomposed in full.
+        trace: The sum of all eigenvalues; estimated where the operator was not decomposed in full.
     """
 
     values: Tensor
@@ -154,7 +154,7 @@ def leading_eigenpairs(
 ) -> Leading:
     """The leading eigenpairs of a symmetric positive semi-definite operator, whatever its spectrum.
 
-    Those of :func:`krylov_eigenpairs`; of the full decomposition where :func:`is_exact` says so, or where the Krylov
+    Those of `krylov_eigenpairs`; of the full decomposition where `is_exact` says so, or where the Krylov
     space would have to be as dear. Arguments as there.
     """
     if not is_exact(size, count):
@@ -191,8 +191,8 @@ def krylov_eigenpairs(
 ) -> Leading | None:
     """The leading eigenpairs of a symmetric positive semi-definite operator, from a block Krylov space.
 
-    The subspace is within a sine of :data:`ANGLE_TOLERANCE` of the true one, where the eigenvalue below it is smaller
-    by more than :data:`SMALLEST_GAP` (Davis & Kahan 1970: the sine is at most residual / gap). Where the two are
+    The subspace is within a sine of `ANGLE_TOLERANCE` of the true one, where the eigenvalue below it is smaller
+    by more than `SMALLEST_GAP` (Davis & Kahan 1970: the sine is at most residual / gap). Where the two are
     closer, the subspace is not determined; what is found then holds as much of the trace to the same tolerance.
 
     The space is searched in float32, as far as its rounding allows. Where that may not be far enough, and the device
@@ -201,20 +201,20 @@ def krylov_eigenpairs(
 
     Args:
         operator: (size, n) columns -> (size, n) products, in the columns' dtype.
-        size: of the matrix.
-        count: how many eigenpairs, fewer than ``size``.
-        device: of the operator's products.
+        size: Of the matrix.
+        count: How many eigenpairs, fewer than `size`.
+        device: Of the operator's products.
         start: (size, n) columns thought to be near the leading eigenvectors, fewer than 16; random ones join them.
-        with_trace: also estimate the trace (Hutchinson's estimator on what the Krylov space does not hold; its
+        with_trace: Also estimate the trace (Hutchinson's estimator on what the Krylov space does not hold; its
             standard error is below sqrt(2 / (16 size)) of the trace for a flat spectrum, 1 % at width 1280, and less
             for others). Otherwise it is that of the Krylov space.
-        max_columns: how large the space may grow; by default half of ``size``, where it costs as much as the full
+        max_columns: How large the space may grow; by default half of `size`, where it costs as much as the full
             decomposition.
-        delicate: the operator's products lose more in float32 than those with a matrix do (it solves equations): make
+        delicate: The operator's products lose more in float32 than those with a matrix do (it solves equations): make
             sure of the result in float64 always.
 
     Returns:
-        In the precision of :func:`search_dtypes`' last; ``None`` where a space of that size is not enough.
+        In the precision of `search_dtypes`' last; `None` where a space of that size is not enough.
     """
     generator = torch.Generator().manual_seed(0)
     low, high = search_dtypes(device)
@@ -259,7 +259,7 @@ class _KrylovSpace:
     """A growing orthonormal basis Q, its image K Q, and Q' K Q.
 
     Args:
-        operator: products with K.
+        operator: Products with K.
         block: (size, n) columns to start with, in the precision to work in.
     """
 
@@ -282,16 +282,16 @@ class _KrylovSpace:
         return float(self._inner.diagonal().sum())
 
     def search(self, count: int, limit: int, first_check: int) -> tuple[Eigen, float] | None:
-        """Grow until the first ``count`` eigenpairs are right, or as right as rounding lets them be.
+        """Grow until the first `count` eigenpairs are right, or as right as rounding lets them be.
 
         Args:
-            count: how many are wanted.
-            limit: of the number of columns.
-            first_check: at how many columns to look at them for the first time.
+            count: How many are wanted.
+            limit: Of the number of columns.
+            first_check: At how many columns to look at them for the first time.
 
         Returns:
-            All Ritz pairs (with vectors of the first ``count`` + 16 only), and a bound of the angle with what rounding
-            may add, in units of :data:`ANGLE_TOLERANCE`; ``None`` where the limit is not enough.
+            All Ritz pairs (with vectors of the first `count` + 16 only), and a bound of the angle with what rounding
+            may add, in units of `ANGLE_TOLERANCE`; `None` where the limit is not enough.
         """
         checks: list[tuple[int, float]] = []  # columns, bound of the angle / what it may be
         next_check = max(first_check, count + 1)
@@ -334,7 +334,7 @@ class _KrylovSpace:
         self._next_block = product - self.basis @ coupling
 
     def _leading(self, count: int) -> tuple[Eigen, Tensor]:
-        """The Ritz pairs, with vectors of the first ``count`` + 16; the residuals' norms of the first ``count``."""
+        """The Ritz pairs, with vectors of the first `count` + 16; the residuals' norms of the first `count`."""
         values, vectors = torch.linalg.eigh((self._inner + self._inner.mT) / 2)
         values, rotation = values.flip(0).clamp_min(0), vectors.flip(1)[:, : count + BLOCK_SIZE].to(self._rows)
         image = self._image_rows[: self.num_columns].mT @ rotation[:, :count]
@@ -354,7 +354,7 @@ def _forecast(checks: list[tuple[int, float]]) -> int:
 
 
 def _orthonormal_beside(basis: Tensor, block: Tensor) -> Tensor:
-    """Orthonormal columns orthogonal to those of ``basis`` to the last digit, spanning with it what both do.
+    """Orthonormal columns orthogonal to those of `basis` to the last digit, spanning with it what both do.
 
     A projection that takes most of a column away leaves its rounding, which needs another one ("twice is enough",
     Parlett 1980); a block that the basis holds already is rounding from the start.
@@ -400,14 +400,14 @@ def operator_svd(
         operator: (columns, n) -> (rows, n), products with M.
         transposed: (rows, n) -> (columns, n), products with M'.
         shape: (rows, columns) of M.
-        rank: how many triplets, at most ``min(shape)``.
-        device: of the products.
+        rank: How many triplets, at most `min(shape)`.
+        device: Of the products.
         start: (rows, n) columns thought to be near the leading left singular vectors.
-        with_norm: also estimate ``||M||_F^2``, see :func:`krylov_eigenpairs`.
-        delicate: as there.
+        with_norm: Also estimate `||M||_F^2`, see `krylov_eigenpairs`.
+        delicate: As there.
 
     Returns:
-        The triplets, and ``||M||_F^2`` (that of the Krylov space, unless asked for).
+        The triplets, and `||M||_F^2` (that of the Krylov space, unless asked for).
     """
     leading = leading_eigenpairs(
         lambda block: operator(transposed(block)),
@@ -424,18 +424,18 @@ def operator_svd(
 
 
 def _finish(image: Tensor, left: Tensor) -> SVD:
-    """Triplets of ``left @ image`` for orthonormal columns ``left``: (rows, k) and image = left' M, (k, columns)."""
+    """Triplets of `left @ image` for orthonormal columns `left`: (rows, k) and image = left' M, (k, columns)."""
     basis, triangle = torch.linalg.qr(image.mT)
     inner = torch.linalg.svd(triangle.mT, full_matrices=False)
     return SVD(left @ inner.U, inner.S, inner.Vh @ basis.mT)
 
 
 def top_svd(matrix: Tensor, rank: int) -> SVD:
-    """The leading ``rank`` singular triplets of a matrix; exact up to rounding where it is small or the rank is large.
+    """The leading `rank` singular triplets of a matrix; exact up to rounding where it is small or the rank is large.
 
     Args:
         matrix: (rows, columns).
-        rank: how many triplets, at most ``min(matrix.shape)``.
+        rank: How many triplets, at most `min(matrix.shape)`.
 
     Returns:
         In float64 on devices that have it.
@@ -475,7 +475,7 @@ def product_svd(left: Tensor, right: Tensor) -> SVD:
         right: (k, columns), of the same dtype.
 
     Returns:
-        All min(rows, k, columns) triplets of ``left @ right``.
+        All min(rows, k, columns) triplets of `left @ right`.
     """
     left_basis, left_triangle = torch.linalg.qr(left)
     right_basis, right_triangle = torch.linalg.qr(right.mT)

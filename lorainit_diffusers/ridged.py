@@ -22,25 +22,25 @@ class RidgedMoment(Protocol):
     """S_l = S + ridge and F with F F' = S_l, as functions of (features, n) columns.
 
     Attributes:
-        ridge: what was added to every eigenvalue.
+        ridge: What was added to every eigenvalue.
     """
 
     ridge: float
 
     def shrink(self, block: Tensor) -> Tensor:
-        """S S_l^(-1) ``block``, every eigenvalue v of S as v / (v + ridge)."""
+        """S S_l^(-1) `block`, every eigenvalue v of S as v / (v + ridge)."""
         ...
 
     def whiten(self, block: Tensor) -> Tensor:
-        """F^(-1) ``block``."""
+        """F^(-1) `block`."""
         ...
 
     def whiten_transposed(self, block: Tensor) -> Tensor:
-        """F'^(-1) ``block``."""
+        """F'^(-1) `block`."""
         ...
 
     def colour_transposed(self, block: Tensor) -> Tensor:
-        """F' ``block``."""
+        """F' `block`."""
         ...
 
 
@@ -49,7 +49,7 @@ class CholeskyRidged:
 
     Args:
         moment: (features, features) S; not used any more after the call.
-        ridge: positive.
+        ridge: Positive.
         moment_times: (features, n) float64 columns -> S times them, in float64.
 
     Raises:
@@ -64,11 +64,11 @@ class CholeskyRidged:
         self._factors = {factor.dtype: factor}
 
     def shrink(self, block: Tensor) -> Tensor:
-        """S S_l^(-1) ``block``."""
+        """S S_l^(-1) `block`."""
         return block - self.ridge * self.solve(block)
 
     def solve(self, block: Tensor) -> Tensor:
-        """S_l^(-1) ``block``; of float64 columns with more digits than a float32 factor has."""
+        """S_l^(-1) `block`; of float64 columns with more digits than a float32 factor has."""
         if block.dtype == torch.float32 or torch.float64 in self._factors:
             return torch.cholesky_solve(block, self._factor(block))
         # Refined with residuals in float64 (Wilkinson 1963).
@@ -80,15 +80,15 @@ class CholeskyRidged:
         return solved
 
     def whiten(self, block: Tensor) -> Tensor:
-        """F^(-1) ``block``."""
+        """F^(-1) `block`."""
         return torch.linalg.solve_triangular(self._factor(block), block, upper=False)
 
     def whiten_transposed(self, block: Tensor) -> Tensor:
-        """F'^(-1) ``block``."""
+        """F'^(-1) `block`."""
         return torch.linalg.solve_triangular(self._factor(block).mT, block, upper=True)
 
     def colour_transposed(self, block: Tensor) -> Tensor:
-        """F' ``block``."""
+        """F' `block`."""
         return self._factor(block).mT @ block
 
     def _factor(self, block: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ class ThinRidged:
     Args:
         values: (k,) leading eigenvalues.
         vectors: (features, k) their eigenvectors.
-        rest: the eigenvalue of all other directions.
-        ridge: positive.
+        rest: The eigenvalue of all other directions.
+        ridge: Positive.
     """
 
     def __init__(self, values: Tensor, vectors: Tensor, rest: float, ridge: float) -> None:
@@ -123,19 +123,19 @@ class ThinRidged:
         return outside.to(block) * block + vectors @ inside
 
     def shrink(self, block: Tensor) -> Tensor:
-        """S S_l^(-1) ``block``."""
+        """S S_l^(-1) `block`."""
         return self._apply(lambda values: 1 - self.ridge / values, block)
 
     def whiten(self, block: Tensor) -> Tensor:
-        """F^(-1) ``block``."""
+        """F^(-1) `block`."""
         return self._apply(torch.rsqrt, block)
 
     def whiten_transposed(self, block: Tensor) -> Tensor:
-        """F'^(-1) ``block``."""
+        """F'^(-1) `block`."""
         return self.whiten(block)
 
     def colour_transposed(self, block: Tensor) -> Tensor:
-        """F' ``block``."""
+        """F' `block`."""
         return self._apply(torch.sqrt, block)
 
 
@@ -148,11 +148,11 @@ class FewRowsRidged:
     Args:
         rows: (k, features) float32 Y.
         gram: (k, k) Y Y'; not used any more after the call.
-        ridge: positive.
-        eigenpairs: gives the non-zero eigenvalues of S, and their (features, n) eigenvectors.
+        ridge: Positive.
+        eigenpairs: Gives the non-zero eigenvalues of S, and their (features, n) eigenvectors.
 
     Attributes:
-        ridge: what was added to every eigenvalue.
+        ridge: What was added to every eigenvalue.
         rows: Y.
     """
 
@@ -164,27 +164,27 @@ class FewRowsRidged:
         self._root: ThinRidged | None = None
 
     def shrink(self, block: Tensor) -> Tensor:
-        """S S_l^(-1) ``block``."""
+        """S S_l^(-1) `block`."""
         return transposed_times(self.rows, self._small.solve(times(self.rows, block)))
 
     def shrink_rows(self, block: Tensor) -> Tensor:
-        """Y S_l^(-1) Y' ``block`` for (k, n) columns."""
+        """Y S_l^(-1) Y' `block` for (k, n) columns."""
         return self._small.shrink(block)
 
     def solve_rows(self, block: Tensor) -> Tensor:
-        """(Y Y' + ridge)^(-1) ``block`` for (k, n) columns."""
+        """(Y Y' + ridge)^(-1) `block` for (k, n) columns."""
         return self._small.solve(block)
 
     def whiten(self, block: Tensor) -> Tensor:
-        """F^(-1) ``block``."""
+        """F^(-1) `block`."""
         return self._thin().whiten(block)
 
     def whiten_transposed(self, block: Tensor) -> Tensor:
-        """F'^(-1) ``block``."""
+        """F'^(-1) `block`."""
         return self._thin().whiten(block)
 
     def colour_transposed(self, block: Tensor) -> Tensor:
-        """F' ``block``."""
+        """F' `block`."""
         return self._thin().colour_transposed(block)
 
     def _thin(self) -> ThinRidged:

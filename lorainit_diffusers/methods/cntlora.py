@@ -7,14 +7,14 @@ both factors, and ranks vary.
 
 Let S = E[x x'] over the fine-tuning inputs of a layer, S_l = S + ridge (eigenvalues floored) and W0 its weight.
 
-* ``"alignment"``: the adapted layer gives the fine-tuning inputs the output second moment that the pre-trained layer
+* `"alignment"`: the adapted layer gives the fine-tuning inputs the output second moment that the pre-trained layer
   gave its pre-training inputs. These are taken as isotropic (layers follow normalisations):
   (W0 + D) S_l (W0 + D)' = c^2 W0 W0'. Of all solutions D = W0 (c S_l^(-1/2) - I) is the one that displaces the inputs
   least (the optimal-transport map); c^2 is the mean eigenvalue of S_l, so isotropic inputs give D = 0.
   Or they are measured on samples of the pre-training distribution, with second moment S_p (S_pl with its own ridge):
   (W0 + D) S_l (W0 + D)' = W0 S_pl W0', and D = W0 (T - I) with the optimal-transport map between two Gaussians,
   T = S_l^(-1/2) (S_l^(1/2) S_pl S_l^(1/2))^(1/2) S_l^(-1/2) (Knott & Smith 1984). Equal distributions give D = 0.
-* ``"decorrelation"``: (W0 + D) X = W0 X_p with X_p uncorrelated with X gives the ridge solution D = -W0 S S_l^(-1).
+* `"decorrelation"`: (W0 + D) X = W0 X_p with X_p uncorrelated with X gives the ridge solution D = -W0 S S_l^(-1).
 
 The decorrelation needs products with S and solves with S_l only. The alignments are computed in the eigenbasis of S,
 where all of these but T are column scalings of W0.
@@ -68,20 +68,20 @@ class CNTLoRA(Declared):
     """The closed-form estimate D of the weight change, truncated to rank r and factored.
 
     Attributes:
-        constraint: which constraint D solves, see the module's docstring.
-        ridge: added to S, as a multiple of its mean eigenvalue; to S_p likewise, of its own.
-        truncation: ``"activation"`` keeps the best rank-r approximation of the output change on the data (SVD of
-            D S_l^(1/2)); ``"weight"`` that of D itself.
-        gauge: how B A = D_r is split. ``"whitened"``: the hidden activations A x are uncorrelated with equal variance
-            (under S_l), which preconditions the training of B; ``"activation"``: uncorrelated, the square root of the
-            singular values on both sides; ``"balanced"``: the plain SVD of D_r, its square root on both sides.
-        base: ``"offset"`` subtracts B A of step 0 and so keeps the base model's function; ``"down_only"`` keeps
-            A and sets B = 0; ``"active"`` starts from W0 + gamma * D_r.
-        gamma: of ``"active"``.
-        scale: one scalar moves between A and B (``"down_only"``: scales A). ``"paper"``: ||A||_F = ||B||_F
-            (``"down_only"``: ||A||_F = sqrt(rank)); ``"matched"``: E||A x||^2 as PEFT's Kaiming initialisation has it.
-        pretraining: what ``"alignment"`` takes the pre-training inputs for. ``"isotropic"``: white, as strong as the
-            fine-tuning inputs; ``"measured"``: as the reference batches have them, which ``initialize`` then needs.
+        constraint: Which constraint D solves, see the module's docstring.
+        ridge: Added to S, as a multiple of its mean eigenvalue; to S_p likewise, of its own.
+        truncation: `"activation"` keeps the best rank-r approximation of the output change on the data (SVD of
+            D S_l^(1/2)); `"weight"` that of D itself.
+        gauge: How B A = D_r is split. `"whitened"`: the hidden activations A x are uncorrelated with equal variance
+            (under S_l), which preconditions the training of B; `"activation"`: uncorrelated, the square root of the
+            singular values on both sides; `"balanced"`: the plain SVD of D_r, its square root on both sides.
+        base: `"offset"` subtracts B A of step 0 and so keeps the base model's function; `"down_only"` keeps
+            A and sets B = 0; `"active"` starts from W0 + gamma * D_r.
+        gamma: Of `"active"`.
+        scale: One scalar moves between A and B (`"down_only"`: scales A). `"paper"`: ||A||_F = ||B||_F
+            (`"down_only"`: ||A||_F = sqrt(rank)); `"matched"`: E||A x||^2 as PEFT's Kaiming initialisation has it.
+        pretraining: What `"alignment"` takes the pre-training inputs for. `"isotropic"`: white, as strong as the
+            fine-tuning inputs; `"measured"`: as the reference batches have them, which `initialize` then needs.
     """
 
     observes: ClassVar[Observes] = "inputs"
@@ -117,17 +117,17 @@ class CNTLoRA(Declared):
 
     @property
     def step_zero(self) -> StepZero:
-        """Follows from ``base``."""
+        """Follows from `base`."""
         steps: dict[str, StepZero] = {"offset": "offset", "down_only": "equal", "active": "moved"}
         return steps[self.base]
 
     @property
     def needs_reference(self) -> bool:
-        """Follows from ``pretraining``."""
+        """Follows from `pretraining`."""
         return self.pretraining == "measured"
 
     def statistic(self, in_features: int, out_features: int, rank: int) -> Observed | None:
-        """The exact second moment of the inputs; with ``pretraining="measured"``, that of the reference too."""
+        """The exact second moment of the inputs; with `pretraining="measured"`, that of the reference too."""
         if self.pretraining == "measured":
             return InputsAndReference(SecondMoment(in_features), SecondMoment(in_features))
         return SecondMoment(in_features)
@@ -135,10 +135,10 @@ class CNTLoRA(Declared):
     def solve(
         self, weight: Tensor, statistic: Observed | None, max_rank: int, *, scaling: float, generator: torch.Generator
     ) -> Solution:
-        """Scores are the shares of ||D S_l^(1/2)||_F^2 (``truncation="weight"``: of ||D||_F^2).
+        """Scores are the shares of ||D S_l^(1/2)||_F^2 (`truncation="weight"`: of ||D||_F^2).
 
         Raises:
-            ValueError: the statistic is not the one that this method asked for.
+            ValueError: The statistic is not the one that this method asked for.
         """
         reference: InputStatistic | None = None
         if self.pretraining == "measured":
@@ -179,7 +179,7 @@ class CNTLoRA(Declared):
         return _Truncated(leading, rows, inputs, ridged, coloured=coloured)
 
     def _squared(self, weight: Tensor, inputs: InputStatistic, ridged: RidgedMoment) -> Operator:
-        """D S_l D' (``truncation="weight"``: D D'), as an operator."""
+        """D S_l D' (`truncation="weight"`: D D'), as an operator."""
 
         def apply(block: Tensor) -> Tensor:
             block = transposed_times(weight, block)
@@ -201,7 +201,7 @@ class CNTLoRA(Declared):
         return apply
 
     def _factored(self, truncated: _Truncated, inputs: InputStatistic, scaling: float) -> Solution:
-        """The split of D_r = U R into B A that ``gauge``, ``base`` and ``scale`` ask for."""
+        """The split of D_r = U R into B A that `gauge`, `base` and `scale` ask for."""
         scores = truncated.singular.square() / (truncated.total if truncated.total > 0 else 1.0)
         trace = inputs.trace(centered=False)
         natural = "weight" if self.gauge == "balanced" else "activation"  # the metric that the gauge is orthogonal in
@@ -273,7 +273,7 @@ class CNTLoRA(Declared):
         return (values + self.ridge * mean_eigenvalue).clamp_min(EIGENVALUE_FLOOR * mean_eigenvalue)
 
     def _transported_minus_self(self, rows: Tensor, root: Tensor, basis: Eigenbasis, reference: Eigenbasis) -> Tensor:
-        """``rows @ (T - I)``, all in the eigenbasis of S, where S_l^(1/2) is diag(``root``).
+        """`rows @ (T - I)`, all in the eigenbasis of S, where S_l^(1/2) is diag(`root`).
 
         Of sketches both moments are a multiple of the identity outside the span Z of their leading eigenvectors, and so
         is T: sqrt(rest of S_pl / rest of S_l). Within Z the same formula holds for the small matrices.
@@ -300,7 +300,7 @@ class CNTLoRA(Declared):
         return outside * rows + torch.cat([change[:, :k], change[:, k:] @ span.mT], dim=1)
 
     def _factor(self, lora_A: Tensor, lora_B: Tensor, power: Tensor, trace: float) -> Tensor:
-        """The scalar that A is multiplied and B divided by; ``power`` is E||A x||^2."""
+        """The scalar that A is multiplied and B divided by; `power` is E||A x||^2."""
         tiny = torch.finfo(lora_A.dtype).tiny
         rank, in_features = lora_A.shape
         if self.scale == "matched" and float(power) > 0:
@@ -319,8 +319,8 @@ class _Truncated:
         left: (out_features, max_rank) U, orthonormal columns.
         singular: (max_rank,) singular values of D in the metric of the truncation, descending.
         rows: (max_rank, in_features) R = U' D.
-        total: the sum of all squared singular values.
-        coloured_rows: (max_rank, in_features) R F with F F' = S_l, where ``coloured`` asks for them.
+        total: The sum of all squared singular values.
+        coloured_rows: (max_rank, in_features) R F with F F' = S_l, where `coloured` asks for them.
         rows_moment: (max_rank, max_rank) R S R'.
     """
 
@@ -333,6 +333,6 @@ class _Truncated:
 
 
 def _transport(squared: Tensor, scale: Tensor) -> Tensor:
-    """S_l^(-1/2) ``squared``^(1/2) S_l^(-1/2) with S_l^(1/2) = diag(``scale``); squared is S_l^(1/2) S_pl S_l^(1/2)."""
+    """S_l^(-1/2) `squared`^(1/2) S_l^(-1/2) with S_l^(1/2) = diag(`scale`); squared is S_l^(1/2) S_pl S_l^(1/2)."""
     values, vectors = torch.linalg.eigh(squared)
     return (vectors * values.clamp_min(0).sqrt() @ vectors.mT) / torch.outer(scale, scale)

@@ -35,7 +35,7 @@ class CorDA(Declared):
     With W0 S = U Sigma V', what is multiplied back is V' S^-1 = Sigma^-1 U' W0: no inverse is ever needed.
 
     Attributes:
-        ridge: added to S before it is inverted, as a multiple of its mean eigenvalue. The authors' code raises a
+        ridge: Added to S before it is inverted, as a multiple of its mean eigenvalue. The authors' code raises a
             damping of 0.01 until the inverse is accurate; a fixed ridge is reproducible.
     """
 

@@ -43,11 +43,11 @@ class GradientStep(Declared):
     """A from the data, B after one gradient step.
 
     Attributes:
-        directions: what A's rows span. ``"inputs"``: the top-r eigenvectors of the centred covariance (EVA);
-            ``"gradient"``: the top-r right singular vectors of G; ``"whitened_gradient"``: see the module's docstring.
-        step: relative change of the layer's outputs at step 0; 0 keeps B = 0.
-        scale: of A. ``"unit"``: ||A||_F = sqrt(rank); ``"matched"``: E||A x||^2 as PEFT's Kaiming initialisation has.
-        ridge: added to S for the whitening, as a multiple of its mean eigenvalue.
+        directions: What A's rows span. `"inputs"`: the top-r eigenvectors of the centred covariance (EVA);
+            `"gradient"`: the top-r right singular vectors of G; `"whitened_gradient"`: see the module's docstring.
+        step: Relative change of the layer's outputs at step 0; 0 keeps B = 0.
+        scale: Of A. `"unit"`: ||A||_F = sqrt(rank); `"matched"`: E||A x||^2 as PEFT's Kaiming initialisation has.
+        ridge: Added to S for the whitening, as a multiple of its mean eigenvalue.
     """
 
     observes: ClassVar[Observes] = "inputs and gradients"
@@ -89,7 +89,7 @@ class GradientStep(Declared):
         """Scores are the shares that the directions have of the variance, of ||G||_F^2 or of ||G S_l^(-1/2)||_F^2.
 
         Raises:
-            ValueError: the statistic is not one of inputs and gradient.
+            ValueError: The statistic is not one of inputs and gradient.
         """
         if not isinstance(statistic, InputsAndGradient):
             raise ValueError(
@@ -148,7 +148,7 @@ class GradientStep(Declared):
 
 @dataclass(frozen=True)
 class GradientWhitened(GradientStep):
-    """A = the leading directions of the whitened gradient, B = 0; attributes as in :class:`GradientStep`."""
+    """A = the leading directions of the whitened gradient, B = 0; attributes as in `GradientStep`."""
 
     summary: ClassVar[str] = "A along the weight's mean gradient where the inputs are white, B = 0."
     source: ClassVar[str] = "our own; it preconditions by the matrix of K-FAC, arXiv:1503.05671"

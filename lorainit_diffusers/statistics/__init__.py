@@ -1,15 +1,15 @@
 """Streaming statistics of what a linear layer sees: what the initialisations are computed from.
 
-Each statistic is fed row batches with :meth:`update`, joined across processes with :func:`all_reduce` (or
-:meth:`merge`), and read when the pass is over. All are additive: any split of the rows into batches, any order and any
+Each statistic is fed row batches with `update`, joined across processes with `all_reduce` (or
+`merge`), and read when the pass is over. All are additive: any split of the rows into batches, any order and any
 number of processes give the same result up to rounding in the accumulator.
 
-* :class:`SecondMoment`: the exact mean and covariance (Chan, Golub and LeVeque 1979, the pairwise update).
-* :class:`SketchedSecondMoment`: a Nyström sketch of the same in ``features x k`` numbers (Tropp et al. 2017,
+* `SecondMoment`: the exact mean and covariance (Chan, Golub and LeVeque 1979, the pairwise update).
+* `SketchedSecondMoment`: a Nyström sketch of the same in `features x k` numbers (Tropp et al. 2017,
   arXiv:1706.05736, algorithm 3), for layers whose exact moment would not fit.
-* :class:`GradientMean`: the mean gradient of a weight.
+* `GradientMean`: the mean gradient of a weight.
 
-Accumulators live where the rows are, or on the device given to :meth:`move`; products are taken where the rows are, in
+Accumulators live where the rows are, or on the device given to `move`; products are taken where the rows are, in
 true float32 (no TF32, no autocast): half-precision activations are converted before anything is squared, so a float16
 activation of 1e4 does not overflow.
 """

@@ -51,7 +51,7 @@ class Statistic(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of `state_dict`."""
         ...
 
 
@@ -80,7 +80,7 @@ class InputStatistic(Statistic, Protocol):
         ...
 
     def leading(self, count: int, *, centered: bool) -> Eigen:
-        """The leading ``count`` eigenpairs of the same (or all that a sketch resolves), without the others."""
+        """The leading `count` eigenpairs of the same (or all that a sketch resolves), without the others."""
         ...
 
     def times(self, block: Tensor) -> Tensor:
@@ -88,11 +88,11 @@ class InputStatistic(Statistic, Protocol):
         ...
 
     def output_power(self, matrix: Tensor) -> float:
-        """E||``matrix`` x||^2 over the rows x; the matrix is (n, features)."""
+        """E||`matrix` x||^2 over the rows x; the matrix is (n, features)."""
         ...
 
     def ridged(self, share: float) -> RidgedMoment:
-        """The second moment plus ``share`` > 0 of its mean eigenvalue (of 1, where all rows were zero)."""
+        """The second moment plus `share` > 0 of its mean eigenvalue (of 1, where all rows were zero)."""
         ...
 
 
@@ -166,7 +166,7 @@ class MeanAndCount(ABC):
         """(features,) mean row.
 
         Raises:
-            ValueError: no row has been seen.
+            ValueError: No row has been seen.
         """
         if self._mean is None:
             raise ValueError("the statistic is empty: it has seen no rows; run the collection pass first")
@@ -179,7 +179,7 @@ class MeanAndCount(ABC):
         return self._eigen[centered]
 
     def ridged(self, share: float) -> RidgedMoment:
-        """The second moment plus ``share`` > 0 of its mean eigenvalue; kept like :meth:`eigh`."""
+        """The second moment plus `share` > 0 of its mean eigenvalue; kept like `eigh`."""
         if share not in self._ridged:
             mean_eigenvalue = self.trace(centered=False) / self._features
             self._ridged[share] = self._add_ridge(share * (mean_eigenvalue if mean_eigenvalue > 0 else 1.0))
@@ -206,10 +206,10 @@ class MeanAndCount(ABC):
             raise ValueError(f"rows have shape {tuple(rows.shape)}, expected (n, {self._features})")
 
     def _fold(self, rows: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Fold the mean of float32 ``rows`` into the running one; returns (batch mean, step, weight).
+        """Fold the mean of float32 `rows` into the running one; returns (batch mean, step, weight).
 
-        ``step`` is the new batch's mean minus the old mean and ``weight`` = n m / (n + m), so that
-        ``weight * step step'`` is what the scatter gains between the two groups.
+        `step` is the new batch's mean minus the old mean and `weight` = n m / (n + m), so that
+        `weight * step step'` is what the scatter gains between the two groups.
         """
         batch_mean = rows.mean(0)
         accumulator = batch_mean.to(device=self._device or rows.device, dtype=self._dtype(rows.device))

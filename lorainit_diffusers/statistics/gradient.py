@@ -12,7 +12,7 @@ class GradientMean:
     """The weighted mean over batches of a weight's gradient, accumulated in float32 whatever the model's dtype.
 
     Args:
-        shape: of the weight, (out_features, in_features).
+        shape: Of the weight, (out_features, in_features).
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
@@ -36,7 +36,7 @@ class GradientMean:
         """Add one batch's gradient: (out_features, in_features), and how much it counts beside the others.
 
         Raises:
-            ValueError: the shape is not the weight's.
+            ValueError: The shape is not the weight's.
         """
         if tuple(rows.shape) != self._shape:
             raise ValueError(f"the gradient has shape {tuple(rows.shape)}, expected {self._shape}")
@@ -49,14 +49,14 @@ class GradientMean:
         """(out_features, in_features) mean gradient, float32.
 
         Raises:
-            ValueError: no gradient has been seen.
+            ValueError: No gradient has been seen.
         """
         if self._sum is None:
             raise ValueError("the statistic is empty: no gradient reached this weight; does the loss depend on it?")
         return self._sum / self._total_weight
 
     def merge(self, other: GradientMean) -> None:
-        """Add everything that ``other`` has seen."""
+        """Add everything that `other` has seen."""
         if other._sum is None:
             return
         self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
@@ -81,14 +81,14 @@ class GradientMean:
         self._num_batches, self._total_weight = int(counts[0]), float(counts[1])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``num_batches``, ``total_weight``, ``sum`` (out_features, in_features); empty before the first gradient."""
+        """`num_batches`, `total_weight`, `sum` (out_features, in_features); empty before the first gradient."""
         if self._sum is None:
             return {}
         total_weight = torch.tensor(self._total_weight, dtype=torch.float64)
         return {"num_batches": torch.tensor(self._num_batches), "total_weight": total_weight, "sum": self._sum.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of `state_dict`."""
         self._num_batches = int(state["num_batches"]) if state else 0
         self._total_weight = float(state["total_weight"]) if state else 0.0
         self._sum = state["sum"].clone() if state else None

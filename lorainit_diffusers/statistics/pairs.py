@@ -14,8 +14,8 @@ class InputsAndGradient:
     """Two statistics of one layer, for methods that need both.
 
     Attributes:
-        inputs: filled by the forward passes; layers fed by one tensor hold the same object.
-        gradient: filled by the backward passes.
+        inputs: Filled by the forward passes; layers fed by one tensor hold the same object.
+        gradient: Filled by the backward passes.
     """
 
     inputs: SecondMoment | SketchedSecondMoment
@@ -32,8 +32,8 @@ class InputsAndReference:
     """The inputs of one layer under two distributions, for methods that compare them.
 
     Attributes:
-        inputs: filled by the fine-tuning batches; layers fed by one tensor hold the same object.
-        reference: filled by batches of the pre-training distribution; shared alike.
+        inputs: Filled by the fine-tuning batches; layers fed by one tensor hold the same object.
+        reference: Filled by batches of the pre-training distribution; shared alike.
     """
 
     inputs: SecondMoment | SketchedSecondMoment

@@ -17,9 +17,9 @@ def all_reduce(statistics: Iterable[Statistic], sum_across_processes: SumAcrossP
     """Join every statistic with those of the same place on the other processes.
 
     Args:
-        statistics: filled, in the same order on every process; each once.
-        sum_across_processes: sums a tensor over the processes in place. Called with one-dimensional tensors, about as
-            often as they fill buffers of :data:`BUFFER_BYTES`, precision by precision.
+        statistics: Filled, in the same order on every process; each once.
+        sum_across_processes: Sums a tensor over the processes in place. Called with one-dimensional tensors, about as
+            often as they fill buffers of `BUFFER_BYTES`, precision by precision.
     """
     rounds = [statistic.sums() for statistic in statistics]
     while rounds:

@@ -40,7 +40,7 @@ class SecondMoment(MeanAndCount):
     The scatter is kept about the running mean, so the covariance never comes from subtracting two large numbers.
 
     Args:
-        features: width of a row.
+        features: Width of a row.
     """
 
     def __init__(self, features: int) -> None:
@@ -97,7 +97,7 @@ class SecondMoment(MeanAndCount):
         """Add rows: (n, features), any floating dtype; products in float32, sums in float64 where that is cheap.
 
         Raises:
-            ValueError: the shape is not (n, features).
+            ValueError: The shape is not (n, features).
         """
         self._check(rows)
         if rows.shape[0] == 0:
@@ -143,7 +143,7 @@ class SecondMoment(MeanAndCount):
             self._flush()
 
     def merge(self, other: SecondMoment) -> None:
-        """Add everything that ``other`` has seen."""
+        """Add everything that `other` has seen."""
         if other._mean is None:
             return
         if self._mean is None:
@@ -185,7 +185,7 @@ class SecondMoment(MeanAndCount):
         return float(variance if centered else variance + mean.square().sum())
 
     def few_rows(self, *, centered: bool) -> Tensor | None:
-        """(k, features) float32 Y with Y' Y the covariance or second moment; ``None`` where the rows became a scatter.
+        """(k, features) float32 Y with Y' Y the covariance or second moment; `None` where the rows became a scatter.
 
         Up to signs and rotations, which Y' Y does not show, these are the rows seen, over the root of their number.
         """
@@ -209,7 +209,7 @@ class SecondMoment(MeanAndCount):
         return Eigenbasis(Eigen(values.to(dtype), vectors.to(dtype)))
 
     def leading(self, count: int, *, centered: bool) -> Eigen:
-        """The leading ``count`` eigenpairs, as :func:`leading_eigenpairs` finds them; kept like :meth:`eigh`."""
+        """The leading `count` eigenpairs, as `leading_eigenpairs` finds them; kept like `eigh`."""
         known = self._leading.get(centered)
         if known is None or len(known.values) < count:
             rows = self.few_rows(centered=centered)
@@ -249,7 +249,7 @@ class SecondMoment(MeanAndCount):
         return self._narrow
 
     def output_power(self, matrix: Tensor) -> float:
-        """E||``matrix`` x||^2 over the rows x."""
+        """E||`matrix` x||^2 over the rows x."""
         rows = self._uncentred
         if rows is not None:
             return float((rows.to(matrix) @ matrix.mT).double().square().sum())
@@ -300,7 +300,7 @@ class SecondMoment(MeanAndCount):
         return sketch
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``num_rows``, ``mean`` (features,) and ``scatter`` (features, features); empty before the first row."""
+        """`num_rows`, `mean` (features,) and `scatter` (features, features); empty before the first row."""
         if self._mean is None:
             return {}
         return {
@@ -310,7 +310,7 @@ class SecondMoment(MeanAndCount):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of `state_dict`."""
         self._forget()
         self._num_rows = int(state["num_rows"]) if state else 0
         self._mean = state["mean"].clone() if state else None
@@ -343,12 +343,12 @@ def _moment_times(scatter: Tensor, mean: Tensor, num_rows: int) -> Callable[[Ten
 
 
 def _gram_times(rows: Tensor) -> Callable[[Tensor], Tensor]:
-    """Products with ``rows' rows``."""
+    """Products with `rows' rows`."""
     return lambda block: transposed_times(rows, times(rows, block))
 
 
 def _eigh_of_few(rows: Tensor) -> Eigen:
-    """The eigenpairs of ``rows' rows`` whose values are not zero, from the small matrix ``rows rows'``."""
+    """The eigenpairs of `rows' rows` whose values are not zero, from the small matrix `rows rows'`."""
     rows = rows.to(search_dtypes(rows.device)[1])
     values, left = torch.linalg.eigh(rows @ rows.mT)
     keep = values > max(SMALLEST_VALUE, 64 * torch.finfo(values.dtype).eps) * values[-1]
@@ -357,7 +357,7 @@ def _eigh_of_few(rows: Tensor) -> Eigen:
 
 
 def _add_product(target: Tensor, rows: Tensor) -> bool:
-    """Add ``rows' rows`` to a (features, features) matrix; of a wide one, only the blocks on and below the diagonal.
+    """Add `rows' rows` to a (features, features) matrix; of a wide one, only the blocks on and below the diagonal.
 
     The product is symmetric, so a library that does not know it computes half of it for nothing: four block columns
     save three eighths. Adding inside the products makes no temporary.

@@ -37,15 +37,15 @@ class SketchedSecondMoment(MeanAndCount):
 
     Keeps Y = scatter @ Omega for a fixed random orthonormal Omega, and the trace. The eigenpairs are those of the
     Nyström approximation Y (Omega' Y)^-1 Y' with Tropp et al.'s stabilising shift; the leading ones are accurate when
-    ``num_columns`` is a few times the rank and the spectrum decays.
+    `num_columns` is a few times the rank and the spectrum decays.
 
     Args:
-        features: width of a row.
-        num_columns: columns of the sketch, at most ``features``.
-        seed: of Omega; must be the same on every process.
+        features: Width of a row.
+        num_columns: Columns of the sketch, at most `features`.
+        seed: Of Omega; must be the same on every process.
 
     Raises:
-        ValueError: ``num_columns`` is not in 1..features.
+        ValueError: `num_columns` is not in 1..features.
     """
 
     def __init__(self, features: int, num_columns: int, seed: int = 0) -> None:
@@ -102,10 +102,10 @@ class SketchedSecondMoment(MeanAndCount):
             self._trace = trace if self._trace is None else self._trace + trace
 
     def merge(self, other: SketchedSecondMoment) -> None:
-        """Add everything that ``other`` has seen; both must have been made with the same seed and size.
+        """Add everything that `other` has seen; both must have been made with the same seed and size.
 
         Raises:
-            ValueError: the two use different random projections.
+            ValueError: The two use different random projections.
         """
         if self._size != other._size:
             raise ValueError("the sketches use different random projections; make both with the same size and seed")
@@ -164,7 +164,7 @@ class SketchedSecondMoment(MeanAndCount):
         return self._complete[centered]
 
     def leading(self, count: int, *, centered: bool) -> Eigen:
-        """The leading ``count`` eigenpairs, or all ``num_columns`` that the sketch resolves."""
+        """The leading `count` eigenpairs, or all `num_columns` that the sketch resolves."""
         values, vectors = self.eigh(centered=centered)
         return Eigen(values[:count], vectors[:, :count])
 
@@ -175,7 +175,7 @@ class SketchedSecondMoment(MeanAndCount):
         return rest * block + vectors @ ((values - rest)[:, None] * (vectors.mT @ block))
 
     def output_power(self, matrix: Tensor) -> float:
-        """E||``matrix`` x||^2 over the rows x, of the completed moment."""
+        """E||`matrix` x||^2 over the rows x, of the completed moment."""
         return float((matrix * self.times(matrix.mT).mT).double().sum())
 
     def _add_ridge(self, ridge: float) -> RidgedMoment:
@@ -183,7 +183,7 @@ class SketchedSecondMoment(MeanAndCount):
         return ThinRidged(values, vectors, rest, ridge)
 
     def _decompose(self, centered: bool) -> Eigen:
-        """The leading ``num_columns`` eigenpairs of the Nyström approximation."""
+        """The leading `num_columns` eigenpairs of the Nyström approximation."""
         sketch, _ = self._require_sketch()
         sketch = sketch.double() / self._num_rows
         omega = self.projection_like(sketch)
@@ -203,7 +203,7 @@ class SketchedSecondMoment(MeanAndCount):
         return Eigen((values.square() - shift).clamp_min(0), left)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``num_rows``, ``mean``, ``sketch`` (features, num_columns) and ``trace``; empty before the first row."""
+        """`num_rows`, `mean`, `sketch` (features, num_columns) and `trace`; empty before the first row."""
         if self._mean is None or self._sketch is None or self._trace is None:
             return {}
         return {
@@ -214,7 +214,7 @@ class SketchedSecondMoment(MeanAndCount):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of `state_dict`."""
         self._forget()
         self._num_rows = int(state["num_rows"]) if state else 0
         self._mean = state["mean"].clone() if state else None
