@@ -145,8 +145,7 @@ def initialize(
     Call it after `unet.add_adapter(LoraConfig(...))` or `get_peft_model` (or on a raw module, with `rank` and
     `target_modules`) and before `accelerator.prepare`, `torch.compile` and the creation of the optimiser. Then
     the adapter is active and trainable in float32; the base weights are untouched, and what a method starts with beside
-    them is subtracted again inside the adapter (see `offset`). `RankOptions`,
-    `AdapterOptions` and `CollectOptions` say more of the keywords that they hold.
+    them is subtracted again inside the adapter (see `offset`). See `RankOptions`, `AdapterOptions`, `CollectOptions`.
 
     Args:
         target: A module, named components, or a model family (whose own loss is used).
@@ -156,8 +155,7 @@ def initialize(
         reference_batches: Samples of the pre-training distribution, for methods that compare the data with it.
         rank: Of every layer, or on average. Default: the existing adapter's, layer by layer, or 8.
         alpha: LoRA alpha at that rank. Default: what keeps the scaling of the existing adapter, or the rank.
-        target_modules: Names, name endings or a regular expression; per component if a mapping. Default: the layers
-            already adapted, or the family's default.
+        target_modules: Names, endings, an expression, or a mapping by component. Default: what is adapted, or usual.
         num_batches: Cap on the batches drawn, and on the reference batches; all when left out.
         variable_rank: Allocate ranks by pooled scores.
         rank_budget: Sum of ranks then; `rank` times the number of layers when left out.
@@ -188,16 +186,9 @@ def initialize(
     data = Data(batches, reference_batches, loss_fn)
     ranks = RankOptions(rank, alpha, variable_rank, rank_budget, parameter_budget, min_rank, max_rank)
     adapter = AdapterOptions(adapter_name, use_rslora, use_dora, lora_dropout)
+    memory = (memory_budget_gb, statistics_device)
     options = CollectOptions(
-        num_batches,
-        seed,
-        share_inputs,
-        mask_padding,
-        memory_budget_gb,
-        statistics_device,
-        progress,
-        allow_unreached,
-        early_stop,
+        num_batches, seed, share_inputs, mask_padding, *memory, progress, allow_unreached, early_stop
     )
     return _initialize(find_target(target, target_modules, adapter), name, method, data, ranks, options)
 
