@@ -284,8 +284,7 @@ def _collect(
             return collect(target.modules, target.layers, batches, step, make_statistic, named, budget)
 
     stop: EarlyStop | None = None
-    alone = not distributed or torch.distributed.get_world_size() == 1
-    if options.early_stop is not None and alone and data.reference_batches is None:
+    if options.early_stop is not None and not is_distributed() and data.reference_batches is None:
         directions = directions_of(method, target.layers, plan.caps)
         stop = EarlyStop(options.early_stop, list(target.layers), directions)
     with adapters.adapters_disabled(target.modules):
