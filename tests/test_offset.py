@@ -260,7 +260,7 @@ def test_casting_the_model_before_saving_loses_nothing(shared: Unet, unet: Any, 
 def test_factors_that_were_rounded_by_hand_are_refused(unet: Any, tmp_path: Path, dtype: Any, back: bool) -> None:
     for parameter in trainable_parameters(unet):
         parameter.data = parameter.data.to(dtype).float() if back else parameter.data.to(dtype)
-    message = f"rounded to {str(dtype).removeprefix('torch.')}.*save before the model is cast"
+    message = f"rounded to {str(dtype).removeprefix('torch.')}.*before the model is cast"
     for save in (
         lambda: save_diffusers_lora({"unet": unet}, tmp_path),
         lambda: save_peft_lora(unet, tmp_path),
