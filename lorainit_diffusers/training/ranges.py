@@ -48,6 +48,7 @@ OPTION_RANGES: dict[str, Range] = {
     **dict.fromkeys(("max_train_samples", "max_validation_samples", "repeats", "shots", "num_class_images"), COUNT),
     "validation_fraction": replace(FRACTION, remedy="such as 0.2"),
     "resolution": SIDE,
+    "max_image_pixels": COUNT,
     "dataloader_num_workers": Range(0, 1024, integer=True),
     "data_seed": SEED,
     **dict.fromkeys(("max_length", "max_new_tokens", "eval_batch_size", "num_samples"), COUNT),

@@ -20,7 +20,14 @@ from lorainit_diffusers.training.classification.options import (
 )
 from lorainit_diffusers.training.data.files import child_folders, list_folder
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out_of_classes, picture_key
-from lorainit_diffusers.training.data.images import DatasetImage, ImageRecord, load_image
+from lorainit_diffusers.training.data.images import (
+    DatasetImage,
+    ImageRecord,
+    check_resized,
+    decoding,
+    limited,
+    load_image,
+)
 from lorainit_diffusers.training.data.named_datasets import encoded_images, load_splits
 from lorainit_diffusers.training.data.notes import DataNotes, some
 from lorainit_diffusers.training.data.prior_preservation import list_images
@@ -59,6 +66,8 @@ def read_classes(options: ClassDataOptions) -> ClassData:
         data = read_class_dataset(options, options.dataset_name)
     else:
         data = read_class_folder(str(options.train_data_dir))
+    limit = options.max_image_pixels
+    data = replace(data, train=limited(data.train, limit), validation=limited(data.validation, limit))
     data = check_classes(data)
     if options.validation_fraction is not None or not data.validation:
         fraction = options.validation_fraction or DEFAULT_VALIDATION_FRACTION
@@ -270,7 +279,15 @@ def load_pixels(records: Sequence[ImageRecord], preparation: ImagePreparation) -
     Raises:
         ValueError: Naming the first one that cannot be read.
     """
+    side = preparation.shorter_side
+
+    def crop(record: ImageRecord) -> Tensor:
+        with decoding(record):
+            image = load_image(record)
+            check_resized(record, (image.height, image.width), (side, side))
+            return preparation.crop(image)
+
     with ThreadPoolExecutor() as pool:
-        pixels = pool.map(lambda record: preparation.crop(load_image(record)), records)
+        pixels = pool.map(crop, records)
         bar = progress_bar(pixels, total=len(records), desc="reading images", shown=len(records) >= 1000)
         return torch.stack(list(bar))

@@ -9,7 +9,7 @@ from lorainit_diffusers.ranges import COUNT, NOT_NEGATIVE, SEED, SHARE, SHARE_BE
 from lorainit_diffusers.training.bundled import BUNDLED_BASES, BUNDLED_CLASSES, bundled
 from lorainit_diffusers.training.choices import names_in
 from lorainit_diffusers.training.options.checks import require_package
-from lorainit_diffusers.training.options.fields import NumValues, Options, Place, given, option
+from lorainit_diffusers.training.options.fields import MayChange, NumValues, Options, Place, given, option
 from lorainit_diffusers.training.options.initialisation import HeadOptions, LoraOptions
 from lorainit_diffusers.training.options.model import BaseOptions
 from lorainit_diffusers.training.options.task import TaskOptions, check_task
@@ -47,6 +47,9 @@ class ClassImageOptions(Options):
         None, "validate on so many images only, drawn at random"
     )
     data_seed: Annotated[int, SEED] = option(0, "seed of these draws, and of a new head's weights (default 0)")
+    max_image_pixels: Annotated[int, COUNT, MayChange("a larger image is refused, not changed")] = option(
+        2**28, "an image of more pixels, decoded or resized, is an error (default 2^28: 268 megapixels)"
+    )
     resolution: Annotated[int | None, SIDE] = option(
         None, "side of the square that the base sees (default: its image processor's)"
     )

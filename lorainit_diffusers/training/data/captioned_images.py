@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.data.buckets import nearest_bucket
-from lorainit_diffusers.training.data.images import ImageRecord, image_size, load_image
+from lorainit_diffusers.training.data.images import ImageRecord, check_resized, image_size, load_image
 from lorainit_diffusers.training.seeds import derive_seed
 
 
@@ -67,6 +67,9 @@ class CaptionedImages(Dataset[dict[str, Tensor]]):
         random_flip: Mirror half of the draws.
         interpolation: One of `INTERPOLATIONS`.
         buckets: (height, width) of the crops: each image has that of the nearest aspect, `bucket_of_image`.
+
+    Raises:
+        ValueError: For an image that becomes a giant where it is resized to cover its crop.
     """
 
     def __init__(
@@ -84,10 +87,13 @@ class CaptionedImages(Dataset[dict[str, Tensor]]):
         self.center_crop, self.random_flip, self.interpolation = center_crop, random_flip, interpolation
         self.buckets = [(resolution, resolution)] if buckets is None else list(buckets)
         self.bucket_of_image = [0] * len(records)
+        unique = list(dict.fromkeys(records))
+        with ThreadPoolExecutor() as pool:
+            sizes = dict(zip(unique, pool.map(image_size, unique), strict=True))
         if len(self.buckets) > 1:
-            with ThreadPoolExecutor() as pool:
-                sizes = list(pool.map(image_size, records))
-            self.bucket_of_image = [nearest_bucket(size, self.buckets) for size in sizes]
+            self.bucket_of_image = [nearest_bucket(sizes[record], self.buckets) for record in records]
+        for record, bucket in dict(zip(records, self.bucket_of_image, strict=True)).items():
+            check_resized(record, sizes[record], self.buckets[bucket])
         self._cache: dict[int, dict[str, Tensor]] | None = None  # by bucket, one row an image
         self._cache_rows: list[int] = []
 

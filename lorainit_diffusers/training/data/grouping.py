@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from PIL import Image
 
 from lorainit_diffusers.progress import progress_bar
+from lorainit_diffusers.training.data.images import decoding
 
 
 class Picture(Protocol):
@@ -55,13 +56,17 @@ def content_keys(pictures: Sequence[PictureT], decode: Callable[[PictureT], Imag
             raise
         return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
+    def pixels_key(picture: PictureT) -> str:
+        with decoding(picture):
+            return picture_key(decode(picture))
+
     quiet = len(pictures) < 1000
     with ThreadPoolExecutor() as pool:
         files = list(
             progress_bar(pool.map(file_key, pictures), total=len(pictures), desc="comparing files", shown=not quiet)
         )
         first = dict(reversed(list(zip(files, pictures, strict=True))))
-        decoded = pool.map(lambda picture: picture_key(decode(picture)), first.values())
+        decoded = pool.map(pixels_key, first.values())
         keys = list(progress_bar(decoded, total=len(first), desc="reading images", shown=not quiet))
     known = dict(zip(first, keys, strict=True))
     return [known[key] for key in files]

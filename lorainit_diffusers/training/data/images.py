@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +33,28 @@ _TURNS = {
 # Formats whose header does not say the size that decoding gives: Pillow turns TIFF by itself, and of icons it takes
 # one.
 _SIZED_BY_DECODING = ("TIFF", "ICO", "ICNS")
+# Of one image, decoded or resized: a photo of 200 megapixels passes. A file of 20 kB may decode to gigabytes.
+MAX_PIXELS = 2**28
+_THREADS_PIXELS = 2**26  # that threads decode at the same time; a larger image is decoded alone
+_opening = threading.Lock()
+
+
+class TooManyPixelsError(ValueError):
+    """An image is larger than the run's limit."""
 
 
 @dataclass(frozen=True)
 class ImageRecord:
     """One image and its caption: a file, or a row of a dataset that `image` reads.
 
-    Of a row, `path` is a label for messages, such as `owner/name/train[12]`.
+    Of a row, `path` is a label for messages, such as `owner/name/train[12]`. An image of more than `max_pixels` is
+    refused before it is decoded.
     """
 
     path: Path
     caption: str
     image: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
+    max_pixels: int = field(default=MAX_PIXELS, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -86,12 +98,73 @@ def decoded_sizes(records: Sequence[ImageRecord]) -> list[tuple[int, int]]:
     """
 
     def decoded_size(record: ImageRecord) -> tuple[int, int]:
-        image = load_image(record)
-        return image.height, image.width
+        with decoding(record):
+            image = load_image(record)
+            return image.height, image.width
 
     with ThreadPoolExecutor() as pool:
         checks = pool.map(decoded_size, records)
         return list(progress_bar(checks, total=len(records), desc="reading images", shown=len(records) >= 1000))
+
+
+def limited(records: Sequence[ImageRecord], max_pixels: int) -> list[ImageRecord]:
+    """The records with the limit of the run."""
+    return [replace(record, max_pixels=max_pixels) for record in records]
+
+
+def check_resized(record: ImageRecord, size: tuple[int, int], covered: tuple[int, int]) -> None:
+    """See that an image does not become a giant where it is resized to cover a crop: a strip of 30,000 x 1 does.
+
+    Args:
+        record: The image.
+        size: Its height and width.
+        covered: Those of the crop.
+
+    Raises:
+        TooManyPixelsError: When it does.
+    """
+    scale = max(covered[0] / size[0], covered[1] / size[1])
+    height, width = (round(side * scale) for side in size)
+    if height * width > record.max_pixels:
+        raise TooManyPixelsError(
+            f"the image {str(record.path)!r} of {size[1]} x {size[0]} pixels becomes {width} x {height} where it "
+            f"covers {covered[1]} x {covered[0]}, above --max_image_pixels {record.max_pixels}; crop or remove it"
+        )
+
+
+class _Room:
+    """How much threads decode at the same time."""
+
+    def __init__(self, pixels: int) -> None:
+        self.pixels, self.used, self.changed = pixels, 0, threading.Condition()
+
+    @contextmanager
+    def holding(self, pixels: int) -> Generator[None, None, None]:
+        """Wait until there is room for an image; one that is larger than all of it waits until it is alone."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.used == 0 or self.used + pixels <= self.pixels)
+            self.used += pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.used -= pixels
+                self.changed.notify_all()
+
+
+_room = _Room(_THREADS_PIXELS)
+
+
+@contextmanager
+def decoding(source: Any) -> Generator[None, None, None]:
+    """Around what a thread of several does with a decoded image: giants are in memory one at a time."""
+    try:
+        with _open_image(source) as opened:
+            pixels = opened.width * opened.height
+    except Exception:  # who decodes it says it in words
+        pixels = 0
+    with _room.holding(pixels):
+        yield
 
 
 def shared_files(first: Sequence[ImageRecord], second: Sequence[ImageRecord]) -> list[ImageRecord]:
@@ -110,9 +183,11 @@ def shared_files(first: Sequence[ImageRecord], second: Sequence[ImageRecord]) ->
 def load_image(source: ImageRecord | str | os.PathLike[str] | bytes) -> Image.Image:
     """Decode an image to RGB: turned as its EXIF data says, transparency over white, 16 bits brought to 8.
 
-    Of an animation it is the first frame. The source is a record, a file, or an encoded image.
+    Of an animation it is the first frame. The source is a record, a file, or an encoded image. A JPEG is decoded in
+    full: reducing it on the way (`Image.draft`) gives other pixels than resizing it.
 
     Raises:
+        TooManyPixelsError: When its header says that it is larger than the record's limit, or `MAX_PIXELS`.
         ValueError: When the image cannot be decoded; the message names it.
     """
     try:
@@ -121,6 +196,7 @@ def load_image(source: ImageRecord | str | os.PathLike[str] | bytes) -> Image.Im
             turn = _TURNS.get(_orientation(opened))
             image = opened.copy() if turn is None else opened.transpose(turn)
             sixteen_bits = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM"))
+        del opened  # or there are three of them in memory
         if not (image.width and image.height):
             raise ValueError(f"its size is {image.width} x {image.height}")
         if image.mode.startswith(("I", "F")):
@@ -136,7 +212,9 @@ def load_image(source: ImageRecord | str | os.PathLike[str] | bytes) -> Image.Im
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except TooManyPixelsError:
+        raise
     except Exception as error:  # decoders raise what they like: struct.error, RuntimeError, KeyError, MemoryError ...
         raise _unreadable(source, error) from error
 
@@ -145,6 +223,7 @@ def image_size(source: ImageRecord | str | os.PathLike[str] | bytes) -> tuple[in
     """Height and width that `load_image` gives, from the image's header where that is enough.
 
     Raises:
+        TooManyPixelsError: When it is larger than the record's limit, or `MAX_PIXELS`.
         ValueError: When the header cannot be read; the message names the image.
     """
     try:
@@ -153,6 +232,8 @@ def image_size(source: ImageRecord | str | os.PathLike[str] | bytes) -> tuple[in
                 opened.load()
             turned = _orientation(opened) in (5, 6, 7, 8)
             return (opened.width, opened.height) if turned else (opened.height, opened.width)
+    except TooManyPixelsError:
+        raise
     except Exception as error:
         raise _unreadable(source, error) from error
 
@@ -168,9 +249,25 @@ def _orientation(image: Image.Image) -> int:
 
 def _open_image(source: ImageRecord | str | os.PathLike[str] | bytes) -> Image.Image:
     image_suffixes()  # registers the plug-ins that are installed
+    limit, label = MAX_PIXELS, source
     if isinstance(source, ImageRecord):
+        limit, label = source.max_pixels, source.path
         source = source.path if source.image is None else source.image()
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with _opening:  # Pillow's own limit is one for the whole process, and names neither the file nor a remedy
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+    if image.width * image.height > limit:
+        size = f"{image.width} x {image.height} pixels"
+        image.close()
+        named = f"an image of {len(label)} bytes" if isinstance(label, bytes) else f"the image {str(label)!r}"
+        raise TooManyPixelsError(
+            f"{named} has {size}, above --max_image_pixels {limit}; make it smaller, leave it out, or raise the limit"
+        )
+    return image
 
 
 def _unreadable(source: ImageRecord | str | os.PathLike[str] | bytes, error: Exception) -> ValueError:

@@ -26,7 +26,7 @@ from lorainit_diffusers.training.data.embeddings_cache import EmbeddingsCache
 from lorainit_diffusers.training.data.files import list_folder
 from lorainit_diffusers.training.data.folders import read_image_folder
 from lorainit_diffusers.training.data.grouping import hold_out_pictures
-from lorainit_diffusers.training.data.images import ImageRecord, decoded_sizes, load_image, shared_files
+from lorainit_diffusers.training.data.images import ImageRecord, decoded_sizes, limited, load_image, shared_files
 from lorainit_diffusers.training.data.named_datasets import read_dataset
 from lorainit_diffusers.training.data.notes import DataNotes, some
 from lorainit_diffusers.training.data.order import BucketOrder, DataOrder
@@ -83,6 +83,7 @@ def read_data(options: ImageTaskOptions, notes: DataNotes | None = None) -> tupl
             around.report(directory, notes, used=[path for path in around.others if is_metadata(path)])
         records = read(splits.train, skip=splits.skip)[: options.max_train_samples]
         heldout = [] if splits.heldout is None else read(splits.heldout)
+    records, heldout = (limited(part, options.max_image_pixels) for part in (records, heldout))
     fraction = getattr(options, "validation_fraction", None)  # a comparison holds images out in its own way
     if fraction is not None:
         flag = f"--validation_fraction {fraction}"

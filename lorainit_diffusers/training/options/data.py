@@ -30,6 +30,9 @@ class DatasetOptions(Options):
         None, "column of the images (default: file_name in a folder's metadata, image in a dataset)"
     )
     caption_column: str | None = option(None, "column of the captions (default: text)")
+    max_image_pixels: Annotated[int, COUNT, MayChange("a larger image is refused, not changed")] = option(
+        2**28, "an image of more pixels, decoded or resized, is an error (default 2^28: 268 megapixels)"
+    )
     max_train_samples: Annotated[int | None, COUNT] = option(None, "use the first images only")
     repeats: Annotated[int, COUNT] = option(1, "how often each image counts in an epoch (default 1)")
     resolution: Annotated[int, SIDE] = option(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from lorainit_diffusers.training.data.grouping import content_keys, hold_out
-from lorainit_diffusers.training.data.images import DatasetImage, ImageRecord, load_image
+from lorainit_diffusers.training.data.images import DatasetImage, ImageRecord, limited, load_image
 from lorainit_diffusers.training.data.named_datasets import cast_images, load_splits
 from lorainit_diffusers.training.data.notes import print_once
 from lorainit_diffusers.training.data.splits import validation_split
@@ -37,6 +37,10 @@ def read_question_data(options: QuestionDataOptions) -> tuple[list[QuestionRecor
         records = read(str(options.train_data_file), flag="--train_data_file")
         if options.validation_data_file is not None:
             validation = read(options.validation_data_file, flag="--validation_data_file")
+    records, validation = (
+        [replace(record, images=tuple(limited(record.images, options.max_image_pixels))) for record in part]
+        for part in (records, validation)
+    )
     if not validation or options.validation_fraction is not None:
         records, validation = hold_out_questions(records, options.validation_fraction or VALIDATION_FRACTION)
         return records[: options.max_train_samples], validation[: options.max_validation_samples]

@@ -44,6 +44,9 @@ class QuestionOptions(Options):
     question_column: str = option("question", "column of the questions (default: question)")
     answer_column: str = option("answer", "column of the answers (default: answer); of a list, the first is trained on")
     system_prompt: str | None = option(None, "comes before every conversation that has none")
+    max_image_pixels: Annotated[int, COUNT, MayChange("a larger image is refused, not changed")] = option(
+        2**28, "an image of more pixels, decoded or resized, is an error (default 2^28: 268 megapixels)"
+    )
     max_train_samples: Annotated[int | None, COUNT] = option(None, "use the first training questions only")
     max_validation_samples: Annotated[int | None, COUNT] = option(None, "use the first validation questions only")
     max_length: Annotated[int | None, COUNT] = option(
