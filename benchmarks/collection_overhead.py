@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorainit_diffusers import initialize
 from lorainit_diffusers.families.latent_diffusion import UNET_TARGETS
+from lorainit_diffusers.training.cli import run_script
 from lorainit_diffusers.training.options.parser import ScriptParser
 
 BUNDLED_BASE = Path(__file__).resolve().parent.parent / "assets" / "models" / "tiny-sd"
@@ -108,4 +109,4 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,7 +20,6 @@ The Flux checks are about memory: bytes of statistics, counted tensor by tensor,
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import json
@@ -29,7 +28,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, FluxTransformer2DModel, UNet2DConditionModel
@@ -43,8 +44,35 @@ from lorainit_diffusers.budget import GB, MemoryBudget, sketch_columns
 from lorainit_diffusers.families.latent_diffusion import LatentDiffusionFamily
 from lorainit_diffusers.families.sd import StableDiffusionFamily
 from lorainit_diffusers.families.sdxl import StableDiffusionXLFamily
+from lorainit_diffusers.ranges import COUNT, COUNT_OR_NONE, POSITIVE
 from lorainit_diffusers.statistics import SecondMoment, SketchedSecondMoment
-from lorainit_diffusers.training.options.parser import ScriptParser
+from lorainit_diffusers.training.cli import run_script
+from lorainit_diffusers.training.options.fields import Options, option
+from lorainit_diffusers.training.options.parser import parse_options
+
+FLUX_MODELS = ("flux", "flux-layers", "flux-sketch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealSizeOptions(Options):
+    """What is measured."""
+
+    _argument_group_name = "measurement"
+
+    model: str = option("sd15", "base, or part of Flux (default sd15)", choices=("sd15", "sdxl", *FLUX_MODELS))
+    init: str = option("cntlora", "initialisation (default cntlora)")
+    rank: Annotated[int, COUNT] = option(16, "of every layer (default 16)")
+    num_batches: Annotated[int, COUNT] = option(4, "batches of the collection (default 4)")
+    batch_size: Annotated[int, COUNT] = option(2, "samples of a batch (default 2)")
+    resolution: Annotated[int, COUNT] = option(256, "side of the images in pixels (default 256)")
+    train_text_encoder: bool = option(False, "adapters on the text encoders, too")
+    mixed_precision: str = option("no", "precision of the base (default no)", choices=("no", "bf16"))
+    device: str = option("cpu", "where it runs (default cpu)")
+    memory_budget_gb: Annotated[float | None, POSITIVE] = option(None, "of the statistics (default: auto)")
+    statistics_device: str | None = option(None, "where the statistics are (default: where the layers are)")
+    num_double: Annotated[int, COUNT_OR_NONE] = option(1, "flux: blocks with two streams (the real one has 19)")
+    num_single: Annotated[int, COUNT_OR_NONE] = option(1, "flux: blocks with one stream (the real one has 38)")
+
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "assets" / "models" / "tiny-sd" / "tokenizer"
 SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -136,9 +164,9 @@ def build(model: str, dtype: torch.dtype, train_text_encoder: bool, device: str)
     return family
 
 
-def print_row(args: argparse.Namespace, row: dict[str, float]) -> dict[str, float]:
+def print_row(options: RealSizeOptions, row: dict[str, float]) -> dict[str, float]:
     row = {name: value if isinstance(value, int) else float(f"{value:.3g}") for name, value in row.items()}
-    print(json.dumps({"model": args.model, "init": args.init, **row}))
+    print(json.dumps({"model": options.model, "init": options.init, **row}))
     return row
 
 
@@ -153,19 +181,19 @@ def remove_adapters(module: nn.Module) -> None:
     module._hf_peft_config_loaded = False
 
 
-def flux(args: argparse.Namespace) -> dict[str, float]:
+def flux(options: RealSizeOptions) -> dict[str, float]:
     """Collection and initialisation of a Flux transformer with few blocks, in bfloat16."""
     torch.manual_seed(0)
     with default_dtype(torch.bfloat16):
-        model = FluxTransformer2DModel(**FLUX, num_layers=args.num_double, num_single_layers=args.num_single)
-    model.requires_grad_(False).eval().to(args.device)
-    side, num_text = args.resolution // 16, 64
+        model = FluxTransformer2DModel(**FLUX, num_layers=options.num_double, num_single_layers=options.num_single)
+    model.requires_grad_(False).eval().to(options.device)
+    side, num_text = options.resolution // 16, 64
     grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), dim=-1).reshape(-1, 2)
     positions = torch.cat([torch.zeros(side * side, 1), grid], dim=1)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(args.batch_size, *shape, generator=generator).to(args.device, torch.bfloat16)
+        return torch.randn(options.batch_size, *shape, generator=generator).to(options.device, torch.bfloat16)
 
     def predict(batch: dict[str, Tensor]) -> Tensor:
         return model(
@@ -174,8 +202,8 @@ def flux(args: argparse.Namespace) -> dict[str, float]:
             pooled_projections=batch["pooled"],
             timestep=batch["sigma"],
             guidance=torch.full_like(batch["sigma"], 3.5),
-            img_ids=positions.to(args.device),
-            txt_ids=torch.zeros(num_text, 3, device=args.device),
+            img_ids=positions.to(options.device),
+            txt_ids=torch.zeros(num_text, 3, device=options.device),
         ).sample
 
     def batches(count: int) -> Iterator[dict[str, Tensor]]:
@@ -192,13 +220,13 @@ def flux(args: argparse.Namespace) -> dict[str, float]:
     start = time.perf_counter()
     report = initialize(
         model,
-        args.init,
-        batches(args.num_batches),
+        options.init,
+        batches(options.num_batches),
         lambda batch: (predict(batch) - batch["velocity"]).float().square().mean(),
-        rank=args.rank,
+        rank=options.rank,
         target_modules=FLUX_TARGETS,
-        memory_budget_gb=args.memory_budget_gb,
-        statistics_device=args.statistics_device,
+        memory_budget_gb=options.memory_budget_gb,
+        statistics_device=options.statistics_device,
     )
     initialize_s = time.perf_counter() - start
     print(report.summary())
@@ -219,7 +247,7 @@ def flux(args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def flux_layers(args: argparse.Namespace) -> dict[str, float]:
+def flux_layers(options: RealSizeOptions) -> dict[str, float]:
     """The statistics of every layer of the whole Flux under a budget: the real widths and groups, few random rows."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(**FLUX, **FLUX_BLOCKS)
@@ -231,8 +259,10 @@ def flux_layers(args: argparse.Namespace) -> dict[str, float]:
             continue
         widths[name] = layer.in_features
     exact_bytes = sum(4 * width**2 for width in widths.values())
-    budget = MemoryBudget(args.memory_budget_gb * GB, num_columns=sketch_columns(args.rank), device=args.device)
-    budget.start(torch.device(args.device), lambda value: value)
+    budget = MemoryBudget(
+        options.memory_budget_gb * GB, num_columns=sketch_columns(options.rank), device=options.device
+    )
+    budget.start(torch.device(options.device), lambda value: value)
     table: dict[str, SecondMoment | SketchedSecondMoment] = {}
     generator = torch.Generator().manual_seed(0)
     largest, start = 0, time.perf_counter()
@@ -243,24 +273,24 @@ def flux_layers(args: argparse.Namespace) -> dict[str, float]:
         tensors = [value for owner in owners for value in owner.values() if isinstance(value, Tensor)]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    for index, (name, width) in itertools.product(range(args.num_batches), widths.items()):
+    for index, (name, width) in itertools.product(range(options.num_batches), widths.items()):
         if index == 0:
             budget.admit(name, SecondMoment(width), table)
-        table[name].update(torch.randn(8, width, generator=generator).to(args.device))
+        table[name].update(torch.randn(8, width, generator=generator).to(options.device))
         largest = max(largest, held_bytes())
     return {
         "layers": len(layers),
         "statistics": len(widths),
         "sketched": sum(isinstance(statistic, SketchedSecondMoment) for statistic in table.values()),
         "first_sketched_width": budget.first_sketched_width or 0,
-        **{"exact_gb": exact_bytes / GB, "budget_gb": args.memory_budget_gb},
+        **{"exact_gb": exact_bytes / GB, "budget_gb": options.memory_budget_gb},
         **{"statistics_gb": held_bytes() / GB, "peak_statistics_gb": largest / GB, "counted_peak_gb": budget.peak / GB},
         "seconds": time.perf_counter() - start,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
 
 
-def flux_sketch(args: argparse.Namespace) -> dict[str, float]:
+def flux_sketch(options: RealSizeOptions) -> dict[str, float]:
     """How much of the exact leading subspace of a layer of width 3072 a sketch finds, for three decays of the spectrum.
 
     Overlap: mean squared cosine between the two subspaces of ``rank`` dimensions, 1 if they are equal.
@@ -269,43 +299,29 @@ def flux_sketch(args: argparse.Namespace) -> dict[str, float]:
     for decay in (1.0, 1.5, 2.0):
         generator = torch.Generator().manual_seed(0)
         deviations = torch.arange(1, width + 1) ** (-decay / 2)
-        exact, sketch = SecondMoment(width), SketchedSecondMoment(width, sketch_columns(args.rank))
+        exact, sketch = SecondMoment(width), SketchedSecondMoment(width, sketch_columns(options.rank))
         for _ in range(4):
-            rows = (torch.randn(2048, width, generator=generator) * deviations).to(args.device)
+            rows = (torch.randn(2048, width, generator=generator) * deviations).to(options.device)
             exact.update(rows)
             sketch.update(rows)
-        leading, found = (s.eigh(centered=True).vectors[:, : args.rank].double() for s in (exact, sketch))
-        row[f"overlap_{decay}"] = float((leading.mT @ found).square().sum() / args.rank)
+        leading, found = (s.eigh(centered=True).vectors[:, : options.rank].double() for s in (exact, sketch))
+        row[f"overlap_{decay}"] = float((leading.mT @ found).square().sum() / options.rank)
         row[f"variance_share_{decay}"] = float(
             (found.mT @ exact.covariance().double() @ found).trace()
-            / exact.eigh(centered=True).values[: args.rank].sum()
+            / exact.eigh(centered=True).values[: options.rank].sum()
         )
-    return {"rank": args.rank, "columns": sketch_columns(args.rank), **row}
+    return {"rank": options.rank, "columns": sketch_columns(options.rank), **row}
 
 
-FLUX_CHECKS = {"flux": flux, "flux-layers": flux_layers, "flux-sketch": flux_sketch}
+FLUX_CHECKS = dict(zip(FLUX_MODELS, (flux, flux_layers, flux_sketch), strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    parser = ScriptParser(__doc__)
-    parser.add_argument("--model", choices=("sd15", "sdxl", *FLUX_CHECKS), default="sd15")
-    parser.add_argument("--init", default="cntlora")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--num_batches", type=int, default=4)
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--train_text_encoder", action="store_true")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory_budget_gb", type=float)
-    parser.add_argument("--statistics_device")
-    parser.add_argument("--num_double", type=int, default=1, help="flux: blocks with two streams (the real one has 19)")
-    parser.add_argument("--num_single", type=int, default=1, help="flux: blocks with one stream (the real one has 38)")
-    args = parser.parse_args(argv)
-    if args.model in FLUX_CHECKS:
-        return print_row(args, FLUX_CHECKS[args.model](args))
+    options = parse_options(RealSizeOptions, argv, __doc__)
+    if options.model in FLUX_CHECKS:
+        return print_row(options, FLUX_CHECKS[options.model](options))
     seconds: dict[str, float] = {}
-    on_cuda = torch.device(args.device).type == "cuda"
+    on_cuda = torch.device(options.device).type == "cuda"
 
     @contextmanager
     def timed(stage: str) -> Iterator[None]:
@@ -316,15 +332,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         seconds[stage] = time.perf_counter() - start
 
     with timed("build"):
-        dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-        family = build(args.model, dtype, args.train_text_encoder, args.device)
-    side = args.resolution // 8
+        dtype = torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32
+        family = build(options.model, dtype, options.train_text_encoder, options.device)
+    side = options.resolution // 8
     generator = torch.Generator().manual_seed(0)
 
     def batches(count: int) -> Iterator[dict[str, Tensor]]:
         for index in range(count):
-            captions = [f"a noto emoji of red apple {index} {row}" for row in range(args.batch_size)]
-            latents = torch.randn(args.batch_size, 4, side, side, generator=generator)
+            captions = [f"a noto emoji of red apple {index} {row}" for row in range(options.batch_size)]
+            latents = torch.randn(options.batch_size, 4, side, side, generator=generator)
             yield {"latents": latents, **family.caption_inputs(captions)}
 
     (probe,) = batches(1)
@@ -343,12 +359,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with timed("initialize"):
         report = initialize(
             family,
-            args.init,
-            batches(args.num_batches),
-            rank=args.rank,
-            num_batches=args.num_batches,
-            memory_budget_gb=args.memory_budget_gb,
-            statistics_device=args.statistics_device,
+            options.init,
+            batches(options.num_batches),
+            rank=options.rank,
+            num_batches=options.num_batches,
+            memory_budget_gb=options.memory_budget_gb,
+            statistics_device=options.statistics_device,
         )
     print(report.summary())
     adapted_layers = [m for module in family.adapted.values() for m in module.modules() if isinstance(m, LoraLayer)]
@@ -396,8 +412,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "base_error": difference(restored, original),
         "reload_error": difference(reloaded, trained),
     }
-    return print_row(args, row)
+    return print_row(options, row)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,6 @@ the machine disturb less than they do a clock.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import platform
 import statistics
@@ -37,6 +36,8 @@ from lorainit_diffusers import initialize
 from lorainit_diffusers.families.latent_diffusion import UNET_TARGETS
 from lorainit_diffusers.methods import METHODS
 from lorainit_diffusers.statistics import GradientMean, InputsAndGradient, SecondMoment
+from lorainit_diffusers.training.cli import run_script
+from lorainit_diffusers.training.options.parser import ScriptParser
 
 BUNDLED_BASE = Path(__file__).resolve().parent.parent / "assets" / "models" / "tiny-sd"
 # UNet2DConditionModel's defaults are Stable Diffusion 1.x except for these.
@@ -374,7 +375,7 @@ def cell(value: object) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(__doc__)
     parser.add_argument("--model", choices=("tiny-sd", "sd15"), default="sd15")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--init", nargs="+", choices=INITS, default=list(INITS))
@@ -410,4 +411,4 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,6 +30,7 @@ from lorainit_diffusers.families import family_class
 from lorainit_diffusers.families.flow_matching import FlowMatchingFamily
 from lorainit_diffusers.hooks import observe_inputs
 from lorainit_diffusers.statistics import SecondMoment, SketchedSecondMoment
+from lorainit_diffusers.training.cli import run_script
 from lorainit_diffusers.training.options.parser import ScriptParser
 
 RANK = 16
@@ -360,4 +361,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

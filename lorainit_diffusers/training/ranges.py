@@ -89,7 +89,8 @@ OPTION_RANGES: dict[str, Range] = {
     # ---- benchmarks
     **dict.fromkeys(("batch_size", "num_batches", "threads"), COUNT),
     **dict.fromkeys(("num_double", "num_single"), COUNT_OR_NONE),
-    "memory_budget_gb": POSITIVE,
+    **dict.fromkeys(("memory_budget_gb", "peft_seconds"), POSITIVE),
+    "side": SIDE,
 }
 
 

@@ -262,15 +262,14 @@ def _last_step_kept(run: Run[Any], save: Callable[[int], None]) -> Generator[Non
 
 def _write_untrained(
     training: Training,
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     log: RunLog,
     init_report: Mapping[str, Any],
     repository: str | None,
 ) -> None:
     """Write the LoRA as it is initialised (`--init_only`)."""
     run = training.run
-    config |= report_discarded_energy(run, training.family)
-    training.write_files(config)
+    training.write_files({**config, **report_discarded_energy(run, training.family)})
     training.write_card(log, init_report, None)
     if repository is not None:
         upload(run.options, repository, private_files=training.private_files)
@@ -278,18 +277,18 @@ def _write_untrained(
 
 
 def finish(
-    training: Training, config: dict[str, Any], log: RunLog, init_report: Mapping[str, Any], best: str | None
+    training: Training, config: Mapping[str, Any], log: RunLog, init_report: Mapping[str, Any], best: str | None
 ) -> None:
     """Write what a finished run leaves: the LoRA in its formats, `config.json`, the card, the pages for a reader.
 
     Args:
         training: With the weights that are saved in the model.
-        config: What `config.json` is to say; what a compression discards is added.
+        config: What `config.json` is to say, beside what a compression discards.
         log: Of the run.
         init_report: Of the initialisation.
         best: The sentence on the best step, where one was kept.
     """
-    config |= report_discarded_energy(training.run, training.family)
+    config = {**config, **report_discarded_energy(training.run, training.family)}
     training.write_files(config)
     write_json(training.run.output_dir / "config.json", config)
     training.write_card(log, init_report, best)
