@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -328,6 +329,41 @@ def test_lines_that_cannot_be_understood(questions: Path, tmp_path: Path, line: 
         read_questions(path, flag="--train_data_file", image_dir=str(questions))
 
 
+@pytest.mark.parametrize("spelling", ["absolute", "../{}", "sub/../../{}", "..\\{}", "part of a message"])
+def test_an_image_outside_of_the_folder_is_refused_unless_allowed(
+    questions: Path, tmp_path: Path, spelling: str
+) -> None:
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    picture = Path(shutil.copy(questions / "images" / "0.png", tmp_path / "other.png"))
+    name = spelling.format(picture.name) if "{" in spelling else str(picture)
+    line: dict[str, Any] = {**LINE, "image": name}
+    if spelling == "part of a message":
+        parts = [{"type": "image", "path": name}, {"type": "text", "text": "What?"}]
+        line = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]}
+    path = write_lines(tmp_path / "data" / "train.jsonl", [line])
+    options: dict[str, Any] = {"train_data_file": path, "validation_data_file": path}
+    with pytest.raises(
+        ValueError,
+        match=r"line 1: the image .*other\.png' lies outside of '.*data'; .*--allow_images_outside",
+    ):
+        read_question_data(arguments(**options))
+    for more in ({"allow_images_outside": True}, {"image_dir": tmp_path} if spelling == "absolute" else {}):
+        if more:
+            records, _ = read_question_data(arguments(**options, **more))
+            assert records[0].images[0].path.samefile(picture)
+
+
+def test_a_folder_of_images_that_is_a_link_is_inside(questions: Path, tmp_path: Path) -> None:
+    """As to a disk that several users share; an absolute name may say either."""
+    (tmp_path / "images").symlink_to(questions / "images")
+    names = ["images/0.png", str(tmp_path / "images" / "0.png"), str((tmp_path / "images").resolve() / "0.png")]
+    write_lines(tmp_path / "a.jsonl", [{**LINE, "image": name} for name in names[:2]])
+    assert len(read_questions(tmp_path / "a.jsonl", flag="--train_data_file")) == 2
+    write_lines(tmp_path / "b.jsonl", [{**LINE, "image": names[2]}])
+    given: dict[str, Any] = {"flag": "--train_data_file", "image_dir": str(tmp_path / "images")}
+    assert len(read_questions(tmp_path / "b.jsonl", **given)) == 1
+
+
 def test_files_that_cannot_be_understood(questions: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"--train_data_file '.*a.jsonl' has no lines in it"):
@@ -343,7 +379,7 @@ def test_files_that_cannot_be_understood(questions: Path, tmp_path: Path) -> Non
         tmp_path / "b.jsonl", [{**LINE, "image": "broken.png"}, {**LINE, "image": str(questions / "images/0.png")}]
     )
     with pytest.raises(ValueError, match=r"cannot read the image '.*broken\.png'"):
-        read_question_data(arguments(train_data_file=tmp_path / "b.jsonl"))
+        read_question_data(arguments(train_data_file=tmp_path / "b.jsonl", allow_images_outside=True))
 
 
 def test_an_answer_of_several_parts_is_one_text(questions: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, cast
 from lorainit_diffusers.training.data.files import find_file
 from lorainit_diffusers.training.data.images import ImageRecord
 from lorainit_diffusers.training.data.rows import json_entries
+from lorainit_diffusers.training.places import is_inside
 
 PLACEHOLDER = "<image>"
 _IMAGES_FIRST = re.compile(rf"^(\s*{PLACEHOLDER}\s*)+")
@@ -51,6 +53,7 @@ def read_questions(
     image_dir: str | None = None,
     columns: Mapping[str, str] | None = None,
     system_prompt: str | None = None,
+    allow_outside: bool = False,
 ) -> list[QuestionRecord]:
     """The conversations of a JSONL file (or of a JSON file with a list of them).
 
@@ -69,10 +72,12 @@ def read_questions(
         image_dir: Folder that images are relative to; that of the file by default.
         columns: Other names of `image`, `question` and `answer`.
         system_prompt: Comes before a conversation that has none.
+        allow_outside: A line may name an image that is not below the folder. A file from elsewhere could else take any
+            picture of this machine into a training, and into what is published of it.
 
     Raises:
         FileNotFoundError: When the file, or an image, does not exist.
-        ValueError: When a line cannot be understood.
+        ValueError: When a line cannot be understood, or names an image outside of the folder.
     """
     file = Path(path)
     if not file.is_file():
@@ -89,6 +94,11 @@ def read_questions(
             raise FileNotFoundError(
                 f"{where}: there is no image {str(folder / name)!r}; put it there, or set --image_dir"
             )
+        if not allow_outside and not _lies_below(found, folder):
+            raise ValueError(
+                f"{where}: the image {name!r} lies outside of {str(folder)!r}; give the folder of all images as "
+                "--image_dir, or --allow_images_outside if you trust the file"
+            )
         return ImageRecord(found, "")
 
     entries = json_entries(file, label=str(file), what="conversations")
@@ -96,6 +106,11 @@ def read_questions(
     if not records:
         raise ValueError(f"{flag} {str(path)!r} has no lines in it; give a file with questions")
     return records
+
+
+def _lies_below(path: Path, folder: Path) -> bool:
+    """Whether a file is in a folder, as it is named (a folder of images may be a link to another disk) or in truth."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)) or is_inside(path, folder)
 
 
 def read_record(

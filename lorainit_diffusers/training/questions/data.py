@@ -32,7 +32,11 @@ def read_question_data(options: QuestionDataOptions) -> tuple[list[QuestionRecor
         records, validation = read_question_dataset(options, options.dataset_name, columns)
     else:
         read = partial(
-            read_questions, image_dir=options.image_dir, columns=columns, system_prompt=options.system_prompt
+            read_questions,
+            image_dir=options.image_dir,
+            columns=columns,
+            system_prompt=options.system_prompt,
+            allow_outside=options.allow_images_outside,
         )
         records = read(str(options.train_data_file), flag="--train_data_file")
         if options.validation_data_file is not None:

@@ -36,6 +36,9 @@ class QuestionOptions(Options):
     image_dir: Annotated[str | None, Place("training data")] = option(
         None, "where the images of the files are (default: the file's folder)"
     )
+    allow_images_outside: Annotated[bool, MayChange("images are compared by their content")] = option(
+        False, "the files may name images outside of that folder, such as absolute paths"
+    )
     dataset_name: Annotated[str | None, Place("training data")] = option(
         None, "hub name or folder of a dataset with such columns, instead of the files"
     )
