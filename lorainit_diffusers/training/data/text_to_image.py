@@ -151,7 +151,7 @@ def class_images(run: Run[TextToImageOptions], family: TextToImageFamily) -> lis
         scratch=_dry_run_folder() if options.dry_run else None,
     )
     accelerator.wait_for_everyone()  # each draws its share
-    return records
+    return limited(records, options.max_image_pixels)
 
 
 @functools.cache
