@@ -110,11 +110,12 @@ def data_identity(records: Sequence[Any]) -> dict[str, Any]:
 
     Args:
         records: With `path`, `caption` and `image` (bytes of what is no file) each, or with `images`, which are such
-            records, and `messages`, `answers` and `kind`. Their order counts: it decides the batches.
+            records, and `messages`, `answers` and `kind`. Their order counts: it decides the batches. What lies beside
+            an image, `beside`, belongs to it.
 
     Returns:
         `num_samples`, `digest` of all, and `samples`: [name, digest of the images, digest of the text] of each, where
-        there are at most `MAX_NAMED_SAMPLES`.
+        there are at most `MAX_NAMED_SAMPLES`; where something lies beside, its digests by kind are a fourth entry.
     """
     images = [tuple(getattr(record, "images", (record,))) for record in records]
     folders = [os.path.dirname(os.path.abspath(image.path)) for group in images for image in group]
@@ -130,12 +131,15 @@ def data_identity(records: Sequence[Any]) -> dict[str, Any]:
         return contents[key]
 
     whole = hashlib.blake2b(digest_size=16)
-    samples: list[list[str]] = []
+    samples: list[list[Any]] = []
     for record, group in zip(records, images, strict=True):
         names = [os.path.relpath(os.path.abspath(image.path), root) if root else str(image.path) for image in group]
         name = " ".join(names).replace(os.sep, "/") or "a question without an image"
         text = _digest(_text(record).encode())
-        sample = [name, " ".join(content(image) for image in group), text]
+        sample: list[Any] = [name, " ".join(content(image) for image in group), text]
+        beside = {kind: content(part) for kind, part in getattr(record, "beside", {}).items()}
+        if beside:
+            sample.append(beside)
         whole.update(json.dumps(sample).encode())
         samples.append(sample)
     named = {"samples": samples} if len(samples) <= MAX_NAMED_SAMPLES else {}
@@ -155,16 +159,22 @@ def data_differences(now: Mapping[str, Any], before: Mapping[str, Any], limit: i
         if name in other:
             found += [f"the image {name!r} has changed"] * (one[name][0] != other[name][0])
             found += [f"the text of {name!r} has changed"] * (one[name][1] != other[name][1])
+            kinds = dict.fromkeys((*one[name][2], *other[name][2]))
+            found += [
+                f"the {kind} of {name!r} has changed"
+                for kind in kinds
+                if one[name][2].get(kind) != other[name][2].get(kind)
+            ]
     found = found or ["they are in another order"]
     return [*found[:limit], *([f"{len(found) - limit} more differences"] if len(found) > limit else [])]
 
 
-def _numbered(samples: Sequence[Sequence[str]]) -> Iterator[tuple[str, tuple[str, str]]]:
+def _numbered(samples: Sequence[Sequence[Any]]) -> Iterator[tuple[str, tuple[str, str, dict[str, str]]]]:
     """Name -> digests; the second sample of a name has a number."""
     counts: dict[str, int] = {}
-    for name, image, text in samples:
+    for name, image, text, *beside in samples:
         counts[name] = counts.get(name, 0) + 1
-        yield (f"{name} ({counts[name]})" if counts[name] > 1 else name), (image, text)
+        yield (f"{name} ({counts[name]})" if counts[name] > 1 else name), (image, text, beside[0] if beside else {})
 
 
 def _text(record: Any) -> str:

@@ -88,8 +88,19 @@ def image_lines(
         count_line(counts, data_source(options)),
         caption_line([record.caption for record in train.records[: len(sizes)]]),
         *size_lines(sizes, targets[: len(sizes)]),
+        *_beside_lines(parts),
         *cut,
     ]
+
+
+def _beside_lines(parts: Mapping[str, CaptionedImages]) -> list[Line]:
+    """How many images have a mask or a conditioning image, where any has."""
+    found: list[Line] = []
+    for label, kind in (("masks", "mask"), ("conditioning", "conditioning image")):
+        counts = {name: sum(kind in record.beside for record in set(some.records)) for name, some in parts.items()}
+        if any(counts.values()):
+            found.append((label, ", ".join(f"{count:,d} {name}" for name, count in counts.items())))
+    return found
 
 
 def task_banner(run: Run[Any], task: Any, schedule: Schedule) -> str:

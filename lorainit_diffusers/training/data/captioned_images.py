@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -15,7 +17,50 @@ from torch.utils.data import Dataset, default_collate
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.data.buckets import nearest_bucket
 from lorainit_diffusers.training.data.images import ImageRecord, check_resized, image_size, load_image
+from lorainit_diffusers.training.data.masks import load_mask
 from lorainit_diffusers.training.seeds import derive_seed
+
+
+class Draw(NamedTuple):
+    """What is drawn for one crop, which an image, its mask and its conditioning image share.
+
+    Attributes:
+        place: (2,) float64 in [0, 1): of the left and the upper edge in what is spare there; `None` is the centre.
+        mirrored: Whether the crop is mirrored.
+    """
+
+    place: Tensor | None
+    mirrored: bool
+
+
+def draw_crop(center_crop: bool, random_flip: bool, generator: torch.Generator) -> Draw:
+    """The numbers for one crop; a centred one that is never mirrored draws none."""
+    place = None if center_crop else torch.rand(2, generator=generator, dtype=torch.float64)
+    return Draw(place, random_flip and torch.rand(1, generator=generator).item() < 0.5)
+
+
+def cut(
+    image: Image.Image, size: tuple[int, int], draw: Draw, interpolation: str
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Resize to cover `size`, (height, width), and crop; returns what `image_to_tensor` does, as an image."""
+    height, width = size
+    scale = max(width / image.width, height / image.height)
+    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if covering != image.size:
+        image = image.resize(covering, Image.Resampling[interpolation.upper()])
+    spare = torch.tensor([covering[0] - width, covering[1] - height])
+    if draw.place is None:
+        left, top = (spare // 2).tolist()
+    else:
+        left, top = (draw.place * (spare + 1)).long().tolist()
+    image = image.crop((left, top, left + width, top + height))
+    if draw.mirrored:
+        image, left = ImageOps.mirror(image), covering[0] - (left + width)
+    return image, (top, left)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
 
 
 def image_to_tensor(
@@ -33,20 +78,8 @@ def image_to_tensor(
         The crop, (3, height, width) float32, and its (top, left) in the resized image. Of a mirrored crop that is its
         place in the mirrored image, as in diffusers' SDXL scripts: the mirrored left is width - (left + crop width).
     """
-    height, width = size
-    scale = max(width / image.width, height / image.height)
-    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if covering != image.size:
-        image = image.resize(covering, Image.Resampling[interpolation.upper()])
-    spare = torch.tensor([covering[0] - width, covering[1] - height])
-    if center_crop:
-        left, top = (spare // 2).tolist()
-    else:
-        left, top = (torch.rand(2, generator=generator, dtype=torch.float64) * (spare + 1)).long().tolist()
-    image = image.crop((left, top, left + width, top + height))
-    if random_flip and torch.rand(1, generator=generator).item() < 0.5:
-        image, left = ImageOps.mirror(image), covering[0] - (left + width)
-    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0, (top, left)
+    cropped, corner = cut(image, size, draw_crop(center_crop, random_flip, generator), interpolation)
+    return _to_tensor(cropped), corner
 
 
 class CaptionedImages(Dataset[dict[str, Tensor]]):
@@ -55,6 +88,9 @@ class CaptionedImages(Dataset[dict[str, Tensor]]):
     Its keys are `(index, seed)`: crop, flip and posterior sample are functions of the seed. An item holds:
 
     - `pixel_values`, (3, height, width) in [-1, 1], or `latents` once they are cached;
+    - `loss_mask`, (1, height, width) in [0, 1], where the set has masks: the same crop of the image's mask, or 1
+      everywhere; of the latents' size once they are cached;
+    - `conditioning_images`, as `pixel_values`, or `conditioning_latents`, where the images have one beside them;
     - the image's row of each of `columns`, such as token ids;
     - `original_sizes`, `crop_top_lefts`, `target_sizes`: int64 (2,), vertical first. The image before it is resized,
       the crop's corner in the resized image, and the crop.
@@ -67,6 +103,7 @@ class CaptionedImages(Dataset[dict[str, Tensor]]):
         random_flip: Mirror half of the draws.
         interpolation: One of `INTERPOLATIONS`.
         buckets: (height, width) of the crops: each image has that of the nearest aspect, `bucket_of_image`.
+        masked: Whether items have a `loss_mask`; by default where any record has a mask.
 
     Raises:
         ValueError: For an image that becomes a giant where it is resized to cover its crop.
@@ -82,8 +119,10 @@ class CaptionedImages(Dataset[dict[str, Tensor]]):
         *,
         interpolation: str = "lanczos",
         buckets: Sequence[tuple[int, int]] | None = None,
+        masked: bool | None = None,
     ) -> None:
         self.records, self.columns = records, columns
+        self.masked = any(record.mask is not None for record in records) if masked is None else masked
         self.center_crop, self.random_flip, self.interpolation = center_crop, random_flip, interpolation
         self.buckets = [(resolution, resolution)] if buckets is None else list(buckets)
         self.bucket_of_image = [0] * len(records)
@@ -94,6 +133,8 @@ class CaptionedImages(Dataset[dict[str, Tensor]]):
             self.bucket_of_image = [nearest_bucket(sizes[record], self.buckets) for record in records]
         for record, bucket in dict(zip(records, self.bucket_of_image, strict=True)).items():
             check_resized(record, sizes[record], self.buckets[bucket])
+            if record.conditioning is not None:
+                check_resized(record.conditioning, image_size(record.conditioning), self.buckets[bucket])
         self._cache: dict[int, dict[str, Tensor]] | None = None  # by bucket, one row an image
         self._cache_rows: list[int] = []
 
@@ -113,21 +154,21 @@ class CaptionedImages(Dataset[dict[str, Tensor]]):
         return {**item, **{name: column[index] for name, column in self.columns.items()}}
 
     def _crop(self, index: int, center_crop: bool, random_flip: bool, generator: torch.Generator) -> dict[str, Tensor]:
-        image, size = load_image(self.records[index]), self.buckets[self.bucket_of_image[index]]
-        pixel_values, corner = image_to_tensor(
-            image,
-            size,
-            center_crop=center_crop,
-            random_flip=random_flip,
-            generator=generator,
-            interpolation=self.interpolation,
-        )
-        return {
-            "pixel_values": pixel_values,
+        record, size = self.records[index], self.buckets[self.bucket_of_image[index]]
+        image, draw = load_image(record), draw_crop(center_crop, random_flip, generator)
+        cropped, corner = cut(image, size, draw, self.interpolation)
+        item = {
+            "pixel_values": _to_tensor(cropped),
             "original_sizes": torch.tensor([image.height, image.width]),
             "crop_top_lefts": torch.tensor(corner),
             "target_sizes": torch.tensor(size),
         }
+        if self.masked:
+            item["loss_mask"] = torch.ones(1, *size) if record.mask is None else _mask(record.mask, size, draw)
+        if record.conditioning is not None:
+            seen, _ = cut(load_image(record.conditioning), size, draw, self.interpolation)
+            item["conditioning_images"] = _to_tensor(seen)
+        return item
 
     def cache_latents(self, encode: Callable[[Tensor], tuple[Tensor, Tensor]], batch_size: int, progress: bool) -> None:
         """Encode the centre of every image once; from then on items hold `latents`, freshly sampled.
@@ -150,6 +191,10 @@ class CaptionedImages(Dataset[dict[str, Tensor]]):
                     chosen = indices[start : start + batch_size]
                     batch = default_collate([self._crop(index, True, False, generator) for index in chosen])
                     mean, std = encode(batch.pop("pixel_values"))
+                    if "loss_mask" in batch:  # what the loss would make of it, in less memory
+                        batch["loss_mask"] = F.interpolate(batch["loss_mask"], mean.shape[-2:], mode="area")
+                    if "conditioning_images" in batch:
+                        batch["conditioning_latents"] = encode(batch.pop("conditioning_images"))[0].cpu()
                     parts.append({**batch, "mean": mean.cpu(), "std": std.cpu()})
                     bar.update(len(chosen))
                 cache[bucket] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -158,6 +203,12 @@ class CaptionedImages(Dataset[dict[str, Tensor]]):
             places[bucket][record] for bucket, record in zip(self.bucket_of_image, self.records, strict=True)
         ]
         self._cache = cache
+
+
+def _mask(record: ImageRecord, size: tuple[int, int], draw: Draw) -> Tensor:
+    """(1, height, width) in [0, 1]: a mask in the crop of its image, bilinear, since other filters overshoot."""
+    cropped, _ = cut(load_mask(record), size, draw, "bilinear")
+    return torch.from_numpy(np.array(cropped, dtype=np.float32))[None] / 255.0
 
 
 def caption_columns(

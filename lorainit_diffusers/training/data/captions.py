@@ -8,12 +8,12 @@ from __future__ import annotations
 import difflib
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
-from lorainit_diffusers.training.data.files import Listing, below, is_hidden
+from lorainit_diffusers.training.data.files import Listing, below, find_file, is_hidden, is_mask
 from lorainit_diffusers.training.data.notes import DataNotes
 from lorainit_diffusers.training.data.rows import Row, is_missing, read_rows
 from lorainit_diffusers.training.data.text import read_text
@@ -29,11 +29,14 @@ class FolderCaptions:
         texts: Image -> caption.
         used: Files that captions come from.
         metadata: Those of them that are metadata.
+        beside: Option of a column of other images -> image -> the file that its row names there; `None` for an empty
+            place.
     """
 
     texts: dict[Path, str] = field(default_factory=dict[Path, str])
     used: set[Path] = field(default_factory=set[Path])
     metadata: list[Path] = field(default_factory=list[Path])
+    beside: dict[str, dict[Path, Path | None]] = field(default_factory=dict[str, dict[Path, "Path | None"]])
 
 
 def read_captions(
@@ -45,6 +48,7 @@ def read_captions(
     notes: DataNotes,
     root: Path | None = None,
     skip: Sequence[Path] = (),
+    beside: Mapping[str, str] | None = None,
 ) -> FolderCaptions:
     """The captions of the images below a folder.
 
@@ -59,12 +63,14 @@ def read_captions(
         notes: What is not used, and what looks odd.
         root: A folder further up whose metadata counts, too: that of all splits.
         skip: Folders below that hold another split.
+        beside: Option -> its column of further images, such as masks.
 
     Raises:
         FileNotFoundError: When a row names an image that does not exist.
         ValueError: When a file or a row cannot be understood, or two captions of an image differ.
     """
-    found = FolderCaptions()
+    columns = dict(beside or {})
+    found = FolderCaptions(beside={option: {} for option in columns})
     files = [path for path in listing.others if is_metadata(path)]
     above: list[Path] = []
     if root is not None and folder != root and folder.is_relative_to(root):
@@ -82,7 +88,7 @@ def read_captions(
     for path in sorted((*files, *above)):
         found.metadata.append(path)
         found.used.add(path)
-        for row in _rows(path, image_column, caption_column):
+        for row in _rows(path, {"--image_column": image_column, "--caption_column": caption_column, **columns}):
             image = _image_of(row, path.parent, images, image_column, folder, skip)
             if image is None:
                 continue  # of another split
@@ -94,7 +100,12 @@ def read_captions(
                         f"{origin[image]}; keep one of them"
                     )
                 notes.leave_out("rows of metadata that repeat another one", [row.where])
+            for option, column in columns.items():
+                _add_file(found.beside[option], image, _named_file(row, path.parent, column), row.where, origin)
             found.texts[image], origin[image] = text, row.where
+    for option, column in columns.items():
+        if not found.metadata:
+            raise ValueError(f"{option} {column!r}: {str(folder)!r} has no metadata.jsonl or .csv; write one with it")
     _add_text_files(folder, listing, found, notes)
     return found
 
@@ -179,11 +190,11 @@ def _metadata_of(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if path.is_file() and is_metadata(path))
 
 
-def _rows(path: Path, image_column: str, caption_column: str) -> list[Row]:
-    """The rows of a metadata file, whose columns are there."""
-    rows = read_rows(path, columns=(image_column, caption_column))
+def _rows(path: Path, wanted: Mapping[str, str]) -> list[Row]:
+    """The rows of a metadata file, whose columns, by option, are there."""
+    rows = read_rows(path, columns=tuple(wanted.values()))
     columns = sorted({column for row in rows for column in row.values})
-    for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+    for option, column in wanted.items():
         if column not in columns:
             raise ValueError(
                 f"{str(path)!r} has no column {column!r} (it has {', '.join(columns) or 'none'}); set {option}"
@@ -228,7 +239,47 @@ def _image_of(
         )
     if not path.is_relative_to(os.path.normpath(folder)) or any(path.is_relative_to(other) for other in skip):
         return None
+    if is_mask(path):
+        raise ValueError(
+            f"{row.where}: {name!r} has the name of a mask, which is never trained on; rename it, or remove the row"
+        )
     raise ValueError(f"{row.where}: {name!r} is no image that can be opened; save it as PNG or JPEG, or remove the row")
+
+
+def _named_file(row: Row, directory: Path, column: str) -> Path | None:
+    """The file that a row names in a column of further images; None where the place is empty.
+
+    Raises:
+        FileNotFoundError: When it does not exist.
+        ValueError: When the name is none, or leads out of the metadata's folder.
+    """
+    name = row.values.get(column)
+    if name is None or (isinstance(name, str) and (not name.strip() or is_missing(name))):
+        return None
+    if not isinstance(name, str):
+        raise ValueError(f"{row.where}: the image in {column!r} is {name!r}; give the name of a file")
+    path = Path(os.path.normpath(directory / name.strip().replace("\\", "/")))
+    if not path.is_relative_to(os.path.normpath(directory)):
+        raise ValueError(
+            f"{row.where}: {name!r} in {column!r} lies outside of {str(directory)!r}; give a name relative to that "
+            "folder, and put the file into it"
+        )
+    found = find_file(directory, name)
+    if found is None:
+        raise FileNotFoundError(
+            f"{row.where}: {name!r} in {column!r} does not exist; add the file, or leave the place empty"
+        )
+    return Path(os.path.normpath(found))
+
+
+def _add_file(
+    files: dict[Path, Path | None], image: Path, file: Path | None, where: str, origin: Mapping[Path, str]
+) -> None:
+    if files.setdefault(image, file) != file:
+        raise ValueError(
+            f"{where}: {image.name} has {file.name if file else 'none'} beside it here and another file in "
+            f"{origin[image]}; keep one of them, or copy the image under another name"
+        )
 
 
 def _add_text_files(folder: Path, listing: Listing, found: FolderCaptions, notes: DataNotes) -> None:

@@ -40,6 +40,8 @@ PLUGIN_SUFFIXES = {
 # What editors and downloads leave behind: copies of images, whatever is in them.
 LEFTOVER_SUFFIXES = frozenset({".bak", ".orig", ".old", ".tmp", ".temp", ".part", ".partial", ".crdownload", ".thm"})
 _SIGNATURE_BYTES = 32
+# What the name of a mask ends with, before its suffix: `cat-masklabel.png` is that of `cat.jpg`.
+MASK_ENDING = "-masklabel"
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,21 @@ class Listing:
         others: Files that are no images.
         hidden: Hidden and system files and folders; nothing below such a folder is listed.
         repeated: Linked folders that were read already, or that lead back to where the reading came from.
+        masks: Images that say which places of the image beside them count, by the end of their name.
     """
 
     images: tuple[Path, ...]
     others: tuple[Path, ...]
     hidden: tuple[Path, ...]
     repeated: tuple[Path, ...]
+    masks: tuple[Path, ...] = ()
 
     def report(self, folder: Path, notes: DataNotes, *, used: Collection[Path] = ()) -> None:
         """Note what does not count; files in `used`, such as captions, are used otherwise."""
         notes.leave_out("hidden or system files and folders", (below(path, folder) for path in self.hidden))
         notes.leave_out("linked folders that were read already", (below(path, folder) for path in self.repeated))
+        masks = (below(path, folder) for path in self.masks if path not in used)
+        notes.leave_out("masks that no image uses", masks)
         unused = [path for path in self.others if path not in used]
         notes.leave_out("files that are no images", (below(path, folder) for path in unused))
 
@@ -84,6 +90,7 @@ def list_folder(folder: Path, *, skip: Collection[Path] = ()) -> Listing:
     others: list[Path] = []
     hidden: list[Path] = []
     repeated: list[Path] = []
+    masks: list[Path] = []
     skipped = {os.path.realpath(path) for path in skip}
     above = {_identity(parent) for parent in Path(os.path.realpath(folder)).parents}
     seen: set[tuple[int, int]] = set()
@@ -105,13 +112,13 @@ def list_folder(folder: Path, *, skip: Collection[Path] = ()) -> Listing:
                 elif path not in skip:
                     repeated.append(path)
             elif entry.is_file():
-                (images if is_image(path) else others).append(path)
+                (others if not is_image(path) else masks if is_mask(path) else images).append(path)
             elif entry.is_symlink() and path.suffix.lower() in image_suffixes():
                 raise FileNotFoundError(f"the image {str(path)!r} is a link to nowhere; mend or remove it")
             else:
                 others.append(path)
         linked.sort()
-    return Listing(*(tuple(sorted(paths)) for paths in (images, others, hidden, repeated)))
+    return Listing(*(tuple(sorted(paths)) for paths in (images, others, hidden, repeated, masks)))
 
 
 def child_folders(folder: Path) -> list[Path]:
@@ -143,6 +150,11 @@ def is_image(path: Path) -> bool:
         raise ValueError(
             f"cannot read the file {str(path)!r} ({error.strerror}); make it readable, or remove it"
         ) from error
+
+
+def is_mask(path: Path) -> bool:
+    """Whether an image is the mask of the one beside it, by its name."""
+    return path.stem.lower().endswith(MASK_ENDING)
 
 
 @functools.cache

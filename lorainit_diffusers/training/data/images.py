@@ -49,12 +49,24 @@ class ImageRecord:
 
     Of a row, `path` is a label for messages, such as `owner/name/train[12]`. An image of more than `max_pixels` is
     refused before it is decoded.
+
+    Attributes:
+        mask: How much each place of the image counts: white in full, black not at all. `None`: all of it.
+        conditioning: An image that the model sees beside the noise.
     """
 
     path: Path
     caption: str
     image: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
     max_pixels: int = field(default=MAX_PIXELS, repr=False, compare=False)
+    mask: ImageRecord | None = None
+    conditioning: ImageRecord | None = None
+
+    @property
+    def beside(self) -> dict[str, ImageRecord]:
+        """The mask and the conditioning image, those that there are, by what messages call them."""
+        parts = {"mask": self.mask, "conditioning image": self.conditioning}
+        return {kind: part for kind, part in parts.items() if part is not None}
 
 
 @dataclass(frozen=True)
@@ -108,8 +120,13 @@ def decoded_sizes(records: Sequence[ImageRecord]) -> list[tuple[int, int]]:
 
 
 def limited(records: Sequence[ImageRecord], max_pixels: int) -> list[ImageRecord]:
-    """The records with the limit of the run."""
-    return [replace(record, max_pixels=max_pixels) for record in records]
+    """The records with the limit of the run, and so what lies beside them."""
+
+    def parts(record: ImageRecord) -> dict[str, ImageRecord | None]:
+        beside = {"mask": record.mask, "conditioning": record.conditioning}
+        return {name: part and replace(part, max_pixels=max_pixels) for name, part in beside.items()}
+
+    return [replace(record, max_pixels=max_pixels, **parts(record)) for record in records]
 
 
 def check_resized(record: ImageRecord, size: tuple[int, int], covered: tuple[int, int]) -> None:

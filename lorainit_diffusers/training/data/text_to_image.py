@@ -27,6 +27,7 @@ from lorainit_diffusers.training.data.files import list_folder
 from lorainit_diffusers.training.data.folders import read_image_folder
 from lorainit_diffusers.training.data.grouping import hold_out_pictures
 from lorainit_diffusers.training.data.images import ImageRecord, decoded_sizes, limited, load_image, shared_files
+from lorainit_diffusers.training.data.masks import check_beside
 from lorainit_diffusers.training.data.named_datasets import read_dataset
 from lorainit_diffusers.training.data.notes import DataNotes, some
 from lorainit_diffusers.training.data.order import BucketOrder, DataOrder
@@ -55,8 +56,8 @@ def read_data(options: ImageTaskOptions, notes: DataNotes | None = None) -> tupl
         ValueError: When something else is missing or unreadable; see `read_image_folder` and `read_dataset`.
     """
     notes = DataNotes() if notes is None else notes
-    given = {"image_column": options.image_column, "caption_column": options.caption_column}
-    columns: dict[str, str] = {option: column for option, column in given.items() if column is not None}
+    names = ("image_column", "caption_column", "mask_column", "conditioning_image_column")
+    columns: dict[str, str] = {name: column for name in names if (column := getattr(options, name)) is not None}
     if options.dataset_name is not None:
         records, heldout = read_dataset(
             options.dataset_name,
@@ -92,6 +93,8 @@ def read_data(options: ImageTaskOptions, notes: DataNotes | None = None) -> tupl
         records, heldout = hold_out_pictures(records, fraction, load_image, flag)
     warn_of_shared_files(records, heldout, "held-out images are also trained on, so that their loss says little", notes)
     sizes = decoded_sizes([*records, *heldout])
+    for part, shown in ((records, sizes[: len(records)]), (heldout, sizes[len(records) :])):
+        check_beside(part, shown, notes)
     notes.sizes |= {"training": sizes[: len(records)], "held out": sizes[len(records) :]}
     return records * options.repeats, heldout
 
@@ -204,6 +207,7 @@ class TrainingData:
             center_crop: bool = options.center_crop,
             random_flip: bool = options.random_flip,
             sizes: Sequence[tuple[int, int]] | None = None,
+            masked: bool | None = None,
         ) -> CaptionedImages:
             images = CaptionedImages(
                 chosen,
@@ -213,13 +217,15 @@ class TrainingData:
                 random_flip,
                 interpolation=options.image_interpolation_mode,
                 buckets=sizes,
+                masked=masked,
             )
             if cache:
                 images.cache_latents(family.encode_images, options.train_batch_size, progress=progress)
             return images
 
         self.train = load(records, sizes=buckets)
-        self.classes = load(classes) if classes else None
+        # a batch of both kinds has masks for both: all of a class image counts
+        self.classes = load(classes, masked=self.train.masked) if classes else None
         self.heldout = load(heldout, cache=True, center_crop=True, random_flip=False) if heldout else None
 
     @property

@@ -138,6 +138,11 @@ def check_family_options(options: TextEncoderOptions, family_class: type[TextToI
         value = getattr(options, name, default)
         if name not in family_class.OPTIONS and value != default:
             raise ValueError(f"--{name} {value} has no effect on {family_class.NAME}; leave it out")
+    column = getattr(options, "conditioning_image_column", None)
+    if column is not None and not family_class.CONDITIONED:
+        raise ValueError(
+            f"--conditioning_image_column {column}: {family_class.NAME} sees no image beside the noise; leave it out"
+        )
     if options.train_text_encoder and not set(family_class.TEXT_ENCODERS.values()) & set(CLIP_ENCODERS):
         raise ValueError(
             f"--train_text_encoder: {family_class.NAME} has no text encoder that its LoRA could hold; leave it out"

@@ -30,6 +30,12 @@ class DatasetOptions(Options):
         None, "column of the images (default: file_name in a folder's metadata, image in a dataset)"
     )
     caption_column: str | None = option(None, "column of the captions (default: text)")
+    mask_column: str | None = option(
+        None, "column of masks: white counts, black does not (default: NAME-masklabel.png beside NAME)"
+    )
+    conditioning_image_column: str | None = option(
+        None, "column of the images that the model sees beside the noise (FLUX.1 Kontext, FLUX.2)"
+    )
     max_image_pixels: Annotated[int, COUNT, MayChange("a larger image is refused, not changed")] = option(
         2**28, "an image of more pixels, decoded or resized, is an error (default 2^28: 268 megapixels)"
     )

@@ -170,6 +170,12 @@ def check_data_source(options: DatasetOptions) -> None:
         raise ValueError("--instance_data_dir and --instance_prompt go together: give both or neither")
     if options.instance_prompt is not None and options.train_data_dir is not None:
         raise ValueError("--instance_prompt is for --instance_data_dir or --dataset_name: give both or neither")
+    for name in ("mask_column", "conditioning_image_column"):
+        if options.instance_data_dir is not None and getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name} {getattr(options, name)} is a column of metadata, which --instance_data_dir does not read; "
+                "give --train_data_dir or --dataset_name" + ", or masks by their names" * (name == "mask_column")
+            )
     if options.dataset_name is not None:
         require_package("datasets", "--dataset_name")
     elif options.dataset_config_name is not None:
@@ -189,6 +195,11 @@ def _check_prior_preservation(options: TextToImageOptions) -> None:
     if options.instance_prompt is None:
         raise ValueError(
             "--with_prior_preservation belongs to DreamBooth: give --instance_data_dir and --instance_prompt"
+        )
+    if options.conditioning_image_column is not None:
+        raise ValueError(
+            "--with_prior_preservation draws class images without an image beside the noise: leave out "
+            "--conditioning_image_column"
         )
     if options.aspect_ratio_buckets is not None:
         raise ValueError("--with_prior_preservation makes square class images: leave out --aspect_ratio_buckets")
