@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,15 @@ def init_of(
     )
 
 
-def base_key(module: nn.Module, adapter_name: str = "default") -> BaseKey:
-    """What the base of an adapted module looks like, from every adapted weight and a few values of the others."""
-    adapted = {f"{name}.weight" for name in adapters.lora_layers(module, adapter_name)}
+def base_key(module: nn.Module, adapter_name: str = "default", layers: Collection[str] | None = None) -> BaseKey:
+    """What the base of a module looks like, from every adapted weight and a few values of the others.
+
+    Args:
+        module: With the adapter, or the base alone.
+        adapter_name: PEFT's name of the adapter.
+        layers: That count as adapted; those that are when left out.
+    """
+    adapted = {f"{name}.weight" for name in (adapters.lora_layers(module, adapter_name) if layers is None else layers)}
     tensors: dict[str, tuple[tuple[int, ...], str]] = {}
     rows: list[Tensor] = []
     for name, value in adapters.state_of_base(module).items():
@@ -257,7 +263,14 @@ def load_init_file(path: str | Path) -> InitFile:
         raise ValueError(f"the init file {str(path)!r} is damaged ({error!r}); write it again") from error
 
 
-def apply_init(init: InitFile, modules: Mapping[str, nn.Module], adapter_name: str = "default") -> None:
+def apply_init(
+    init: InitFile,
+    modules: Mapping[str, nn.Module],
+    adapter_name: str = "default",
+    *,
+    use_rslora: bool = False,
+    lora_dropout: float = 0.0,
+) -> None:
     """Give modules, adapted or not, the initialisation of a file: the adapter of the run that made it, bit for bit.
 
     An optimiser made before still holds the parameters, as with `initialize`.
@@ -266,10 +279,26 @@ def apply_init(init: InitFile, modules: Mapping[str, nn.Module], adapter_name: s
         init: Of `load_init_file`.
         modules: Component -> module, on the base that the file was made for; of the file's components, all or some.
         adapter_name: PEFT's name of the adapter.
+        use_rslora: What a new adapter's configuration says of its scaling, which is the file's in any case.
+        lora_dropout: Of a new adapter.
 
     Raises:
         ValueError: A component that the file lacks; another base (names the weight), other target layers (names one),
             or another rank or scaling than that of an adapter that is there.
+    """
+    check_init(init, modules, adapter_name)
+    for component, module in modules.items():
+        own = {key: value for key, value in init.state.items() if key.startswith(f"{component}.")}
+        adapters.load_adapter_state_dict(
+            {component: module}, own, adapter_name, use_rslora=use_rslora, lora_dropout=lora_dropout
+        )
+
+
+def check_init(init: InitFile, modules: Mapping[str, nn.Module], adapter_name: str = "default") -> None:
+    """See that modules can start from a file; nothing is changed.
+
+    Raises:
+        ValueError: As `apply_init`.
     """
     for component, module in modules.items():
         if component not in init.base:
@@ -280,9 +309,6 @@ def apply_init(init: InitFile, modules: Mapping[str, nn.Module], adapter_name: s
         adapters.check_plain(module, adapter_name)
         check_base(init, component, module, adapter_name)
         _check_adapter(init, component, module, adapter_name)
-    for component, module in modules.items():
-        own = {key: value for key, value in init.state.items() if key.startswith(f"{component}.")}
-        adapters.load_adapter_state_dict({component: module}, own, adapter_name)
 
 
 def check_base(init: InitFile, component: str, module: nn.Module, adapter_name: str = "default") -> None:
@@ -291,7 +317,8 @@ def check_base(init: InitFile, component: str, module: nn.Module, adapter_name: 
     Raises:
         ValueError: Naming the weight that differs, and how.
     """
-    made, found = init.base[component], base_key(module, adapter_name)
+    layers = [name.removeprefix(f"{component}.") for name in init.ranks if name.startswith(f"{component}.")]
+    made, found = init.base[component], base_key(module, adapter_name, layers)
     remedy = "start from the base that it was made for, or make the file anew"
     missing = sorted(made.tensors.keys() ^ found.tensors.keys())
     if missing:

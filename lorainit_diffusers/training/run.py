@@ -289,7 +289,7 @@ def identify(run: Run[SomeOptions], records: Mapping[str, Sequence[Any]]) -> Run
     Raises:
         ValueError: When base or data are not those that the checkpoint was written with.
     """
-    if not run.trains:
+    if run.options.dry_run:
         return run
     known = dict(run.identity)
     if not known:
@@ -324,6 +324,7 @@ def read_identity(output_dir: Path) -> dict[str, Any]:
 def _bases(options: BaseOptions) -> dict[str, Any]:
     places: dict[str, str | None] = {"base": options.pretrained_model_name_or_path}
     places["VAE"] = getattr(options, "pretrained_vae_model_name_or_path", None)
+    places["init file"] = getattr(options, "init_from", None)
     revisions = {"base": options.revision}
     return {
         what: resume.base_identity(name, revision=revisions.get(what), cache_dir=options.cache_dir)
@@ -336,6 +337,6 @@ def _compare(now: Mapping[str, Any], before: Mapping[str, Any], where: str, reme
     for kind in now:
         if not isinstance(now[kind], dict) or kind not in before:
             continue
-        differences = resume.base_differences if kind in ("base", "VAE") else resume.data_differences
+        differences = resume.base_differences if kind in ("base", "VAE", "init file") else resume.data_differences
         if found := differences(now[kind], before[kind]):
             raise ValueError(f"the {kind} is not what {where} ({'; '.join(found)}); {remedy}")

@@ -22,7 +22,7 @@ _IGNORED = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", ".directory"})
 # What a run may write at the top of its directory: files of these names that it did not write are in its way.
 RESULTS = re.compile(
     r"config\.json|init_report\.json|metrics\.jsonl|README\.md|(loss|samples|accuracy|curves|mistakes|ranks)\.png"
-    r"|pytorch_lora_weights(_kohya)?\.safetensors|adapter_(model\.safetensors|config\.json)|report\.html|labels\.json"
+    r"|pytorch_lora_weights(_kohya)?\.safetensors|adapter_(model\.safetensors|config\.json)|report\.html|labels\.json|lorainit_init\.safetensors"
     r"|per_class\.csv|predictions_[\w-]+\.jsonl|confusion_[\w-]+\.png|checkpoint-\d+|best|merged|samples"
 )
 SAMPLE_ROW = re.compile(r"base\.png|step-\d+\.png")

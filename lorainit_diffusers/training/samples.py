@@ -62,12 +62,15 @@ class Pictures:
         self.prompts = choose_prompts(run.options, records, heldout)
         self.directory = run.output_dir / "samples"
         self.draws = run.is_main and run.trains
-        if self.draws:
-            clear_sample_rows(self.directory, run.state.step if run.state is not None else None)
+        self._keep_to_step = run.state.step if run.state is not None else None
+        self._is_clear = False  # nothing is touched before the first row: until then the run may be refused
 
     def add(self, name: str, step: int = 0) -> None:
         """Draw a row and keep it as a file, so that a resumed run still has it; trackers get it, too."""
         path = self.directory / f"{name}.png"
+        if self.draws and not self._is_clear:
+            clear_sample_rows(self.directory, self._keep_to_step)
+            self._is_clear = True
         if not self.draws or (path.exists() and wrote(path)):
             return
         with eval_mode(self.family.adapted.values()):

@@ -25,7 +25,7 @@ from lorainit_diffusers.training.output_dir import owning
 from lorainit_diffusers.training.outputs import check_export, open_best, report_discarded_energy
 from lorainit_diffusers.training.run import Run, announce_resume, claim_output_dir, find_state, start_run
 from lorainit_diffusers.training.signals import StoppedError, stopping_at_once
-from lorainit_diffusers.training.start import start_adapters
+from lorainit_diffusers.training.start import read_init_file, start_adapters
 
 SomeOptions = TypeVar("SomeOptions", bound=TrainOptions)
 
@@ -141,13 +141,14 @@ def train(
     training, repository = _load(options, read, script, output_name, class_images)
     run, family = training.run, training.family
     announce_resume(run)
+    init = read_init_file(run, family, training.targets)
     log = RunLog(run)
     if run.is_main:
         print(training.banner(), flush=True)
     training.prepare(log)
 
     # ---- collect and initialise
-    init_report = start_adapters(run, family, training.init_batches(), training.targets)
+    init_report = start_adapters(run, family, training.init_batches(), training.targets, init)
     if run.options.dry_run:
         if run.is_main:
             print_plan(run, family, *training.plan_sample())

@@ -162,7 +162,7 @@ def test_init_only_stops_after_the_initialisation(run: Run) -> None:
     out = run(init="eva", init_only=True)
     assert {path.name for path in out.iterdir()} == {
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"),
-        *("init_report.json", "config.json", "README.md"),
+        *("init_report.json", "config.json", "README.md", "lorainit_init.safetensors", "run.yaml"),
         ".lorainit",
     }
     card = (out / "README.md").read_text(encoding="utf-8")

@@ -58,6 +58,10 @@ def check_run_options(options: TrainOptions) -> None:
     """
     check_init_name(options.init)
     check_option_names(options.init, options.init_option)
+    if options.init_from is not None and options.init_only:
+        raise ValueError(
+            f"--init_only would write what --init_from {options.init_from} holds already: leave one of them out"
+        )
     if not options.variable_rank and (options.rank_budget is not None or options.max_rank is not None):
         raise ValueError("--rank_budget and --max_rank need --variable_rank")
     if options.hub_private and not options.push_to_hub:
@@ -106,11 +110,12 @@ def check_method(options: TrainOptions, method: Initializer, class_images: bool 
     """
     from lorainit_diffusers.initialize import check_zero_delta, needs_reference
 
-    if needs_reference(method) and class_images is None:
+    collects = options.init_from is None
+    if collects and needs_reference(method) and class_images is None:
         raise ValueError(
             "--init_option pretraining=measured needs class images, which this script has not: leave it out"
         )
-    if needs_reference(method) and not class_images:
+    if collects and needs_reference(method) and not class_images:
         raise ValueError(
             "--init_option pretraining=measured takes the class images as the pre-training data: "
             "add --with_prior_preservation and --class_prompt"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from lorainit_diffusers.ranges import COUNT, POSITIVE, SEED, SHARE_BELOW_ONE
 from lorainit_diffusers.training.choices import init_names
-from lorainit_diffusers.training.options.fields import DefaultOf, MayChange, Options, option
+from lorainit_diffusers.training.options.fields import DefaultOf, MayChange, Options, Place, option
 from lorainit_diffusers.training.ranges import LEARNING_RATE, RANK
 
 
@@ -37,7 +37,10 @@ class InitOptions(Options):
     init_statistics_device: str | None = option(
         None, "keep the statistics there (default: where the layers are)", choices=("cpu",)
     )
-    init_only: bool = option(False, "write the initialised LoRA and its report, and stop")
+    init_only: bool = option(False, "write the initialised LoRA, its report and an init file, and stop")
+    init_from: Annotated[str | None, Place("init file")] = option(
+        None, "start from this init file (of --init_only) instead of collecting; it decides init, rank and the like"
+    )
     variable_rank: bool = option(False, "give each layer a rank by its scores, under the budget")
     rank_budget: Annotated[int | None, COUNT] = option(
         None, "sum of the ranks with --variable_rank (default: rank x layers)"

@@ -18,6 +18,7 @@ from lorainit_diffusers.training.defaults import RunDefaults, defaults_of, descr
 from lorainit_diffusers.training.messages import remember_flags
 from lorainit_diffusers.training.options.config import ConfigFile, read_config
 from lorainit_diffusers.training.options.fields import Facts, Options, concerns, option_facts
+from lorainit_diffusers.training.options.init_from import check_given, decided_options
 from lorainit_diffusers.training.options.spelling import closest
 from lorainit_diffusers.training.ranges import OPTION_RANGES, check_numbers, describe_ranges
 
@@ -245,10 +246,19 @@ def parse_options(
         name = options.FAMILIES[0] if family is None else family(first)
         usual = dataclasses.asdict(defaults_of(name, first["pretrained_model_name_or_path"]))
         parser.set_defaults(**{name: value for name, value in usual.items() if name in parser.facts})
+    init_file: str | None = first.get("init_from")
+    decided = {} if init_file is None else decided_options(init_file, parser.facts)
+    # argparse would add to a default list
+    parser.set_defaults(**{name: value for name, value in decided.items() if name != "init_option"})
     if config is not None:
         parser.set_defaults(**config)
     found = vars(parser.parse_args(texts))
-    return options(**{name: found[name] for name in option_facts(options)})
+    if decided and not found["init_option"]:
+        found["init_option"] = decided["init_option"]
+    made = options(**{name: found[name] for name in option_facts(options)})
+    if init_file is not None:
+        check_given(made, decided, init_file)
+    return made
 
 
 def make_parser(options: type[Options], description: str | None) -> ScriptParser:
