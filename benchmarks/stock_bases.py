@@ -50,7 +50,7 @@ def _lengthen(encoder: Path, tokenizer: Path) -> None:
     """Give a CLIP text encoder and its tokenizer CLIP's own length."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(encoder)
+    config = transformers.AutoConfig.from_pretrained(encoder, trust_remote_code=False)
     if type(config).__name__ == "T5Config":
         _write_t5_tokenizer(tokenizer)
     if not type(config).__name__.startswith("CLIP"):

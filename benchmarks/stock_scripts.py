@@ -312,7 +312,7 @@ def _with_init(case: Case, init: str, script: Path, arguments: list[str], base: 
 
     whole = work / init
     watched = _launch(case, init, script, arguments, whole)
-    pipeline = getattr(diffusers, case.pipeline).from_pretrained(base)
+    pipeline = getattr(diffusers, case.pipeline).from_pretrained(base, trust_remote_code=False)
     pipeline.load_lora_weights(whole, weight_name="pytorch_lora_weights.safetensors")
     stock = watched.output(getattr(pipeline, case.denoiser))
     live = watched.output(watched.model.float())
