@@ -106,6 +106,16 @@ class StopRequest:
             os.write(2, f"\n{said}\n".encode())  # `print` may not be entered again where the signal came inside of it
 
 
+def leave_to_main(worker: int) -> None:
+    """`worker_init_fn` of a `DataLoader`: its processes go on until the main one has finished its step.
+
+    A terminal and a cluster's scheduler send a signal to every process of a run.
+    """
+    for name in _NAMES:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def _stop_at_once(number: int, frame: FrameType | None) -> None:
     raise StoppedError(number)
 

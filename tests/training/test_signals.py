@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,11 +23,12 @@ from classifier_fixtures import write_class_folder, write_classifier
 from safetensors.torch import load_file
 from script_fixtures import argv_of, run_main
 from sd_fixtures import ROOT
+from torch.utils.data import DataLoader
 
 from lorainit_diffusers.training import loop, task
 from lorainit_diffusers.training.checkpoints import list_checkpoints
 from lorainit_diffusers.training.loop import StepOutcome, train_steps
-from lorainit_diffusers.training.signals import StoppedError, StopRequest, stopping_at_once
+from lorainit_diffusers.training.signals import StoppedError, StopRequest, leave_to_main, stopping_at_once
 
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 128 + signal.SIGUSR1)]
 FAST: dict[str, Any] = {
@@ -176,6 +178,17 @@ def test_an_ignored_signal_stays_so_and_other_threads_change_nothing() -> None:
     thread.start()
     thread.join()
     assert found == [before]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_processes_that_decode_images_go_on(number: signal.Signals) -> None:
+    """A terminal and a scheduler send the signal to all of them."""
+    loader = DataLoader(list(range(40)), batch_size=1, num_workers=1, worker_init_fn=leave_to_main)
+    batches = iter(loader)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(cast(int, worker.pid), number)
+    assert [int(batch) for batch in batches] == list(range(1, 40))
 
 
 # ------------------------------------------------------------------------------------------------------------- scripts

@@ -39,6 +39,7 @@ from lorainit_diffusers.training.resume import base_identity
 from lorainit_diffusers.training.run import Run
 from lorainit_diffusers.training.samples import sample
 from lorainit_diffusers.training.seeds import derive_seed
+from lorainit_diffusers.training.signals import leave_to_main
 
 
 def read_data(options: ImageTaskOptions, notes: DataNotes | None = None) -> tuple[list[ImageRecord], list[ImageRecord]]:
@@ -259,7 +260,8 @@ class TrainingData:
             order: Any = DataOrder(len(images), batch_size, seed, numbers)
         else:
             order = BucketOrder(images.bucket_of_image, batch_size, seed, numbers)
-        return iter(DataLoader(images, batch_sampler=order, num_workers=self.options.dataloader_num_workers))
+        workers = self.options.dataloader_num_workers
+        return iter(DataLoader(images, batch_sampler=order, num_workers=workers, worker_init_fn=leave_to_main))
 
     def for_initialization(self) -> dict[str, Any]:
         """The batches that `initialize` takes: those of training, or instance and class images apart.
