@@ -11,7 +11,6 @@ import train_dit_lora
 from flow_fixtures import write_base
 from PIL import Image, ImageOps
 from script_fixtures import FAST, losses, run_main
-from sd_fixtures import write_images
 
 
 def test_pairs_of_images(tmp_path: Path, image_dir: Path) -> None:
