@@ -56,7 +56,8 @@ def _end_process(text: str, code: int) -> NoReturn:
     """Say why, and end without what Python does at an exit, which may wait for the other processes."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_MAIN_FIRST_S)
-    print(text, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    # in one piece, and not behind the progress bar of another process
+    os.write(2, f"\n{text}\n".encode(errors="replace"))
     os._exit(code)

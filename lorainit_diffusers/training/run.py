@@ -107,7 +107,22 @@ def start_accelerator(options: TrainOptions) -> Accelerator:
     """The accelerator of a run, with TF32 as asked for."""
     torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
     project_dir = str(Path(options.output_dir) / options.logging_dir)
-    return Accelerator(mixed_precision=options.mixed_precision, log_with=options.report_to, project_dir=project_dir)
+    joined = Accelerator(mixed_precision=options.mixed_precision, log_with=options.report_to, project_dir=project_dir)
+    if joined.num_processes == 1 and _asked_for_several(os.environ):
+        print(
+            "warning: the launch asked for several processes, and one has started: accelerate launch starts one on "
+            "processors; start them with torchrun --nproc_per_node 2 (docs/scaling.md)"
+        )
+    return joined
+
+
+def _asked_for_several(environment: Mapping[str, str]) -> bool:
+    """Whether accelerate's simple launcher was to start several: it names where they meet, and gives them no ranks.
+
+    How many they were to be it tells nobody.
+    """
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
+    return by_accelerate and "WORLD_SIZE" not in environment
 
 
 def weight_dtype(mixed_precision: str | None) -> torch.dtype:
