@@ -58,7 +58,7 @@ class Pictures:
         records: Sequence[ImageRecord],
         heldout: Sequence[ImageRecord],
     ) -> None:
-        self.options, self.family, self.trackers = run.options, family, run.accelerator.trackers
+        self.options, self.family, self.accelerator = run.options, family, run.accelerator
         self.prompts = choose_prompts(run.options, records, heldout)
         self.directory = run.output_dir / "samples"
         self.draws = run.is_main and run.trains
@@ -76,7 +76,7 @@ class Pictures:
         with eval_mode(self.family.adapted.values()):
             images = draw_samples(self.options, self.family, list(self.prompts.values()))
         save_sample_row(self.directory, name, images)
-        for tracker in self.trackers:
+        for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 pixels = np.stack([np.asarray(image) for image in images])
                 cast(Any, tracker).writer.add_images("samples", pixels, step, dataformats="NHWC")
