@@ -3,8 +3,8 @@
     python benchmarks/collection_overhead.py --model tiny-sd
     python benchmarks/collection_overhead.py --model sd15        # SD-1.5-sized UNet with random weights, about 10 GB
 
-Runs the same batches through the bare model and through ``initialize`` and prints one row a method. ``overhead`` is
-(statistics + solve seconds) / forward seconds, all from the report of one run; ``wall ratio`` is the whole call over
+Runs the same batches through the bare model and through `initialize` and prints one row a method. `overhead` is
+(statistics + solve seconds) / forward seconds, all from the report of one run; `wall ratio` is the whole call over
 the bare passes, timed from outside.
 """
 

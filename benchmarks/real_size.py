@@ -293,7 +293,7 @@ def flux_layers(options: RealSizeOptions) -> dict[str, float]:
 def flux_sketch(options: RealSizeOptions) -> dict[str, float]:
     """How much of the exact leading subspace of a layer of width 3072 a sketch finds, for three decays of the spectrum.
 
-    Overlap: mean squared cosine between the two subspaces of ``rank`` dimensions, 1 if they are equal.
+    Overlap: mean squared cosine between the two subspaces of `rank` dimensions, 1 if they are equal.
     """
     width, row = 3072, {}
     for decay in (1.0, 1.5, 2.0):

@@ -42,16 +42,16 @@ class Base:
     """A published base.
 
     Attributes:
-        name: in the table.
-        family: its short name.
-        transformer: configuration of its transformer.
-        embeds: shapes of the conditioning of one sample, after the batch; a mask is an empty one.
-        latent_channels: of a latent as the family has it.
-        vae: configuration of its autoencoder, as far as the prediction reads it.
-        one_block: what leaves one block of each kind.
-        options: of the family.
-        frames: latents in time; 0 for a family of images.
-        narrow: what makes the transformer narrow, as deep as it is. Where a prediction looks at numbers, which nothing
+        name: In the table.
+        family: Its short name.
+        transformer: Configuration of its transformer.
+        embeds: Shapes of the conditioning of one sample, after the batch; a mask is an empty one.
+        latent_channels: Of a latent as the family has it.
+        vae: Configuration of its autoencoder, as far as the prediction reads it.
+        one_block: What leaves one block of each kind.
+        options: Of the family.
+        frames: Latents in time; 0 for a family of images.
+        narrow: What makes the transformer narrow, as deep as it is. Where a prediction looks at numbers, which nothing
             on the meta device has, the groups are those of the narrow one.
     """
 
@@ -251,7 +251,7 @@ def groups(base: Base) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """The target layers of a base by name, and the first layer of each one's group of shared inputs.
 
     Raises:
-        ValueError: when a target matches no layer, or the prediction reaches a layer not or more than once.
+        ValueError: When a target matches no layer, or the prediction reaches a layer not or more than once.
     """
     family: Any = build(base, "meta")
     targets = family.default_targets("transformer")

@@ -50,11 +50,11 @@ class Case:
     """One script on one base.
 
     Attributes:
-        script: below `examples/`.
-        base: of `stock_bases.WRITERS`.
-        pipeline: that loads the result.
-        arguments: of the script, beyond the common ones.
-        denoiser: the pipeline's name for it.
+        script: Below `examples/`.
+        base: Of `stock_bases.WRITERS`.
+        pipeline: That loads the result.
+        arguments: Of the script, beyond the common ones.
+        denoiser: The pipeline's name for it.
     """
 
     script: str

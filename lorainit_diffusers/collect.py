@@ -146,7 +146,7 @@ def collect(
         make_statistic: (name, layer) -> empty statistic; an `InputsAndGradient` where both are observed.
         options: What is observed, over how many batches.
         budget: Of memory, which makes sketches of what does not fit; `None` for no limit.
-        **keywords: fields of the step and of the options one by one, such as `observes="inputs"`.
+        **keywords: Fields of the step and of the options one by one, such as `observes="inputs"`.
 
     Raises:
         ValueError: No batches; statistics that do not fit into the budget in any form; non-finite activations or

@@ -136,7 +136,7 @@ def base_key(module: nn.Module, adapter_name: str = "default", layers: Collectio
 
 
 def _samples(value: Tensor, *, adapted: bool) -> Tensor:
-    """One row of :class:`BaseKey`'s samples."""
+    """One row of `BaseKey`'s samples."""
     flat = value.detach().reshape(-1)
     row = torch.zeros(2 + NUM_SAMPLES, dtype=torch.float64)
     row[:2] = math.nan
@@ -160,12 +160,12 @@ def check_weight(key: BaseKey, layer: str, weight: Tensor) -> None:
     """See that one adapted layer has the weight that a file was made for, in whatever software it is.
 
     Args:
-        key: of the layer's component.
-        layer: its name in that component.
+        key: Of the layer's component.
+        layer: Its name in that component.
         weight: (out_features, in_features).
 
     Raises:
-        ValueError: another shape, or other values.
+        ValueError: Another shape, or other values.
     """
     index, (shape, dtype) = next(
         (index, entry) for index, (name, entry) in enumerate(key.tensors.items()) if name == f"{layer}.weight"

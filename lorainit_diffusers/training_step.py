@@ -22,14 +22,14 @@ class TrainingStep:
     """One training loss, and what is known about the step that it was.
 
     Attributes:
-        loss_fn: batch -> 0-d loss.
-        token_mask: layer -> (batch, tokens) boolean mask of the current batch, or ``None``; rows outside are left out
-            of the statistics. ``None`` where nothing is known of padding.
-        batch_weight: how much the gradient of a batch counts in the mean, positive; ``None`` for all alike. Inputs need
+        loss_fn: Batch -> 0-d loss.
+        token_mask: Layer -> (batch, tokens) boolean mask of the current batch, or `None`; rows outside are left out
+            of the statistics. `None` where nothing is known of padding.
+        batch_weight: How much the gradient of a batch counts in the mean, positive; `None` for all alike. Inputs need
             none: every row counts.
-        describe_step: says what the current step was (its timesteps), for error messages.
-        stratified: number of batches -> a block inside which timesteps cover their distribution evenly.
-        generator: of the noise and timesteps that ``loss_fn`` draws, where they are the family's.
+        describe_step: Says what the current step was (its timesteps), for error messages.
+        stratified: Number of batches -> a block inside which timesteps cover their distribution evenly.
+        generator: Of the noise and timesteps that `loss_fn` draws, where they are the family's.
     """
 
     loss_fn: Callable[[Any], Tensor]
@@ -50,13 +50,13 @@ def training_step(
     """The training step of a family, or of a loss function.
 
     Args:
-        family: if any; its loss is used unless ``loss_fn`` is given, which then goes before it.
-        loss_fn: batch -> 0-d loss.
-        location: layer -> (component, name inside it), by which a family knows the layer's padding.
-        mask_padding: leave padded tokens out of the statistics, where the family knows them.
+        family: If any; its loss is used unless `loss_fn` is given, which then goes before it.
+        loss_fn: Batch -> 0-d loss.
+        location: Layer -> (component, name inside it), by which a family knows the layer's padding.
+        mask_padding: Leave padded tokens out of the statistics, where the family knows them.
 
     Raises:
-        ValueError: neither a family nor a loss function.
+        ValueError: Neither a family nor a loss function.
     """
     if family is None:
         if loss_fn is None:

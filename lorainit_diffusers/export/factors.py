@@ -65,7 +65,7 @@ def exported_factors(
 
 
 def plain_factors(weights: AdapterWeights, export_rank: int | None = None) -> LoraFactors:
-    """One layer's factors, scaling and offset in them, as :func:`exported_factors` has them; float32, on the CPU."""
+    """One layer's factors, scaling and offset in them, as `exported_factors` has them; float32, on the CPU."""
     lora_A, lora_B = weights.factors.lora_A, weights.factors.lora_B * weights.scaling
     if weights.offset is not None:
         lora_A = torch.cat([lora_A, weights.offset.lora_A])

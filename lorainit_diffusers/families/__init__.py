@@ -42,7 +42,7 @@ def family_class(name: str) -> type[TextToImageFamily]:
     """The text-to-image family of a short name, imported now.
 
     Raises:
-        ValueError: for an unknown name (lists the known ones).
+        ValueError: For an unknown name (lists the known ones).
         ImportError: For a family of pipelines that the installed diffusers does not have.
     """
     if name not in TEXT_TO_IMAGE_FAMILIES:

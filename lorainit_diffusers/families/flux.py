@@ -41,17 +41,17 @@ class FluxFamily(FlowMatchingFamily):
     images.
 
     Attributes:
-        tokenizer: of the CLIP encoder.
-        tokenizer_2: of T5.
+        tokenizer: Of the CLIP encoder.
+        tokenizer_2: Of T5.
         text_encoder: CLIP encoder, of which the pooled output is used.
         text_encoder_2: T5; never trained.
-        vae: autoencoder, never trained.
-        transformer: the denoiser.
-        noise_scheduler: the table of noise levels; where the base shifts them by the image's size (dev), training takes
+        vae: Autoencoder, never trained.
+        transformer: The denoiser.
+        noise_scheduler: The table of noise levels; where the base shifts them by the image's size (dev), training takes
             them unshifted, as diffusers' examples do.
-        kontext: whether the base is a Kontext; samples are drawn without an image beside the noise.
-        guidance_scale: the guidance that a distilled base (dev) takes as an input while it is trained.
-        max_sequence_length: tokens of T5; None is 512, as in the pipeline.
+        kontext: Whether the base is a Kontext; samples are drawn without an image beside the noise.
+        guidance_scale: The guidance that a distilled base (dev) takes as an input while it is trained.
+        max_sequence_length: Tokens of T5; None is 512, as in the pipeline.
     """
 
     tokenizer: CLIPTokenizer

@@ -52,15 +52,15 @@ class Flux2Family(FlowMatchingFamily):
     The columns of a batch are `input_ids` and `attention_mask`, or `prompt_embeds`; and the images.
 
     Attributes:
-        tokenizer: of the text encoder, with its chat template.
+        tokenizer: Of the text encoder, with its chat template.
         text_encoder: Mistral 3 (dev) or Qwen 3 (klein), of which three hidden states are used; never trained.
-        vae: autoencoder, never trained.
-        transformer: the denoiser.
-        noise_scheduler: the table of noise levels, which a base that says so shifts by the image's size.
-        klein: whether the base is a klein: another text encoder, and no guidance as an input.
-        is_distilled: whether a klein is distilled to few steps, for which samples take no guidance.
-        guidance_scale: the guidance that dev takes as an input while it is trained.
-        max_sequence_length: tokens of the text encoder, its template included; None is 512, as in the pipelines.
+        vae: Autoencoder, never trained.
+        transformer: The denoiser.
+        noise_scheduler: The table of noise levels, which a base that says so shifts by the image's size.
+        klein: Whether the base is a klein: another text encoder, and no guidance as an input.
+        is_distilled: Whether a klein is distilled to few steps, for which samples take no guidance.
+        guidance_scale: The guidance that dev takes as an input while it is trained.
+        max_sequence_length: Tokens of the text encoder, its template included; None is 512, as in the pipelines.
     """
 
     tokenizer: PreTrainedTokenizerBase

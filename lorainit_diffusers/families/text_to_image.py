@@ -45,7 +45,7 @@ class NoisyLatents:
     Attributes:
         latents: (batch, channels, height, width) with noise.
         timesteps: (batch,) of the noise schedule, as the pipelines count them.
-        target: what the denoiser should predict, of the latents' shape.
+        target: What the denoiser should predict, of the latents' shape.
         weights: (batch,) of the samples' losses; None is 1 for all.
     """
 
@@ -62,13 +62,13 @@ class TextToImageFamily(Sampling):
     A family adds, as fields: its tokenizers and text encoders, `vae`, the denoiser and `noise_scheduler`.
 
     Attributes:
-        train_text_encoder: whether the CLIP text encoders get LoRA and gradients too.
-        caption_dropout: probability that a sample trains without its caption, on what the pipeline takes for none.
-        prior_loss_weight: weight of the class images (`is_class`) of DreamBooth's prior preservation (Ruiz et al. 2023,
+        train_text_encoder: Whether the CLIP text encoders get LoRA and gradients too.
+        caption_dropout: Probability that a sample trains without its caption, on what the pipeline takes for none.
+        prior_loss_weight: Weight of the class images (`is_class`) of DreamBooth's prior preservation (Ruiz et al. 2023,
             arXiv:2208.12242, equation 2).
-        offload: keep the VAE and frozen text encoders on the CPU, and on the denoiser's device only while they are
+        offload: Keep the VAE and frozen text encoders on the CPU, and on the denoiser's device only while they are
             used.
-        step: what the latest `loss` drew.
+        step: What the latest `loss` drew.
     """
 
     _: KW_ONLY
@@ -88,7 +88,7 @@ class TextToImageFamily(Sampling):
 
         Args:
             latents: (batch, channels, height, width) float32.
-            noise: of the same shape, standard normal.
+            noise: Of the same shape, standard normal.
             uniform: (batch,) float64 in [0, 1) on the CPU, from which the levels of noise follow.
         """
 
@@ -99,10 +99,10 @@ class TextToImageFamily(Sampling):
         """The denoiser's prediction, of the latents' shape.
 
         Args:
-            latents: noisy, in the weight dtype.
+            latents: Noisy, in the weight dtype.
             timesteps: (batch,).
             embeds: `EMBEDS`.
-            batch: as `loss` got it.
+            batch: As `loss` got it.
         """
 
     def _noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -132,7 +132,7 @@ class TextToImageFamily(Sampling):
         """Mean and standard deviation of the VAE's latents, as it makes them.
 
         Args:
-            pixel_values: in the VAE's dtype and on its device.
+            pixel_values: In the VAE's dtype and on its device.
         """
         posterior = cast(Any, self.vae).encode(pixel_values).latent_dist
         return posterior.mean, posterior.std
@@ -141,7 +141,7 @@ class TextToImageFamily(Sampling):
         """The denoising loss of diffusers' examples: a scalar, float32.
 
         Args:
-            batch: the captions, as `caption_inputs` or `embed_captions` gives them, and either `pixel_values`
+            batch: The captions, as `caption_inputs` or `embed_captions` gives them, and either `pixel_values`
                 (batch, 3, height, width) in [-1, 1] or `latents` (batch, channels, height, width), already scaled.
                 Optionally `is_class`, (batch,) boolean: the images of the class in DreamBooth's prior preservation; the
                 loss is then the mean over the other images plus `prior_loss_weight` times the mean over these, each
@@ -153,7 +153,7 @@ class TextToImageFamily(Sampling):
                 are drawn, in this order.
 
         Raises:
-            ValueError: when the batch lacks one of its parts, or has one that the family does not take.
+            ValueError: When the batch lacks one of its parts, or has one that the family does not take.
         """
         encoded = self._is_encoded(batch)
         batch = self._with_conditioning(batch)
@@ -186,7 +186,7 @@ class TextToImageFamily(Sampling):
         """The batch with `conditioning_latents` on the device, where it has an image to see beside the noise.
 
         Raises:
-            ValueError: when the family takes none.
+            ValueError: When the family takes none.
         """
         given = next((name for name in ("conditioning_latents", "conditioning_images") if name in batch), None)
         if given is None:
@@ -207,7 +207,7 @@ class TextToImageFamily(Sampling):
             losses: (batch, channels, ..., height, width).
 
         Raises:
-            ValueError: when the mask is of another shape or number of samples, or on the CPU and not in [0, 1].
+            ValueError: When the mask is of another shape or number of samples, or on the CPU and not in [0, 1].
         """
         if mask.ndim != 4 or mask.shape[1] != 1 or len(mask) != len(losses):
             raise ValueError(
@@ -226,7 +226,7 @@ class TextToImageFamily(Sampling):
         """Whether a batch holds embeddings instead of token ids.
 
         Raises:
-            ValueError: when it lacks captions or images.
+            ValueError: When it lacks captions or images.
         """
         columns = self.caption_columns
         # no text encoder, no columns: ids are then of no use

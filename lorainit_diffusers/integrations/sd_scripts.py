@@ -1,7 +1,7 @@
 """A network module for kohya's sd-scripts that starts from an init file and keeps its offset frozen.
 
-Given to `train_network.py` as ``--network_module lorainit_diffusers.integrations.sd_scripts`` with ``--network_args
-init=start/lorainit_init.safetensors``. sd-scripts trains networks of its own, not PEFT's, and a plain LoRA file cannot
+Given to `train_network.py` as `--network_module lorainit_diffusers.integrations.sd_scripts` with `--network_args
+init=start/lorainit_init.safetensors`. sd-scripts trains networks of its own, not PEFT's, and a plain LoRA file cannot
 tell it which half of a start is frozen. This network trains A and B and subtracts the initial product for ever, as the
 adapters of this library do. What it saves is a plain file of kohya's names, right on the original base. Ranks and
 alphas are the init file's. For Stable Diffusion 1.x, 2.x and XL.
@@ -30,7 +30,7 @@ SDXL_LAYERS_PER_BLOCK = (2, 2, 2)
 
 
 class OffsetLora(nn.Module):
-    """Adds ``scaling * (B A - B0 A0) x`` to one linear layer; A and B are trained, in float32."""
+    """Adds `scaling * (B A - B0 A0) x` to one linear layer; A and B are trained, in float32."""
 
     initial_down: Tensor
     initial_up: Tensor
@@ -64,13 +64,13 @@ class InitNetwork(nn.Module):
     """The network of an init file; its methods are those that sd-scripts calls.
 
     Args:
-        init: the file.
-        text_encoder: one, or a list of two for SDXL.
-        unet: sd-scripts' own.
-        multiplier: of everything that the network adds.
+        init: The file.
+        text_encoder: One, or a list of two for SDXL.
+        unet: Sd-scripts' own.
+        multiplier: Of everything that the network adds.
 
     Raises:
-        ValueError: a layer of the file that the models do not have, or another base.
+        ValueError: A layer of the file that the models do not have, or another base.
     """
 
     def __init__(self, init: InitFile, text_encoder: Any, unet: nn.Module, multiplier: float = 1.0) -> None:
@@ -109,7 +109,7 @@ class InitNetwork(nn.Module):
         """Make the models' layers add what the network has.
 
         Raises:
-            ValueError: the file holds a part that this run does not train.
+            ValueError: The file holds a part that this run does not train.
         """
         for key, (component, module) in self._places.items():
             if not (apply_unet if component == "unet" else apply_text_encoder):
@@ -159,7 +159,7 @@ class InitNetwork(nn.Module):
         """Not possible: a plain LoRA file does not say which part of it is frozen.
 
         Raises:
-            ValueError: always, with what works instead.
+            ValueError: Always, with what works instead.
         """
         raise ValueError(
             f"{file!r} cannot be read into a network that starts from an init file; continue from a saved state "
@@ -237,10 +237,10 @@ def create_network(
     neuron_dropout: float | None = None,
     **kwargs: Any,
 ) -> InitNetwork:
-    """What sd-scripts calls: ``init`` of its network arguments is the file.
+    """What sd-scripts calls: `init` of its network arguments is the file.
 
     Raises:
-        ValueError: no file, another rank than the file's, or dropout, which the network has not.
+        ValueError: No file, another rank than the file's, or dropout, which the network has not.
     """
     path = kwargs.get("init")
     if not path:
@@ -258,9 +258,9 @@ def create_network(
 
 
 def create_network_from_weights(*args: Any, **kwargs: Any) -> Any:
-    """Not possible, see :meth:`InitNetwork.load_weights`.
+    """Not possible, see `InitNetwork.load_weights`.
 
     Raises:
-        ValueError: always.
+        ValueError: Always.
     """
     raise ValueError("a network that starts from an init file has its ranks from there: leave --dim_from_weights out")

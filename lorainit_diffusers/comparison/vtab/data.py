@@ -48,7 +48,7 @@ def find_tasks(options: VtabOptions) -> dict[str, Path]:
     """The folders of the tasks by name.
 
     Raises:
-        FileNotFoundError: when a folder is missing.
+        FileNotFoundError: When a folder is missing.
     """
     root = Path(options.vtab_dir)
     if not root.is_dir():
@@ -70,8 +70,8 @@ def read_task(folder: Path) -> TaskParts:
     """The training, validation and test images of a task.
 
     Raises:
-        FileNotFoundError: when a part, or an image that a list names, is missing.
-        ValueError: when a list has a line that is not "path label", or a part has no images.
+        FileNotFoundError: When a part, or an image that a list names, is missing.
+        ValueError: When a list has a line that is not "path label", or a part has no images.
     """
     parts: dict[str, list[ImageRecord]] = {}
     by_name = {path.name: path for path in class_folders(folder)}

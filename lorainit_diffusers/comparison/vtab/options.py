@@ -97,7 +97,7 @@ def parse_vtab(argv: Sequence[str] | None, description: str | None) -> VtabOptio
     """The command line, checked as far as that needs no data.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     options = parse_options(VtabOptions, argv, description, defaults=lambda first: DEFAULTS)
     if given(options.vtab_dir) is None:
@@ -128,7 +128,7 @@ def run_options(options: VtabOptions, setting: Setting) -> ClassifierTrainingOpt
     """The options of the training script for one run.
 
     Raises:
-        ValueError: for an unknown initialisation, or one that the other options do not allow.
+        ValueError: For an unknown initialisation, or one that the other options do not allow.
     """
     init, _, texts = setting.init.partition(":")
     names = [field.name for field in dataclasses.fields(ClassifierTrainingOptions)]

@@ -27,7 +27,7 @@ def parse_args(argv: Sequence[str] | None = None) -> VtabOptions:
     """The options of the protocol, and those of the training script that it passes on.
 
     Raises:
-        ValueError: naming the option, its value and the remedy.
+        ValueError: Naming the option, its value and the remedy.
     """
     options = parse_vtab(argv, __doc__)
     require_pandas()

@@ -58,7 +58,7 @@ def run_protocol(options: VtabOptions) -> Path:
     """Run what is missing and return the directory of the results.
 
     Raises:
-        ValueError, FileNotFoundError: for what the user can mend, in one line.
+        ValueError, FileNotFoundError: For what the user can mend, in one line.
     """
     # what is missing is said before hours of work
     parts = {name: read_task(folder) for name, folder in find_tasks(options).items()}
@@ -148,7 +148,7 @@ def check_directory(options: VtabOptions, parts: Mapping[str, TaskParts]) -> Non
     """See that earlier runs in the directory were made with the same options, base and images, and note them.
 
     Raises:
-        ValueError: naming every option that differs, or what differs in the data.
+        ValueError: Naming every option that differs, or what differs in the data.
     """
     output_dir, facts = Path(options.output_dir), protocol_facts()
     free = {name for name, fact in facts.items() if fact.may_change is not None} | {"train_data_dir"}  # is vtab_dir
