@@ -270,6 +270,7 @@ def test_the_grid_grows_and_finished_runs_are_kept(compare, monkeypatch):
     assert all(row in after for row in before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_two_workers_do_what_one_does(compare, monkeypatch, tmp_path):
     monkeypatch.setattr(tasks, "MIN_VALIDATION_SAMPLES", 40)  # as in the workers, which are other processes
@@ -411,6 +412,7 @@ def fail(phase: str, options: Any, device: str, count: int, part: int) -> None:
     raise ValueError(f"the {phase} of part {part} of {count} cannot be done")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_a_worker_that_fails_says_why(compare, monkeypatch):
     monkeypatch.setattr(run, "work_part", fail)

@@ -42,6 +42,7 @@ def progress() -> GridProgress:
     return GridProgress("testing", 2, 2, lambda: 0, shown=False)
 
 
+@pytest.mark.slow
 def test_each_part_is_a_process_with_its_share_of_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
@@ -67,6 +68,7 @@ def test_a_failure_is_named_at_once_and_ends_the_others(tmp_path: Path) -> None:
     assert "error: first line" in logs(tmp_path)[0].read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="asks for processes by their number")
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     code = (

@@ -47,6 +47,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [vit, vlm], ids=["vit", "vlm"])
 def test_the_same_seed_gives_the_same_weights(recipe: Any, styles: Path, tmp_path: Path) -> None:
     phase = recipe.__name__.removeprefix("tiny_")
@@ -62,6 +63,7 @@ def test_the_same_seed_gives_the_same_weights(recipe: Any, styles: Path, tmp_pat
     assert str(tmp_path) not in (twice / "config.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [vit, vlm], ids=["vit", "vlm"])
 def test_a_recipe_replaces_no_files_of_others(recipe: Any, styles: Path, tmp_path: Path) -> None:
     phase = recipe.__name__.removeprefix("tiny_")

@@ -294,6 +294,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         shared.train(phase(20), module, loss_fn, options_of(tmp_path), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_recipe_from_end_to_end(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "build_vae", tiny_vae)
     monkeypatch.setattr(recipe, "build_unet", tiny_unet)

@@ -15,7 +15,8 @@ import pytest
 import train_sd_lora
 from script_fixtures import FAST, read_json, run_main
 
-from lorainit_diffusers.training import loop
+from lorainit_diffusers.training import loop, samples
+from lorainit_diffusers.training.data import text_to_image
 
 Run = Callable[..., Path]
 
@@ -113,7 +114,8 @@ def test_validation_and_samples_have_bars_of_their_own(run, monkeypatch):
         shown.append((options["desc"], options.get("leave", True)))
         return bar(*iterable, **options)
 
-    monkeypatch.setattr(loop, "progress_bar", record)
+    for module in (loop, samples, text_to_image):
+        monkeypatch.setattr(module, "progress_bar", record)
     run("bars", validation_steps=2)
     assert shown.count(("validating", False)) == 2
     assert shown.count(("sampling", False)) == 3

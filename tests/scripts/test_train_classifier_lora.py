@@ -263,7 +263,7 @@ def test_answers_outside_the_classes_count_as_wrong(base, data, tmp_path) -> Non
     task.write_results(tmp_path, "end")
     lines = [json.loads(line) for line in (tmp_path / "predictions_end.jsonl").read_text("utf-8").splitlines()]
     assert {line["answer"] for line in lines} == {"green"}
-    task.write_report(tmp_path, [{"step": 0, "stage": "end", **task.evaluate()}])
+    task.write_report(tmp_path, [{"step": 0, "stage": "end", **task.evaluate()}], script.parse_args([]))
     assert (tmp_path / "report.html").is_file()
 
 

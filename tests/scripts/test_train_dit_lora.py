@@ -78,7 +78,7 @@ def test_writes_everything(run: Run) -> None:
     names = {path.name for path in out.iterdir()}
     assert names == {
         *("pytorch_lora_weights.safetensors", "init_report.json"),
-        *("metrics.jsonl", "loss.png", "samples.png", "samples", "config.json", "README.md"),
+        *("metrics.jsonl", "run.yaml", "loss.png", "samples.png", "samples", "config.json", "README.md"),
         *(".lorainit", "best", "report.html"),
     }
     with Image.open(out / "samples" / "base.png") as base, Image.open(out / "samples" / "step-000000.png") as start:
@@ -245,7 +245,7 @@ def test_wrong_family_is_named_with_the_right_one(run: Run, bases: dict[str, Pat
 
 
 def test_base_of_a_unet_names_its_script(run: Run, random_sd: Path) -> None:
-    with pytest.raises(ValueError, match=r"train_sd_lora\.py"):
+    with pytest.raises(ValueError, match=r"use `family_class\(.sd.\)` for it"):
         run(pretrained_model_name_or_path=random_sd)
 
 

@@ -89,7 +89,7 @@ def test_writes_everything(run: Run) -> None:
     names = {path.name for path in out.iterdir()}
     assert names == {
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "init_report.json"),
-        *("metrics.jsonl", "loss.png", "samples.png", "samples", "config.json", "README.md", "report.html"),
+        *("metrics.jsonl", "run.yaml", "loss.png", "samples.png", "samples", "config.json", "README.md", "report.html"),
         *("checkpoint-2", "checkpoint-4", ".lorainit", "best"),
     }
     rows = sorted(path.name for path in (out / "samples").iterdir())
@@ -177,7 +177,7 @@ def test_instance_mode(run: Run, tmp_path: Path) -> None:
     out = run(
         train_data_dir=None, instance_data_dir=folder, instance_prompt="a sks cat", validation_prompt=None, rank=1
     )
-    assert 'instance_prompt: "a sks cat"' in (out / "README.md").read_text(encoding="utf-8")
+    assert "instance_prompt: a sks cat" in (out / "README.md").read_text(encoding="utf-8")
     assert losses(out, "validation_loss") == []
 
 
@@ -451,7 +451,7 @@ def test_two_processes_share_one_initialisation(random_sd: Path, image_dir: Path
 
 
 def test_every_option_is_in_a_test() -> None:
-    files = (Path(__file__), Path(__file__).with_name("test_best_and_checkpoints.py"))
+    files = [*Path(__file__).parent.glob("*.py"), *(Path(__file__).parents[1] / "training").rglob("*.py")]
     source = "".join(file.read_text(encoding="utf-8") for file in files)
     for option in option_facts(StableDiffusionOptions):
         named = (*(f'"{prefix}{option}"' for prefix in ("", "no-", "--")), f"{option}=")
@@ -523,7 +523,8 @@ def test_xformers_and_tf32_are_switched_on(monkeypatch: pytest.MonkeyPatch, tmp_
     calls: list[str] = []
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: known.get(name) or find_spec(name, *rest))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    args = train_sd_lora.parse_args(["--enable_xformers_memory_efficient_attention", "--allow_tf32"])
+    given = ["--enable_xformers_memory_efficient_attention", "--allow_tf32", "--output_dir", str(tmp_path)]
+    args = train_sd_lora.parse_args(given)
     monkeypatch.undo()
 
     class Family:
@@ -675,7 +676,10 @@ def test_trackers_get_losses_and_pictures(run: Run) -> None:
 def test_report_to_wandb(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[int | None, list[str]]] = []
     monkeypatch.setattr(run_module, "Accelerator", _with_tracker(logged))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *more: object() if name == "wandb" else found(name, *more)
+    )
     run(report_to="wandb", max_train_steps=1)
     assert (1, ["loss", "lr", "grad_norm", "step_s"]) in logged
     assert (0, ["samples"]) in logged
@@ -757,7 +761,8 @@ def test_push_to_hub(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(filter_repo_objects([*names, ".env", "notes/README.md", "photo.png"], **options)) == [
         *("README.md", "best/best.json", "best/pytorch_lora_weights.safetensors"),
         *("config.json", "init_report.json", "metrics.jsonl"),
-        *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "report.html", "samples.png"),
+        *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "report.html", "run.yaml"),
+        "samples.png",
     ]
     for path in out.rglob("*"):
         assert path.is_dir() or b"secret" not in path.read_bytes(), path
@@ -1124,7 +1129,7 @@ def test_output_directory_that_cannot_be_written(run: Run, tmp_path: Path) -> No
 
 
 def test_rank_that_does_not_fit(run: Run) -> None:
-    with pytest.raises(ValueError, match="rank 64"):
+    with pytest.raises(ValueError, match="`rank` 64"):
         run(rank=64)
 
 

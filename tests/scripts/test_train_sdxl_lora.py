@@ -48,7 +48,7 @@ def test_writes_everything(run: Run) -> None:
     names = {path.name for path in out.iterdir()}
     assert names == {
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "init_report.json"),
-        *("metrics.jsonl", "loss.png", "samples.png", "samples", "config.json", "README.md"),
+        *("metrics.jsonl", "run.yaml", "loss.png", "samples.png", "samples", "config.json", "README.md"),
         *(".lorainit", "best", "report.html"),
     }
     with Image.open(out / "samples" / "base.png") as base, Image.open(out / "samples" / "step-000000.png") as start:
@@ -192,5 +192,5 @@ def test_what_has_no_default_is_asked_for(run: Run, options: dict[str, Any], mes
 
 
 def test_base_of_the_other_family_names_its_script(run: Run, random_sd: Path) -> None:
-    with pytest.raises(ValueError, match=r"train_sd_lora\.py"):
+    with pytest.raises(ValueError, match=r"use `family_class\(.sd.\)` for it"):
         run(pretrained_model_name_or_path=random_sd)

@@ -39,10 +39,16 @@ FAST: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def handlers() -> Generator[None, None, None]:
-    """What handles the signals is afterwards what it was."""
+    """What handles the signals is afterwards what it was; before, Python's own: jobs in the background ignore some."""
+    outside = {number: signal.getsignal(number) for number, _ in CODES}
+    for number in outside:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     before = [signal.getsignal(number) for number, _ in CODES]
     yield
-    assert [signal.getsignal(number) for number, _ in CODES] == before
+    after = [signal.getsignal(number) for number, _ in CODES]
+    for number, handler in outside.items():
+        signal.signal(number, handler)
+    assert after == before
 
 
 @pytest.fixture

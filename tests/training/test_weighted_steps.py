@@ -246,6 +246,7 @@ def _step_in_process(process: int, folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 def test_two_processes_with_answers_of_different_lengths(tmp_path: Path, accelerator: Accelerator) -> None:
     write_base(tmp_path / "base", "llava")

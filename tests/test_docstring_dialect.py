@@ -18,18 +18,6 @@ SMALL = (
     *("accelerate", "diffusers", "gloo", "jinja2", "kohya", "lorainit", "npm"),
     *("pandas", "torch", "torchrun", "transformers"),
 )
-    "accelerate",
-    "diffusers",
-    "gloo",
-    "jinja2",
-    "kohya",
-    "lorainit",
-    "npm",
-    "pandas",
-    "torch",
-    "torchrun",
-    "transformers",
-)
 
 
 def docstrings(tree: ast.Module) -> Iterator[str]:
