@@ -93,7 +93,6 @@ def test_text_to_image(work: Path, options: dict[str, dict[str, Any]], random_sd
     assert_same(weights(work / "sd"), exported(trace.weights[4], 1.0))
 
 
-@pytest.mark.slow
 def test_answers_of_all_processes_weigh_by_their_tokens(work: Path, options: dict[str, dict[str, Any]]) -> None:
     alone = {**options["train_vlm_lora"], "output_dir": work / "start-vlm", "init_only": True}
     start = adapter_file(run_main(train_vlm_lora, alone))
