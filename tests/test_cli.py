@@ -153,30 +153,48 @@ def test_what_is_no_lora_is_named(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- wheel
 
 
-def test_the_wheel_works_in_an_empty_directory(tmp_path: Path) -> None:
-    """What is installed runs without the repository, and says where a bundled base is."""
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], list[str]]:
+    """An empty directory, the environment in which the wheel is what is imported, and the wheel's files."""
     pytest.importorskip("hatchling")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    (wheel,) = (folder / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
+        archive.extractall(folder / "site")
         names = archive.namelist()
-        entry = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
-    assert "lorainit = lorainit_diffusers.cli:main" in entry
+    (folder / "empty").mkdir()
+    return folder / "empty", {**os.environ, "PYTHONPATH": str(folder / "site"), "PYTHONSAFEPATH": "1"}, names
+
+
+def run_installed(installed: tuple[Path, dict[str, str], list[str]], *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lorainit_diffusers.cli", *words]
+    return subprocess.run(command, cwd=installed[0], env=installed[1], capture_output=True, text=True)
+
+
+def test_the_wheel_works_in_an_empty_directory(installed: tuple[Path, dict[str, str], list[str]]) -> None:
+    """What is installed runs without the repository, and says where a bundled base is."""
+    site, names = Path(installed[1]["PYTHONPATH"]), installed[2]
+    (entry,) = site.glob("*.dist-info/entry_points.txt")
+    assert "lorainit = lorainit_diffusers.cli:main" in entry.read_text(encoding="utf-8")
     assert any(name.endswith(".jinja") for name in names)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lorainit_diffusers.cli", *words]
-        return subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
-
-    assert "arXiv:2410.07170" in run("methods").stdout
-    bare = run("train", "sd", "--init", "eva")
+    assert "arXiv:2410.07170" in run_installed(installed, "methods").stdout
+    bare = run_installed(installed, "train", "sd", "--init", "eva")
     assert bare.returncode == 2
     assert "part of the repository of lorainit-diffusers, not of the installed package" in bare.stderr
-    help_text = run("train", "classifier", "--help")
+    help_text = run_installed(installed, "train", "classifier", "--help")
     assert help_text.returncode == 0
     assert "--learning_rate" in help_text.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_on_a_base_and_data_of_the_user(installed: tuple[Path, dict[str, str], list[str]]) -> None:
+    base, data = ROOT / "assets" / "models" / "tiny-sd", ROOT / "assets" / "data" / "blobs"
+    options = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(data), "--max_train_steps", "2"]
+    options += ["--init_num_batches", "2", "--validation_inference_steps", "2", "--output_dir", "out"]
+    done = run_installed(installed, "train", "sd", "--init", "cntlora", *options)
+    assert done.returncode == 0, done.stderr
+    assert (installed[0] / "out" / "report.html").is_file()
+    said = run_installed(installed, "inspect", "out").stdout
+    assert "folded    yes" in said
