@@ -56,6 +56,7 @@ def test_each_part_is_a_process_with_its_share_of_the_threads(tmp_path: Path, mo
     assert os.environ["OMP_NUM_THREADS"] == "5"
 
 
+@pytest.mark.slow
 def test_a_failure_is_named_at_once_and_ends_the_others(tmp_path: Path) -> None:
     start = time.monotonic()
     with (

@@ -21,6 +21,9 @@ from transformers import (
     AutoProcessor,
 )
 
+# whole recipes, which change rarely: run by hand with -m slow
+pytestmark = pytest.mark.slow
+
 NAMES = {f"{colour}-{thing}": thing for thing in ("apple", "house") for colour in "abcdefghijkl"}
 
 
@@ -47,7 +50,6 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [vit, vlm], ids=["vit", "vlm"])
 def test_the_same_seed_gives_the_same_weights(recipe: Any, styles: Path, tmp_path: Path) -> None:
     phase = recipe.__name__.removeprefix("tiny_")
@@ -63,7 +65,6 @@ def test_the_same_seed_gives_the_same_weights(recipe: Any, styles: Path, tmp_pat
     assert str(tmp_path) not in (twice / "config.json").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [vit, vlm], ids=["vit", "vlm"])
 def test_a_recipe_replaces_no_files_of_others(recipe: Any, styles: Path, tmp_path: Path) -> None:
     phase = recipe.__name__.removeprefix("tiny_")

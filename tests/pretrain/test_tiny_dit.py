@@ -17,6 +17,9 @@ from sd_fixtures import text_config, write_random_vae, write_tokenizer
 from torch import nn
 from transformers import CLIPTextModel
 
+# whole recipes, which change rarely: run by hand with -m slow
+pytestmark = pytest.mark.slow
+
 NAMES = ("red-apple", "dog-face")
 
 

@@ -25,6 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+# whole recipes, which change rarely: run by hand with -m slow
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("red-apple", "dog-face", "guitar", "house")
 
@@ -243,7 +246,6 @@ def _average_on_two_ranks(rank: int, rendezvous: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_gradients_are_averaged_over_processes(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_average_on_two_ranks, (str(tmp_path / "rendezvous"),), nprocs=2)
 
@@ -294,7 +296,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         shared.train(phase(20), module, loss_fn, options_of(tmp_path), torch.device("cpu"))
 
 
-@pytest.mark.slow
 def test_recipe_from_end_to_end(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "build_vae", tiny_vae)
     monkeypatch.setattr(recipe, "build_unet", tiny_unet)
@@ -330,7 +331,6 @@ def test_recipe_from_end_to_end(tokenizer_dir: Path, tmp_path: Path, monkeypatch
     assert (output_dir / "samples.png").exists()
 
 
-@pytest.mark.slow
 def test_pinned_packages_are_what_the_registry_delivers(tmp_path: Path) -> None:
     kinds = emoji.emoji_kinds(tmp_path)
     icons = emoji.IconSet("noto", tmp_path)
