@@ -174,20 +174,6 @@ def model_state_preserved(modules: Mapping[str, nn.Module]) -> Generator[None, N
                 parameter.requires_grad_(requires_grad)
 
 
-@contextmanager
-def eval_mode(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
-    """Evaluation mode without gradients inside the block; afterwards the modules' modes are what they were."""
-    modes = [(module, module.training) for module in modules]
-    try:
-        for module, _ in modes:
-            module.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.train(training)
-
-
 def watch_calls(modules: Iterable[nn.Module], callback: Callable[[], None]) -> ExitStack:
     """Call `callback()` before every forward of one of these that builds a graph; others are no training steps.
 

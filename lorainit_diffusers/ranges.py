@@ -155,17 +155,6 @@ def check_step(family: Any) -> None:
             allowed.check(name, value, OF_FAMILY)
 
 
-def check_keywords(ranges: Mapping[str, Range], **values: Any) -> None:
-    """Check keywords of a function by name; `None` is a value that was not given.
-
-    Raises:
-        ValueError: Naming the first one that is out of its range.
-    """
-    for name, value in values.items():
-        if value is not None:
-            ranges[name].check(name, value)
-
-
 def numeric_fields(kind: type[Any]) -> list[str]:
     """The fields of a dataclass whose type says that they are numbers."""
     hints = typing.get_type_hints(kind)

@@ -7,7 +7,7 @@ import torch
 from core_fixtures import tiny_attention
 from torch import Tensor, nn
 
-from lorainit_diffusers.hooks import eval_mode, model_state_preserved, observe_inputs, observe_weight_gradients
+from lorainit_diffusers.hooks import model_state_preserved, observe_inputs, observe_weight_gradients
 
 
 def num_hooks(module: nn.Module) -> int:
@@ -151,19 +151,3 @@ def test_model_state_is_preserved(raises):
     assert {name: m.training for name, m in module.named_modules()} == before
     assert {name: p.requires_grad for name, p in module.named_parameters()} == trainable
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_evaluating_has_no_dropout_and_no_gradients_and_gives_the_modes_back():
-    on, off = nn.Dropout(0.5), nn.Dropout(0.5).eval()
-    seen = []
-
-    def fail() -> None:
-        seen.append((on.training, torch.is_grad_enabled()))
-        raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"), eval_mode([on, off]):
-        fail()
-    assert seen == [(False, False)]
-    assert on.training
-    assert not off.training
-    assert torch.is_grad_enabled()

@@ -20,13 +20,20 @@ from torch import nn
 
 from lorainit_diffusers import METHODS, discarded_energy, initialize, make_method
 from lorainit_diffusers import initialize as initialize_function
+from lorainit_diffusers.comparison.options import ImageComparisonOptions
+from lorainit_diffusers.comparison.task_options import ClassifierComparisonOptions, QuestionComparisonOptions
+from lorainit_diffusers.comparison.vtab.options import VtabOptions
 from lorainit_diffusers.export import exported_factors
 from lorainit_diffusers.families import TEXT_TO_IMAGE_FAMILIES, family_class
 from lorainit_diffusers.families.augment import Augmentation
 from lorainit_diffusers.families.classifier import ClassifierFamily
 from lorainit_diffusers.families.vlm import VisionLanguageFamily
 from lorainit_diffusers.ranges import COUNT, LARGEST, SEED, STEP_RANGES, Range, check_fields, numeric_fields, shown
+from lorainit_diffusers.training.classification.options import ClassifierTrainingOptions
+from lorainit_diffusers.training.options.fields import concerns, option_facts
 from lorainit_diffusers.training.options.parser import ScriptParser
+from lorainit_diffusers.training.options.text_to_image import StableDiffusionOptions, TransformerOptions
+from lorainit_diffusers.training.questions.options import QuestionTrainingOptions
 from lorainit_diffusers.training.ranges import (
     OPTION_RANGES,
     check_options,
@@ -244,8 +251,8 @@ def test_every_number_of_every_script_has_a_range_that_is_checked(script: str, m
     assert found
     for parser in found:
         for name, action in numeric_options(parser).items():
-            assert name in OPTION_RANGES, f"{script}: state a range of --{name} in OPTION_RANGES"
-            allowed = OPTION_RANGES[name]
+            assert name in parser.ranges, f"{script}: state a range of --{name} at its field"
+            allowed = parser.ranges[name]
             assert action.help == argparse.SUPPRESS or f"[{allowed.words}]" in str(action.help)
             for value in outside(allowed):
                 if value in (HUGE, -HUGE) or (action.type is int and not isinstance(value, int)):
@@ -271,18 +278,37 @@ def test_all_scripts_are_walked() -> None:
         assert not (numeric and "argparse.ArgumentParser(description" in text), f"{path.name}: numbers without ranges"
 
 
-@pytest.mark.parametrize("name", OPTION_RANGES)
-def test_every_range_of_an_option_holds_at_both_ends(name: str) -> None:
-    allowed = OPTION_RANGES[name]
+def ranges_of_all_options() -> dict[tuple[str, str], Range]:
+    """The range of every option by the class that has the field, and of the benchmarks' own."""
+    classes = [
+        *(StableDiffusionOptions, TransformerOptions, ClassifierTrainingOptions, QuestionTrainingOptions),
+        *(ImageComparisonOptions, ClassifierComparisonOptions, QuestionComparisonOptions, VtabOptions),
+    ]
+    found = {("benchmarks", name): allowed for name, allowed in OPTION_RANGES.items()}
+    for kind in classes:
+        for concern in concerns(kind):
+            for name, fact in option_facts(concern).items():
+                if fact.range is not None:
+                    found[concern.__name__, name] = fact.range
+    return found
+
+
+ALL_RANGES = ranges_of_all_options()
+
+
+@pytest.mark.parametrize(("place", "name"), ALL_RANGES)
+def test_every_range_of_an_option_holds_at_both_ends(place: str, name: str) -> None:
+    allowed = ALL_RANGES[place, name]
+    ranges = {name: allowed}
     for value in inside(allowed):
-        check_options({name: value})
-        check_options({name: [value, value]})
+        check_options({name: value}, ranges)
+        check_options({name: [value, value]}, ranges)
     for value in outside(allowed):
         for given in (value, [inside(allowed)[0], value], (value,)):
             with pytest.raises(ValueError, match=rf"^--{name} .*: must ") as error:
-                check_options({name: given})
+                check_options({name: given}, ranges)
             assert "\n" not in str(error.value)
-    check_options({name: None, "text": "nan", "unknown": math.nan})
+    check_options({name: None, "text": "nan", "unknown": math.nan}, ranges)
 
 
 # --------------------------------------------------------------------------------- numbers that belong to one another

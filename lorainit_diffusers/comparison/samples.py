@@ -18,8 +18,8 @@ from lorainit_diffusers.comparison.options import ImageComparisonOptions
 from lorainit_diffusers.comparison.tasks import drift_prompts, is_bundled, load_family, resolution_of, split_records
 from lorainit_diffusers.evaluation import metrics
 from lorainit_diffusers.evaluation.encoders import ImageEncoder, ImageTextEncoder, load_encoder
+from lorainit_diffusers.families.base import evaluating
 from lorainit_diffusers.files import write_json
-from lorainit_diffusers.hooks import eval_mode
 from lorainit_diffusers.progress import GridProgress
 from lorainit_diffusers.training.bundled import ROOT
 from lorainit_diffusers.training.data.images import ImageRecord, load_image
@@ -115,7 +115,7 @@ class ImageScorer:
 
     def draw(self) -> tuple[dict[str, list[Image.Image]], list[Image.Image]]:
         """Samples by purpose with the weights as they are now, and the strip for the picture grid."""
-        with eval_mode(self.family.adapted.values()):
+        with evaluating(self.family):
             drawn = {
                 purpose: self._sample(prompts, purpose)
                 for purpose, prompts in (

@@ -15,7 +15,6 @@ from lorainit_diffusers.evaluation import fixed_noise_loss
 from lorainit_diffusers.families import family_class
 from lorainit_diffusers.families.base import ModelFamily
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
-from lorainit_diffusers.hooks import eval_mode
 from lorainit_diffusers.training.banner import Line, cut_lines
 from lorainit_diffusers.training.bundled import BUNDLED_BASES
 from lorainit_diffusers.training.data.captioned_images import CaptionedImages, caption_columns, fixed_batches
@@ -164,9 +163,7 @@ class TextToImageTask:
         repeats = -(-MIN_VALIDATION_SAMPLES // len(self.validation_set))
         size = self.options.train_batch_size
         batches = (b for _ in range(repeats) for b in fixed_batches(self.validation_set, size))
-        with eval_mode(self.family.adapted.values()):
-            loss = fixed_noise_loss(self.family, batches, repeats * len(self.validation_set))
-        return {self.primary_metric: loss}
+        return {self.primary_metric: fixed_noise_loss(self.family, batches, repeats * len(self.validation_set))}
 
 
 def load_family(options: ImageComparisonOptions, device: torch.device, dtype: torch.dtype) -> TextToImageFamily:

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from lorainit_diffusers.evaluation import sample_grid
+from lorainit_diffusers.families.base import evaluating
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
 from lorainit_diffusers.files import replacing
-from lorainit_diffusers.hooks import eval_mode
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.data.images import ImageRecord
 from lorainit_diffusers.training.options.text_to_image import TextToImageOptions
@@ -73,7 +73,7 @@ class Pictures:
             self._is_clear = True
         if not self.draws or (path.exists() and wrote(path)):
             return
-        with eval_mode(self.family.adapted.values()):
+        with evaluating(self.family):
             images = draw_samples(self.options, self.family, list(self.prompts.values()))
         save_sample_row(self.directory, name, images)
         for tracker in self.accelerator.trackers:

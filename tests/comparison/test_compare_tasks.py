@@ -26,7 +26,7 @@ from vlm_fixtures import write_base, write_questions
 from lorainit_diffusers.comparison import Comparison, run, training
 from lorainit_diffusers.comparison.options import TASKS, HeadRatioOptions, TaskComparisonOptions, TaskKind
 from lorainit_diffusers.families import StepRecord
-from lorainit_diffusers.hooks import eval_mode
+from lorainit_diffusers.families.base import evaluating
 from lorainit_diffusers.training import loop
 from lorainit_diffusers.training.data.order import DataOrder
 from lorainit_diffusers.training.options.fields import Options, option
@@ -125,7 +125,7 @@ class PointTask:
 
     def validate(self) -> dict[str, float]:
         points, labels = self.validation_set
-        with eval_mode(self.family.adapted.values()):
+        with evaluating(self.family):
             logits = self.family.logits(points)
         right = int((logits.argmax(1) == labels).sum())
         # the order of the report is not that of the task

@@ -80,3 +80,20 @@ def test_a_family_of_a_user_needs_no_mode_of_its_own() -> None:
     with evaluating(cast(Any, family)):
         assert not family.adapted["model"].training
     assert family.adapted["model"].training
+
+
+def test_evaluating_has_no_dropout_and_no_gradients_and_gives_the_modes_back():
+    on, off = nn.Dropout(0.5), nn.Dropout(0.5).eval()
+    seen: list[tuple[bool, bool]] = []
+    family = cast(Any, SimpleNamespace(adapted={"on": on, "off": off}))
+
+    def fail() -> None:
+        seen.append((on.training, torch.is_grad_enabled()))
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), evaluating(family):
+        fail()
+    assert seen == [(False, False)]
+    assert on.training
+    assert not off.training
+    assert torch.is_grad_enabled()

@@ -19,7 +19,7 @@ from lorainit_diffusers.training.options.fields import (
     Facts,
     MayChange,
     Options,
-    check_ranges,
+    check_values,
     default_of,
     given,
     option,
@@ -89,8 +89,7 @@ class VtabOptions(ProtocolOptions, ClassifierTrainingOptions):
 
     def __post_init__(self) -> None:
         # what follows another option (alpha the rank, say) follows it in each run: nothing is filled in here
-        facts = option_facts(type(self))
-        check_ranges({name: getattr(self, name) for name in facts}, facts)
+        check_values(self)
 
 
 def parse_vtab(argv: Sequence[str] | None, description: str | None) -> VtabOptions:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from lorainit_diffusers import adapters
 from lorainit_diffusers.evaluation.classification import OTHER, accuracy, confusion_matrix, macro_accuracy
-from lorainit_diffusers.families.base import ModelFamily
+from lorainit_diffusers.families.base import ModelFamily, evaluating
 from lorainit_diffusers.families.classifier import COMPONENT, ClassifierFamily, ImagePreparation
-from lorainit_diffusers.hooks import eval_mode
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.banner import Line, class_lines, count_line, size_lines
 from lorainit_diffusers.training.classification.data import ClassData, check_classes, load_pixels, read_classes
@@ -170,7 +169,7 @@ class ClassificationTask:
         }
 
     def _validation_logits(self) -> Tensor:
-        with eval_mode(self.family.adapted.values()):
+        with evaluating(self.family):
             chunks = self.validation_images.split(EVALUATION_BATCH_SIZE)
             bar = progress_bar(chunks, desc="validating", leave=False)
             return torch.cat([self.classifier.logits(chunk).cpu() for chunk in bar])

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from lorainit_diffusers.evaluation import fixed_noise_loss
 from lorainit_diffusers.families.text_to_image import TextToImageFamily
-from lorainit_diffusers.hooks import eval_mode
 from lorainit_diffusers.initialize import needs_reference
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.data.buckets import parse_buckets
@@ -282,11 +281,8 @@ class TrainingData:
         """Loss on the held-out images under fixed noise; `None` where there are none."""
         if self.heldout is None:
             return None
-        with eval_mode(self.family.adapted.values()):
-            bar = progress_bar(total=len(self.heldout), desc="validating", leave=False, shown=self.progress)
-            with bar:
-                batches = _counted(fixed_batches(self.heldout), bar)
-                return fixed_noise_loss(self.family, batches, len(self.heldout))
+        with progress_bar(total=len(self.heldout), desc="validating", leave=False, shown=self.progress) as bar:
+            return fixed_noise_loss(self.family, _counted(fixed_batches(self.heldout), bar), len(self.heldout))
 
 
 def _counted(batches: Iterable[dict[str, Tensor]], bar: Any) -> Iterator[dict[str, Tensor]]:

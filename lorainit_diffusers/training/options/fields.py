@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
-from lorainit_diffusers.ranges import OF_OPTION, Range
+from lorainit_diffusers.ranges import Range
+from lorainit_diffusers.training.ranges import check_options
 
 SomeValue = TypeVar("SomeValue")
 
@@ -107,7 +108,7 @@ class Options:
                 other = getattr(self, fact.default_of.name, None)
                 if other is not None:
                     object.__setattr__(self, name, fact.default_of.convert(other))
-        check_ranges({name: getattr(self, name) for name in facts}, facts)
+        check_values(self)
 
 
 def option(
@@ -186,20 +187,18 @@ def _declared(options: type) -> list[type]:
     return [*found, options]
 
 
-def check_ranges(values: Mapping[str, Any], facts: Mapping[str, Facts]) -> None:
-    """Check numbers by name; `None` is one that was not given, and of a list every number is checked.
+def check_values(options: Options) -> None:
+    """See that every number is within its range, and that lists have as many values as they must.
 
     Raises:
-        ValueError: Naming the first option that is out of its range, its value and the remedy.
+        ValueError: Naming the first option that is not so, its value and the remedy.
     """
-    for name, value in values.items():
-        fact = facts[name]
-        if value is None:
-            continue
-        if fact.range is not None:
-            for number in value if isinstance(value, (list, tuple)) else [value]:
-                fact.range.check(f"--{name}", number, OF_OPTION)
-        if fact.num_values is not None and len(value) != fact.num_values:
+    facts = option_facts(type(options))
+    ranges = {name: fact.range for name, fact in facts.items() if fact.range is not None}
+    check_options({name: getattr(options, name) for name in ranges}, ranges)
+    for name, fact in facts.items():
+        value = getattr(options, name)
+        if value is not None and fact.num_values is not None and len(value) != fact.num_values:
             raise ValueError(f"--{name} needs {fact.num_values} values, not {len(value)}.")
 
 

@@ -14,13 +14,14 @@ from typing import Any, NoReturn, TypeVar
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
+from lorainit_diffusers.ranges import Range
 from lorainit_diffusers.training.defaults import RunDefaults, defaults_of, describe_defaults
 from lorainit_diffusers.training.messages import remember_flags
 from lorainit_diffusers.training.options.config import ConfigFile, read_config
 from lorainit_diffusers.training.options.fields import Facts, Options, concerns, option_facts
 from lorainit_diffusers.training.options.init_from import check_given, decided_options
 from lorainit_diffusers.training.options.spelling import closest
-from lorainit_diffusers.training.ranges import OPTION_RANGES, check_numbers, describe_ranges
+from lorainit_diffusers.training.ranges import OPTION_RANGES, check_options, describe_ranges, numeric_options
 
 SomeOptions = TypeVar("SomeOptions", bound=Options)
 
@@ -94,6 +95,11 @@ class ScriptParser(HfArgumentParser):
                 action.nargs = fact.num_values
 
     @property
+    def ranges(self) -> dict[str, Range]:
+        """The ranges of the numbers by the names of their options."""
+        return OPTION_RANGES | {name: fact.range for name, fact in self.facts.items() if fact.range is not None}
+
+    @property
     def flags(self) -> list[str]:
         """All that may be given, without the opposites `--no-...`."""
         own = [flag for flag in self._option_string_actions if flag.startswith("--") and not flag.startswith("--no-")]
@@ -117,11 +123,10 @@ class ScriptParser(HfArgumentParser):
         Raises:
             ValueError: Naming the first option that is out of its range, its value and the remedy.
         """
-        ranges = OPTION_RANGES | {name: fact.range for name, fact in self.facts.items() if fact.range is not None}
-        describe_ranges(self, ranges)
+        describe_ranges(self, self.ranges)
         remember_flags(self)
         found, rest = super().parse_known_args(args, namespace)
-        check_numbers(vars(found), self, ranges)
+        check_options({name: vars(found).get(name) for name in numeric_options(self)}, self.ranges)
         return found, rest
 
     def _keep_names(self, action: argparse.Action) -> None:

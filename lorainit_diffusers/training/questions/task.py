@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorainit_diffusers.evaluation.answers import exact_match, token_f1
-from lorainit_diffusers.families.base import ModelFamily
+from lorainit_diffusers.families.base import ModelFamily, evaluating
 from lorainit_diffusers.families.vlm import COMPONENT, IGNORED, VisionLanguageFamily
 from lorainit_diffusers.files import write_text
-from lorainit_diffusers.hooks import eval_mode
 from lorainit_diffusers.progress import progress_bar
 from lorainit_diffusers.training.banner import Line, caption_line, count_line, size_lines
 from lorainit_diffusers.training.data.images import load_image
@@ -111,7 +110,7 @@ class QuestionAnsweringTask:
         decoding would give exactly this answer. Of a conversation it is the last one, as it is that is generated.
         """
         loss, num_tokens, num_wrong = 0.0, 0, 0
-        with eval_mode(self.family.adapted.values()):
+        with evaluating(self.family):
             for chosen in self._chunks(prompt=False):
                 samples = [self.validation.sample(index) for index in chosen]
                 answers = self.base.answer_logits(self.base.collate(samples))
@@ -128,7 +127,7 @@ class QuestionAnsweringTask:
         They are close to SQuAD's: see `lorainit_diffusers/evaluation/answers.py` for what does not count.
         """
         predictions = [""] * self.num_validation
-        with eval_mode(self.family.adapted.values()):
+        with evaluating(self.family):
             for chosen in self._chunks(prompt=True):
                 prompts = [self.validation.sample(index, prompt=True) for index in chosen]
                 for index, text in zip(chosen, self.base.generate(prompts, self.max_new_tokens), strict=True):
