@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
@@ -107,13 +108,13 @@ class GridOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonOptions(GridOptions, OutputOptions, BaseOptions, LoraOptions, OptimizerOptions):
+class ComparisonOptions(GridOptions, OutputOptions, BaseOptions, LoraOptions, OptimizerOptions, ABC):
     """What every comparison has."""
 
     @property
+    @abstractmethod
     def snapshots(self) -> list[int]:
         """The steps whose weights are kept."""
-        raise NotImplementedError
 
     @property
     def draws_images(self) -> bool:

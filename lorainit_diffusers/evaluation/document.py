@@ -148,8 +148,21 @@ def _markdown_templates() -> Environment:
 
 
 def _templates(filters: Mapping[str, Callable[[Any], Any]], *, autoescape: bool, finalize: Any) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("lorainit_diffusers.evaluation"),
+    environment = templates_of("lorainit_diffusers.evaluation", autoescape=autoescape, finalize=finalize)
+    environment.filters.update({"kind": _kind, **filters})
+    return environment
+
+
+def templates_of(package: str, *, autoescape: bool, finalize: Callable[[Any], Any] | None = None) -> Environment:
+    """The templates of a package, in which a name that nobody gives is an error and tags leave no empty lines.
+
+    Args:
+        package: With a folder `templates`.
+        autoescape: Whether values are escaped for HTML.
+        finalize: What is done to every value that is shown.
+    """
+    return Environment(
+        loader=PackageLoader(package),
         autoescape=autoescape,
         finalize=finalize,
         undefined=StrictUndefined,
@@ -157,8 +170,6 @@ def _templates(filters: Mapping[str, Callable[[Any], Any]], *, autoescape: bool,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update({"kind": _kind, **filters})
-    return environment
 
 
 def _kind(block: Block) -> str:

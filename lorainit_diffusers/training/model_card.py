@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lorainit_diffusers.evaluation.document import code_fence, escape_cell
+from lorainit_diffusers.evaluation.document import code_fence, escape_cell, templates_of
 from lorainit_diffusers.files import write_text
 
 
@@ -60,14 +59,7 @@ def render_model_card(facts: CardFacts) -> str:
     of_hub: dict[str, Any] = {} if facts.prompt is None else {"instance_prompt": facts.prompt}
     header = ModelCardData(base_model=facts.base_model, library_name=facts.library, tags=list(facts.tags), **of_hub)
     # the page is Markdown, some of whose texts are Markdown already: HTML's escaping would show in code and in paths
-    templates = Environment(
-        loader=PackageLoader("lorainit_diffusers.training"),
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    templates = templates_of("lorainit_diffusers.training", autoescape=False)
     content = templates.get_template("model_card.md.jinja").render(
         card_data=header.to_yaml(),
         facts=facts,

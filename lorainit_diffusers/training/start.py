@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from accelerate.utils import broadcast
@@ -35,7 +35,7 @@ _SECONDS = ("forward_s", "statistics_s", "solve_s", "attach_s")
 def start_adapters(
     run: Run[Any],
     family: ModelFamily,
-    batches: Mapping[str, Any],
+    batches: Callable[[], Mapping[str, Any]],
     targets: Mapping[str, Sequence[str]],
     init: InitFile | None = None,
 ) -> dict[str, Any]:
@@ -44,7 +44,8 @@ def start_adapters(
     Args:
         run: The run.
         family: The base.
-        batches: `batches`, and `reference_batches` where the method takes them, as `initialize` does.
+        batches: Makes `batches`, and `reference_batches` where the method takes them, as `initialize` does; called only
+            where there is a pass, since it starts the processes that read images.
         targets: Layers that get an adapter, by component.
         init: Of `read_init_file`.
     """
@@ -68,7 +69,7 @@ def start_adapters(
     report = initialize(
         family,
         run.method if needs_pass else make_method("kaiming"),
-        **batches,
+        **batches(),
         rank=options.rank,
         alpha=options.lora_alpha,
         target_modules=targets,

@@ -148,7 +148,7 @@ def train(
     training.prepare(log)
 
     # ---- collect and initialise
-    init_report = start_adapters(run, family, training.init_batches(), training.targets, init)
+    init_report = start_adapters(run, family, training.init_batches, training.targets, init)
     if run.options.dry_run:
         if run.is_main:
             print_plan(run, family, *training.plan_sample())
